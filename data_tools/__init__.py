@@ -1,0 +1,1 @@
+"""Offline commands on datasets: the `fqgan-data` command."""

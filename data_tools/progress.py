@@ -1,0 +1,30 @@
+"""Shows what a library function reports through a `Progress` callback."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from fqgan_dist.telemetry.progress import ProgressBar, track
+
+_UNITS = {"unpacking": "bytes", "verifying": "shards", "reading tables": "shards"}
+_DEFAULT_UNIT = "images"
+
+
+class ProgressDisplay(ExitStack):
+    """A `Progress`: one bar after the other, on standard error; used as a context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._description = ""
+        self._done = 0
+        self._bar: ProgressBar | None = None
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        """Show that `done` of `total` units are done."""
+        if self._bar is None or description != self._description:
+            self.close()
+            unit = _UNITS.get(description, _DEFAULT_UNIT)
+            self._bar = self.enter_context(track(total or None, description, unit))
+            self._description, self._done = description, 0
+        self._bar.advance(done - self._done)
+        self._done = done

@@ -1,0 +1,122 @@
+"""Settings of FAR, the factorized autoregressive model.
+
+Source: FQGAN, arXiv 2411.16681, section on the factorized autoregressive model; the head's
+alternatives are those of its Table 4.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fqgan_dist.config import Config
+
+
+class AutoregressiveHeadConfig(Config):
+    """Predict the K codes of a position one after the other with a small causal transformer."""
+
+    kind: Literal["autoregressive"] = "autoregressive"
+    """Which factor head this is."""
+    num_layers: int = Field(ge=1)
+    """Transformer blocks of the head; 3 in FAR-B, 4 in FAR-L."""
+
+
+class LinearHeadConfig(Config):
+    """Predict the K codes of a position independently, with one linear classifier each."""
+
+    kind: Literal["linear"] = "linear"
+    """Which factor head this is."""
+
+
+class MlpHeadConfig(Config):
+    """Predict the K codes of a position independently, with one two-layer MLP each."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Which factor head this is."""
+    hidden_multiple: int = Field(default=1, ge=1)
+    """Width of each MLP's hidden layer, as a multiple of the backbone's width."""
+
+
+FactorHeadConfig = Annotated[
+    AutoregressiveHeadConfig | LinearHeadConfig | MlpHeadConfig, Field(discriminator="kind")
+]
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AutoregressiveConfig(Config):
+    """Architecture of a `FactorizedTransformer`."""
+
+    num_codebooks: int = Field(ge=1)
+    """K, codes per position; the order is the tokenizer's."""
+    codebook_size: int = Field(default=16384, ge=2)
+    """V, codes per codebook."""
+    grid_size: int = Field(default=16, ge=1)
+    """Side of the square grid of codes; T is its square."""
+    num_classes: int = Field(default=1000, ge=1)
+    """Classes; the class embedding has one more row, the null class of classifier-free guidance."""
+    width: int = Field(ge=4)
+    """E, channels of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Transformer blocks of the backbone."""
+    num_heads: int = Field(ge=1)
+    """N, attention heads of the backbone's and the factor head's blocks."""
+    factor_head: FactorHeadConfig
+    """How a position's hidden state becomes K distributions over codes."""
+    token_dropout: Probability = 0.1
+    """Dropout on the backbone's input sequence, the class token included."""
+    residual_dropout: Probability = 0.1
+    """Dropout after each attention's output projection."""
+    ffn_dropout: Probability = 0.1
+    """Dropout after each feed-forward network."""
+    class_dropout: Probability = 0.1
+    """Probability with which training replaces a label by the null class."""
+    ffn_multiple_of: int = Field(default=256, ge=1)
+    """The feed-forward network's hidden width is rounded up to a multiple of this."""
+    rope_base: float = Field(default=10000.0, gt=1)
+    """Base of the rotary frequencies."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square in every RMSNorm."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> AutoregressiveConfig:
+        if self.width % (4 * self.num_heads):
+            # Of a head's rotation pairs, half turn by row and half by column: four channels.
+            raise ValueError(
+                f"width: {self.width} is not a multiple of 4 x num_heads ({4 * self.num_heads}); "
+                f"nearest valid widths are {self._nearest_widths()}"
+            )
+        if self.num_codebooks > self.num_positions + 1:
+            raise ValueError(
+                f"num_codebooks: {self.num_codebooks} is more than the {self.num_positions + 1} "
+                f"rows of the rotary table of grid_size {self.grid_size}; "
+                "use a larger grid or fewer codebooks"
+            )
+        return self
+
+    @property
+    def num_positions(self) -> int:
+        """T, positions of the grid and tokens of the backbone."""
+        return self.grid_size**2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden channels of the SwiGLU: two thirds of 4 E, rounded up to `ffn_multiple_of`."""
+        unrounded = int(2 * (4 * self.width) / 3)
+        return -(-unrounded // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class"."""
+        return self.num_classes
+
+    def _nearest_widths(self) -> str:
+        unit = 4 * self.num_heads
+        below = self.width // unit * unit
+        return f"{below} and {below + unit}" if below else f"{unit}"

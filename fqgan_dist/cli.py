@@ -1,0 +1,132 @@
+"""The `fqgan` command.
+
+    fqgan run CONFIG [key.sub=value ...] [--dry-run] [--json]
+    fqgan shards|teachers|train|codes|sample|evaluate|report CONFIG [key.sub=value ...]
+    fqgan checkpoints list|verify|export|prune CONFIG tokenizer|autoregressive [key=value ...]
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from fqgan_dist.config import load_config
+from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.stages.config import RunConfig, StageName
+
+logger = logging.getLogger(__name__)
+
+DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
+
+STAGES_OF_COMMAND: dict[str, tuple[StageName, ...]] = {
+    "shards": ("shards",),
+    "teachers": ("teachers",),
+    "train": ("tokenizer", "autoregressive"),
+    "codes": ("codes",),
+    "sample": ("samples",),
+    "evaluate": ("evaluation",),
+    "report": ("report",),
+}
+"""Which stages a command other than `run` runs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        return int(options.command_fn(options))
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except FqganError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return FAILED
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fqgan", description="Train FQGAN tokenizers and FAR generators.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, help_text in (
+        ("run", "run all stages, or those of stages=[...]; done ones are skipped"),
+        ("shards", "write the dataset's shards"),
+        ("teachers", "precompute teacher features"),
+        ("train", "train the tokenizer and the generator, whichever is due"),
+        ("codes", "extract the codes of the training images"),
+        ("sample", "draw samples from the generator"),
+        ("evaluate", "measure reconstructions and samples"),
+        ("report", "write report.html"),
+    ):
+        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        _add_config_arguments(command)
+        command.set_defaults(command_fn=_run, command=name)
+    _add_checkpoint_commands(commands)
+    return parser
+
+
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    command.add_argument("overrides", metavar="key.sub=value", nargs="*", help="settings to change")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    checkpoints = commands.add_parser("checkpoints", help="look after a run's checkpoints")
+    actions = checkpoints.add_subparsers(required=True, metavar="ACTION")
+    for name, help_text in (
+        ("list", "list the committed checkpoints"),
+        ("verify", "check every byte of every checkpoint; exit 3 on damage"),
+        ("export", "write the newest weights as one safetensors file: to=FILE"),
+        ("prune", "delete what the retention settings do not keep"),
+    ):
+        action = actions.add_parser(name, help=help_text, allow_abbrev=False)
+        action.add_argument("config", metavar="CONFIG")
+        action.add_argument("stage", choices=("tokenizer", "autoregressive"))
+        action.add_argument("overrides", metavar="key=value", nargs="*")
+        action.add_argument("--json", action="store_true", help="print the result as JSON")
+        action.set_defaults(command_fn=_checkpoints, action=name)
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides, RunConfig)
+    if options.command != "run":
+        stages = list(STAGES_OF_COMMAND[options.command])
+        config = config.model_copy(update={"stages": stages})
+    if options.dry_run:
+        from fqgan_dist.stages.plan import plan_run, render_plan
+
+        plan = plan_run(config)
+        print(json.dumps(plan, indent=1) if options.json else render_plan(plan))
+        return DONE
+    from fqgan_dist.orchestration.driver import run_pipeline
+
+    summary = run_pipeline(config)
+    if options.json:
+        print(json.dumps(summary, indent=1))
+    return DONE
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from fqgan_dist.stages.checkpoints import run_checkpoint_action
+
+    own = [text for text in options.overrides if text.startswith("to=")]
+    config_overrides = [text for text in options.overrides if text not in own]
+    config = load_config(options.config, config_overrides, RunConfig)
+    target = own[-1].removeprefix("to=") if own else None
+    result = run_checkpoint_action(options.action, config, options.stage, target=target)
+    print(json.dumps(result.report, indent=1) if options.json else result.text)
+    return DAMAGE_FOUND if result.is_damaged else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Datasets: storage, index, sample order, views, decoding, loaders."""

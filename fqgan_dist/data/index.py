@@ -1,0 +1,349 @@
+"""The index of a dataset: `index.json` and one table of samples (`.samples.parquet`) per shard.
+
+The index is small and is read whole by every process; a shard's table is read when the shard is.
+Its sha256 is the dataset id, named in every later manifest: the index holds the sha256 of every
+shard and of every table, so the id fixes all bytes of the dataset (design.md section 3, "Dataset").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from fqgan_dist.config import Config
+from fqgan_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from fqgan_dist.data.storage import Storage
+
+INDEX_NAME = "index.json"
+TABLE_SUFFIX = ".samples.parquet"
+_HASH_BLOCK_BYTES = 8 * 2**20
+
+# Names from an index are joined to a storage prefix, so they must stay below it on every system.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.tar")
+# webdataset ends a key at the first dot of the base name, so a key holds no dot and no separator.
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("class", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+    ]
+)
+
+
+def is_safe_key(key: str) -> bool:
+    """Whether a text may be a sample's key: letters, digits, `_`, `-`, at most 200."""
+    return _KEY.fullmatch(key) is not None
+
+
+def _check_shard_name(name: str) -> str:
+    if _SHARD_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{name!r} is not a shard name; expected letters, digits, '_', '-' and '.tar', "
+            "without any folder"
+        )
+    return name
+
+
+def _check_class_name(name: str) -> str:
+    if not name or name in {".", ".."} or not name.isprintable() or re.search(r"[/\\]", name):
+        raise ValueError(f"{name!r} is not a class name; expected printable text without a slash")
+    return name
+
+
+ShardName = Annotated[str, AfterValidator(_check_shard_name)]
+ClassName = Annotated[str, AfterValidator(_check_class_name)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ShardEntry(Config):
+    """One shard: a tar file and its table of samples."""
+
+    file: ShardName
+    """Name of the tar file, below the dataset's prefix."""
+    count: int = Field(ge=1)
+    """Number of samples."""
+    bytes: int = Field(ge=1)
+    """Size of the tar file."""
+    sha256: Sha256
+    """Hash of the tar file."""
+    samples_sha256: Sha256
+    """Hash of the table of samples."""
+
+    @property
+    def samples_file(self) -> str:
+        """Name of the table of samples, beside the tar file."""
+        return table_name(self.file)
+
+
+def table_name(shard_file: str) -> str:
+    """Give the name of the table of samples of a shard."""
+    return shard_file.removesuffix(".tar") + TABLE_SUFFIX
+
+
+class SourceProblem(Config):
+    """A member of the source that is not in the dataset as it was found."""
+
+    name: str
+    """Name in the source, as text."""
+    reason: str
+    """What is wrong with it."""
+    action: Literal["skipped", "refused"]
+    """What was done: `skipped` (not a usable image) or `refused` (a dangerous name or kind)."""
+
+
+class DatasetIndex(Config):
+    """Everything about a dataset but its samples."""
+
+    format: Literal["fqgan-dataset-1"] = "fqgan-dataset-1"
+    """Version of this format."""
+    name: str
+    """Name of the dataset, for people."""
+    split: str
+    """Part of the dataset: `train`, `val` ..."""
+    classes: list[ClassName] = Field(min_length=1)
+    """Class names (ImageNet: wnids); a sample's label is the position in this list."""
+    class_descriptions: dict[str, str] = Field(default_factory=dict)
+    """Readable names of some or all classes."""
+    image_policy: dict[str, Any]
+    """How the images were made from the source's, and the seed of their order."""
+    shards: list[ShardEntry] = Field(min_length=1)
+    """The shards, in order."""
+    plan_sha256: Sha256 | None = None
+    """Hash of the source's listing and the policy, by which a finished job knows itself; None: the
+    dataset was not made by `fqgan-data shard`."""
+    problems: list[SourceProblem] = Field(default_factory=list)
+    """What was left out of the dataset, by name."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DatasetIndex:
+        files = [shard.file for shard in self.shards]
+        for what, names in (("shards", files), ("classes", self.classes)):
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+            if repeated:
+                raise ValueError(f"{what}: {repeated[:5]!r} occur more than once")
+        unknown = sorted(set(self.class_descriptions) - set(self.classes))
+        if unknown:
+            raise ValueError(f"class_descriptions: {unknown[:5]!r} are not in classes")
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @cached_property
+    def dataset_id(self) -> str:
+        """The sha256 of the index file, in hex."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Write canonical JSON: sorted keys, fixed spacing, UTF-8, a final newline."""
+        values = self.model_dump(mode="json")
+        text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+
+@dataclass(frozen=True, eq=False)
+class SampleTable:
+    """The samples of one shard, in the order of the tar."""
+
+    keys: list[str]
+    """Key of each sample; unique in the dataset."""
+    labels: np.ndarray
+    """Class index, (n,) int32."""
+    offsets: np.ndarray
+    """Where the image's bytes begin in the tar, (n,) int64."""
+    sizes: np.ndarray
+    """Number of the image's bytes, (n,) int64."""
+    widths: np.ndarray
+    """Pixels per row, after the EXIF orientation, (n,) int32."""
+    heights: np.ndarray
+    """Rows, after the EXIF orientation, (n,) int32."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def load_index(storage: Storage, prefix: str) -> DatasetIndex:
+    """Read a dataset's index.
+
+    Raises:
+        DataError: there is no index, it is not valid, or it was changed by hand.
+    """
+    path = join_path(prefix, INDEX_NAME)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{storage.uri(path)}: no such file; expected a finished dataset there: run "
+            "`fqgan-data shard`, or correct the path"
+        ) from error
+    return parse_index(data, source=storage.uri(path))
+
+
+def parse_index(data: bytes, *, source: str) -> DatasetIndex:
+    """Validate the bytes of an index file.
+
+    Args:
+        data: the file.
+        source: its name, for the error.
+
+    Raises:
+        DataError: not JSON, not this format, unsafe names, or not the bytes that we would write.
+    """
+    try:
+        index = DatasetIndex.model_validate_json(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}"
+            for problem in error.errors(include_url=False)[:5]
+        )
+        raise DataError(f"{source}: not a valid dataset index: {problems}") from None
+    if index.to_bytes() != data:
+        # Otherwise one dataset would have two ids: by its bytes and by its values.
+        raise DataError(
+            f"{source}: not the bytes that this program writes for these values; the file was "
+            "changed by hand or by another version: make the dataset again with `fqgan-data shard`"
+        )
+    return index
+
+
+def write_index(storage: Storage, prefix: str, index: DatasetIndex) -> None:
+    """Publish a dataset by writing its index, once all its shards are there.
+
+    Raises:
+        DataError: another index is there already.
+    """
+    path = join_path(prefix, INDEX_NAME)
+    data = index.to_bytes()
+    try:
+        storage.create_bytes(path, data)
+    except FileExistsError as error:
+        if storage.read_bytes(path) != data:
+            raise DataError(
+                f"{storage.uri(path)}: another dataset is there already; choose another "
+                "destination, or delete it first"
+            ) from error
+
+
+def encode_samples(table: SampleTable, metadata: dict[str, str]) -> bytes:
+    """Write a table of samples as parquet, with text metadata in its footer.
+
+    The bytes depend on the values and on pyarrow's version only.
+    """
+    columns = [
+        pa.array(table.keys, pa.string()),
+        *(
+            pa.array(values, field.type)
+            for values, field in zip(_number_columns(table), list(_SCHEMA)[1:], strict=True)
+        ),
+    ]
+    schema = _SCHEMA.with_metadata({key: metadata[key] for key in sorted(metadata)})
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_samples(data: bytes, *, source: str) -> tuple[SampleTable, dict[str, str]]:
+    """Read a table of samples and its metadata.
+
+    Raises:
+        DataError: not parquet, other columns, unsafe or repeated keys, or impossible numbers.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        columns = [table.column(field.name).cast(field.type) for field in _SCHEMA]
+        metadata = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: not a table of samples: {error}") from error
+    keys: list[str] = columns[0].to_pylist()
+    samples = SampleTable(keys, *(column.to_numpy() for column in columns[1:]))
+    _check_samples(samples, source)
+    metadata.pop("ARROW:schema", None)
+    return samples, metadata
+
+
+def load_samples(storage: Storage, prefix: str, entry: ShardEntry) -> SampleTable:
+    """Read the table of samples of a shard.
+
+    Raises:
+        DataError: the table is missing, damaged, or not of this shard.
+    """
+    path = join_path(prefix, entry.samples_file)
+    source = storage.uri(path)
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: no such file; the dataset is not complete") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.samples_sha256:
+        raise DataError(
+            f"{source}: damaged: its sha256 is {found}, the index has {entry.samples_sha256}; "
+            "copy the dataset again, or make it again with `fqgan-data shard`"
+        )
+    samples, _ = decode_samples(data, source=source)
+    if len(samples) != entry.count:
+        raise DataError(f"{source}: {len(samples)} samples, the index has {entry.count}")
+    if int((samples.offsets + samples.sizes).max()) > entry.bytes:
+        raise DataError(f"{source}: a sample lies beyond the shard's {entry.bytes} bytes")
+    return samples
+
+
+def hash_object(storage: Storage, path: str) -> tuple[str, int]:
+    """Compute the sha256 (hex) and the size in bytes of a stored object, a block at a time.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    digest, size = hashlib.sha256(), 0
+    with storage.open_read(path) as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return digest.hexdigest(), size
+
+
+def _number_columns(table: SampleTable) -> list[np.ndarray]:
+    return [table.labels, table.offsets, table.sizes, table.widths, table.heights]
+
+
+def _check_samples(samples: SampleTable, source: str) -> None:
+    unsafe = next((key for key in samples.keys if not key or not is_safe_key(key)), None)
+    if unsafe is not None:
+        raise DataError(f"{source}: {unsafe!r} is not a safe key: letters, digits, '_' and '-'")
+    if len(set(samples.keys)) != len(samples.keys):
+        raise DataError(f"{source}: a key occurs more than once")
+    minima = (0, 0, 1, 1, 1)
+    for values, minimum in zip(_number_columns(samples), minima, strict=True):
+        if len(values) and int(values.min()) < minimum:
+            raise DataError(f"{source}: {int(values.min())} is below the least possible, {minimum}")
+
+
+def join_path(prefix: str, name: str) -> str:
+    """Join a dataset's prefix, which may be empty, and a name below it."""
+    return f"{prefix.rstrip('/')}/{name}" if prefix.rstrip("/") else name

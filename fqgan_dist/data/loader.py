@@ -1,0 +1,206 @@
+"""Loaders of training batches: any micro-batch of any step, loaded ahead in the background.
+
+Global batch t is the slots [t x M x B, (t + 1) x M x B) of the sample order, its micro-batch m the
+m-th run of B of these. So it is the same for any number of ranks, loader workers or restarts, and
+starting at a step costs nothing. A shard's tables are read when one of its samples is due, and kept
+while the order's window needs them; images are read by their offset in the tar.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from fqgan_dist.data.batches import CodeBatch, ImageBatch
+from fqgan_dist.data.index import DatasetIndex, load_index
+from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
+from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
+from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
+from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.tar_iteration import iterate_shard
+from fqgan_dist.data.views import ViewConfig, num_views
+from fqgan_dist.errors import ConfigError
+
+__all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
+
+BatchT = TypeVar("BatchT")
+
+_THREADS = 2
+_AHEAD_STEPS = 2
+
+
+class _StepLoader(Generic[BatchT]):
+    """Streams a source's micro-batches, step by step."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        build: Callable[[], Callable[[MicroBatchIndex], BatchT]],
+        *,
+        plan: BatchPlan,
+        loader_workers: int,
+    ) -> None:
+        if loader_workers < 0:
+            raise ValueError(f"loader_workers {loader_workers}: expected 0 or more")
+        self.index = index
+        self.plan = plan
+        self._build = build
+        self._source = build()
+        self._loader_workers = loader_workers
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the dataset."""
+        return self.index.num_samples
+
+    @property
+    def dataset_id(self) -> str:
+        """The sha256 of the dataset's index."""
+        return self.index.dataset_id
+
+    def batches(self, start_step: int, micro_batches: Sequence[int]) -> Iterator[list[BatchT]]:
+        """Yield, for every step from `start_step` on and without end, some of its micro-batches.
+
+        Args:
+            start_step: first step, from 0.
+            micro_batches: which of the M micro-batches of each global batch, in this order.
+
+        Raises:
+            DataError: a sample is damaged or missing; names shard and sample.
+        """
+        if start_step < 0 or not micro_batches:
+            raise ValueError(f"start_step {start_step}, micro_batches {list(micro_batches)}")
+        if not all(0 <= index < self.plan.micro_batches_per_step for index in micro_batches):
+            raise ValueError(
+                f"micro_batches {list(micro_batches)}: expected numbers in "
+                f"[0, {self.plan.micro_batches_per_step})"
+            )
+        return self._stream(start_step, tuple(micro_batches))
+
+    def _stream(self, start_step: int, micro_batches: tuple[int, ...]) -> Iterator[list[BatchT]]:
+        wanted = ((step, m) for step in itertools.count(start_step) for m in micro_batches)
+        if self._loader_workers:
+            loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
+        else:
+            ahead = _AHEAD_STEPS * len(micro_batches)
+            loaded = load_in_threads(self._source, wanted, threads=_THREADS, ahead=ahead)
+        while True:
+            yield list(itertools.islice(loaded, len(micro_batches)))
+
+
+class ImageLoader(_StepLoader[ImageBatch]):
+    """Batches of image crops, with the teacher features stored for these very crops."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        prefix: str,
+        *,
+        seed: int,
+        view: ViewConfig,
+        num_views: int | None,
+        micro_batch_size: int,
+        micro_batches_per_step: int,
+        features: FeatureStore | None = None,
+        window_shards: int = DEFAULT_WINDOW_SHARDS,
+        loader_workers: int = 0,
+    ) -> None:
+        """Open a dataset; only its index is read.
+
+        Args:
+            storage: where the dataset is.
+            prefix: its folder.
+            seed: keys the order and the random crops.
+            view: how images are cropped.
+            num_views: epoch e uses view e mod `num_views`. None: every epoch has a view of its own
+                (random crops), or all views that the policy has.
+            micro_batch_size: images per micro-batch (B).
+            micro_batches_per_step: micro-batches per global batch (M).
+            features: stored teacher features, for every view used.
+            window_shards: shards that are mixed with each other; their tables and features are kept
+                in memory.
+            loader_workers: spawned processes that decode; 0: threads of this process.
+
+        Raises:
+            DataError: there is no dataset, or its index is damaged.
+            ConfigError: `num_views` does not fit the policy or the features.
+        """
+        index = load_index(storage, prefix)
+        plan = BatchPlan(
+            seed=seed,
+            window_shards=window_shards,
+            micro_batch_size=micro_batch_size,
+            micro_batches_per_step=micro_batches_per_step,
+        )
+        build = partial(
+            ImageSource,
+            storage.child(prefix),
+            index,
+            plan,
+            view=view,
+            num_views=_check_num_views(view, num_views, has_features=features is not None),
+            features=features,
+        )
+        super().__init__(index, build, plan=plan, loader_workers=loader_workers)
+
+
+class CodeLoader(_StepLoader[CodeBatch]):
+    """Batches of codes; each sample and epoch draws one of the stored views."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        prefix: str,
+        *,
+        codes: CodeStore,
+        seed: int,
+        micro_batch_size: int,
+        micro_batches_per_step: int,
+        window_shards: int = DEFAULT_WINDOW_SHARDS,
+        loader_workers: int = 0,
+    ) -> None:
+        """Open a dataset and its codes; only the dataset's index is read.
+
+        Args:
+            storage: where the dataset is.
+            prefix: its folder.
+            codes: codes of every shard.
+            seed: keys the order and the choice of views.
+            micro_batch_size: samples per micro-batch (B).
+            micro_batches_per_step: micro-batches per global batch (M).
+            window_shards: shards that are mixed with each other; one view of their codes is kept in
+                memory.
+            loader_workers: spawned processes that read; 0: threads of this process.
+
+        Raises:
+            DataError: there is no dataset, or its index is damaged.
+        """
+        index = load_index(storage, prefix)
+        plan = BatchPlan(
+            seed=seed,
+            window_shards=window_shards,
+            micro_batch_size=micro_batch_size,
+            micro_batches_per_step=micro_batches_per_step,
+        )
+        build = partial(CodeSource, storage.child(prefix), index, plan, codes=codes)
+        super().__init__(index, build, plan=plan, loader_workers=loader_workers)
+
+
+def _check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:
+    available = num_views(view.policy)
+    if count is None:
+        if has_features and available is None:
+            raise ConfigError(
+                f"num_views: required with stored teacher features and policy {view.policy!r}; "
+                "name the number of views that were stored"
+            )
+        return available
+    limit = min(available or MAX_VIEWS, MAX_VIEWS) if has_features else available
+    if count < 1 or (limit is not None and count > limit):
+        raise ConfigError(
+            f"num_views: {count} with policy {view.policy!r}; expected 1 to {limit or 'any number'}"
+        )
+    return count

@@ -1,0 +1,353 @@
+"""Records: what was computed once per image and view (teacher features, codes), as parquet files.
+
+A row is a key, a view, the crop it was computed from, and fixed-size binary columns of numbers,
+little-endian (parquet's own fixed-size lists store uint16 as INT32, twice the size and 50 times
+slower to read). The file's metadata names what it was computed from: the fingerprint (weights,
+preprocessing, views, dataset) and the sha256 of the shard. A reader refuses what does not fit.
+
+    <prefix>/<fingerprint>/view-VV/shard-NNNNNN.parquet     features: one row per key
+    <prefix>/<fingerprint>/shard-NNNNNN.parquet             codes: one row per key and view
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.views import CropRecord
+from fqgan_dist.errors import ConfigError, DataError
+
+MAX_CODEBOOK_SIZE = 2**16
+MAX_VIEWS = 2**7
+
+_METADATA_KEY = b"fqgan_records"
+_FIXED_COLUMNS = ("key", "view", "crop_top", "crop_left", "resized_height", "resized_width", "flip")
+_FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
+_COLUMN_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, eq=False)
+class RecordTable:
+    """Rows of one file, n in all."""
+
+    keys: list[str]
+    """Sample keys."""
+    views: np.ndarray
+    """View numbers, (n,) int8."""
+    crops: list[CropRecord]
+    """Which part of the image was used."""
+    columns: dict[str, np.ndarray]
+    """By teacher or codebook: (n, ...) float16 features or uint16 codes."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _ColumnType(Config):
+    """Shape and type of one row of a binary column."""
+
+    dtype: Literal["float16", "uint16"]
+    shape: list[int] = Field(min_length=1)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+
+class _Metadata(Config):
+    """What a file's footer says."""
+
+    format: Literal["fqgan-records-1"] = "fqgan-records-1"
+    fingerprint: str
+    shard_sha256: str
+    num_rows: int
+    columns: dict[str, _ColumnType]
+
+
+def pack_codes(codes: np.ndarray, codebooks: Sequence[str]) -> dict[str, np.ndarray]:
+    """Split codes into one uint16 column per codebook.
+
+    Args:
+        codes: (B, K, h, w), whole numbers in [0, 65536).
+        codebooks: K names.
+
+    Raises:
+        ValueError: another shape, or codes out of range.
+    """
+    if codes.ndim != 4 or codes.shape[1] != len(codebooks):
+        raise ValueError(f"codes {codes.shape}: expected (B, {len(codebooks)}, h, w)")
+    if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < MAX_CODEBOOK_SIZE:
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}: expected [0, 65536)")
+    return {name: codes[:, k].astype("<u2") for k, name in enumerate(codebooks)}
+
+
+def check_codebook_size(codebook_size: int) -> None:
+    """Refuse codebooks whose codes do not fit into uint16.
+
+    Raises:
+        ConfigError: more than 65536 entries.
+    """
+    if codebook_size > MAX_CODEBOOK_SIZE:
+        raise ConfigError(
+            f"codebook_size: {codebook_size} codes do not fit into the 16 bits they are stored in; "
+            f"expected at most {MAX_CODEBOOK_SIZE}"
+        )
+
+
+def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -> bytes:
+    """Write rows as a parquet file.
+
+    Raises:
+        ValueError: columns of other types or lengths, or unsafe names.
+        DataError: a value is not finite (float16 ends at 65504).
+    """
+    columns = {
+        name: _column_type(name, values, len(table)) for name, values in table.columns.items()
+    }
+    metadata = _Metadata(
+        fingerprint=fingerprint, shard_sha256=shard_sha256, num_rows=len(table), columns=columns
+    )
+    arrays: dict[str, pa.Array] = {
+        "key": pa.array(table.keys, pa.string()),
+        "view": pa.array(table.views, pa.int8()),
+        "crop_top": pa.array([crop.top for crop in table.crops], pa.int32()),
+        "crop_left": pa.array([crop.left for crop in table.crops], pa.int32()),
+        "resized_height": pa.array([crop.resized_height for crop in table.crops], pa.int32()),
+        "resized_width": pa.array([crop.resized_width for crop in table.crops], pa.int32()),
+        "flip": pa.array([crop.flip for crop in table.crops], pa.bool_()),
+    }
+    for name, column in columns.items():
+        data = pa.py_buffer(table.columns[name].astype(f"<{column.dtype[0]}2").tobytes())
+        arrays[name] = pa.Array.from_buffers(pa.binary(column.num_bytes), len(table), [None, data])
+    footer = {_METADATA_KEY: metadata.model_dump_json().encode()}
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table(arrays).replace_schema_metadata(footer),
+        sink,
+        compression="zstd",
+        # A dictionary of features, all different, only costs. The stubs of pyarrow lack lists here.
+        use_dictionary=list(_FIXED_COLUMNS[1:]),  # pyright: ignore[reportArgumentType]
+    )
+    return sink.getvalue()
+
+
+def decode_records(data: bytes, *, fingerprint: str, shard_sha256: str, source: str) -> RecordTable:
+    """Read and verify a parquet file of rows.
+
+    Args:
+        data: the file.
+        fingerprint: what the rows must have been computed with.
+        shard_sha256: the shard they must have been computed from.
+        source: the file's name, for the error.
+
+    Raises:
+        DataError: not such a file, damaged, or computed with or from something else.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        metadata = _Metadata.model_validate_json((table.schema.metadata or {})[_METADATA_KEY])
+        table = table.select([*_FIXED_COLUMNS, *metadata.columns])
+    except (pa.ArrowException, OSError, KeyError, ValidationError) as error:
+        raise DataError(f"{source}: not a file of records: {error}; delete it") from error
+    for what, found, expected in (
+        ("fingerprint", metadata.fingerprint, fingerprint),
+        ("shard sha256", metadata.shard_sha256, shard_sha256),
+        ("number of rows", metadata.num_rows, table.num_rows),
+    ):
+        if found != expected:
+            raise DataError(
+                f"{source}: {what} is {found!r}, expected {expected!r}; the file belongs to other "
+                "weights, views or data: compute it again"
+            )
+    fixed = {name: table.column(name).to_pylist() for name in _FIXED_COLUMNS}
+    crops = [
+        CropRecord(*values) for values in zip(*(fixed[n] for n in _FIXED_COLUMNS[2:]), strict=True)
+    ]
+    columns = {
+        name: _read_binary(table.column(name), column, source)
+        for name, column in metadata.columns.items()
+    }
+    return RecordTable(fixed["key"], np.asarray(fixed["view"], np.int8), crops, columns)
+
+
+def _column_type(name: str, values: np.ndarray, num_rows: int) -> _ColumnType:
+    if _COLUMN_NAME.fullmatch(name) is None or name in _FIXED_COLUMNS:
+        raise ValueError(f"column {name!r}: expected a name of lower-case letters, digits and '_'")
+    if values.dtype.name not in ("float16", "uint16") or values.ndim < 2 or len(values) != num_rows:
+        raise ValueError(
+            f"column {name!r}: {values.dtype} {values.shape}; "
+            f"expected float16 or uint16 of shape ({num_rows}, ...)"
+        )
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DataError(
+            f"column {name!r}: values that are not finite in float16; check the teacher"
+        )
+    dtype: Any = values.dtype.name
+    return _ColumnType(dtype=dtype, shape=list(values.shape[1:]))
+
+
+def _read_binary(column: pa.ChunkedArray, expected: _ColumnType, source: str) -> np.ndarray:
+    if column.type != pa.binary(expected.num_bytes) or column.null_count:
+        raise DataError(f"{source}: a column of type {column.type}; expected {expected}; delete it")
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    values = np.frombuffer(array.buffers()[1], dtype=f"<{expected.dtype[0]}2")
+    start = array.offset * expected.num_bytes // 2
+    return values[start : start + len(array) * expected.num_bytes // 2].reshape(
+        len(array), *expected.shape
+    )
+
+
+class _RecordStore:
+    """Files of one fingerprint below a prefix of a storage."""
+
+    def __init__(self, storage: Storage, prefix: str, fingerprint: str) -> None:
+        if _FINGERPRINT.fullmatch(fingerprint) is None:
+            raise ValueError(f"fingerprint {fingerprint!r}: expected 8 to 64 hexadecimal digits")
+        self.storage = storage
+        self.folder = f"{prefix}/{fingerprint}"
+        self.fingerprint = fingerprint
+
+    def _write(self, path: str, entry: ShardEntry, table: RecordTable) -> None:
+        data = encode_records(table, fingerprint=self.fingerprint, shard_sha256=entry.sha256)
+        self.storage.write_bytes(path, data)
+
+    def _read(self, path: str, entry: ShardEntry) -> RecordTable:
+        source = self.storage.uri(path)
+        try:
+            data = self.storage.read_bytes(path)
+        except FileNotFoundError as error:
+            raise DataError(f"{source}: no such file; run the stage that computes it") from error
+        return decode_records(
+            data, fingerprint=self.fingerprint, shard_sha256=entry.sha256, source=source
+        )
+
+
+class FeatureStore(_RecordStore):
+    """Teacher features: one file per shard and view, a column per teacher."""
+
+    def path(self, entry: ShardEntry, view: int) -> str:
+        """Name the file of a shard and view.
+
+        Raises:
+            ValueError: the view is not in [0, 128).
+        """
+        if not 0 <= view < MAX_VIEWS:
+            raise ValueError(f"view {view}: expected a view in [0, {MAX_VIEWS})")
+        return f"{self.folder}/view-{view:02d}/{entry.file.removesuffix('.tar')}.parquet"
+
+    def exists(self, entry: ShardEntry, view: int) -> bool:
+        """Tell whether a shard and view are done; a file is written whole or not at all."""
+        return self.storage.exists(self.path(entry, view))
+
+    def write(
+        self,
+        entry: ShardEntry,
+        view: int,
+        *,
+        keys: list[str],
+        crops: list[CropRecord],
+        features: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write a shard's features of one view, in the order of the shard's rows.
+
+        Args:
+            entry: the shard.
+            view: the view.
+            keys: all keys of the shard.
+            crops: the crop of each key.
+            features: by teacher, (n, F) float; stored as float16.
+        """
+        with np.errstate(over="ignore"):  # what overflows is reported with its column's name
+            columns = {name: np.asarray(values).astype("<f2") for name, values in features.items()}
+        table = RecordTable(keys, np.full(len(keys), view, np.int8), crops, columns)
+        self._write(self.path(entry, view), entry, table)
+
+    def read(self, entry: ShardEntry, view: int, keys: Sequence[str]) -> RecordTable:
+        """Read a shard's features of one view.
+
+        Raises:
+            DataError: missing, damaged, of something else, or not of these keys in this order.
+        """
+        path = self.path(entry, view)
+        table = self._read(path, entry)
+        if table.keys != list(keys) or not (table.views == view).all():
+            raise DataError(
+                f"{self.storage.uri(path)}: its keys or views are not those of {entry.file!r}, "
+                f"view {view}; delete the file and compute it again"
+            )
+        return table
+
+
+class CodeStore(_RecordStore):
+    """Codes: one file per shard, a column per codebook, a row per key and view (key by key)."""
+
+    def path(self, entry: ShardEntry) -> str:
+        """Name the file of a shard."""
+        return f"{self.folder}/{entry.file.removesuffix('.tar')}.parquet"
+
+    def exists(self, entry: ShardEntry) -> bool:
+        """Tell whether a shard is done; a file is written whole or not at all."""
+        return self.storage.exists(self.path(entry))
+
+    def write(
+        self,
+        entry: ShardEntry,
+        *,
+        keys: list[str],
+        crops: list[list[CropRecord]],
+        codes: np.ndarray,
+        codebooks: Sequence[str],
+    ) -> None:
+        """Write a shard's codes, in the order of the shard's rows.
+
+        Args:
+            entry: the shard.
+            keys: all n keys of the shard.
+            crops: for each key the crop of each view.
+            codes: (n, views, K, h, w) whole numbers in [0, 65536).
+            codebooks: K names, in the order of the model.
+        """
+        num_views = codes.shape[1]
+        if not 1 <= num_views <= MAX_VIEWS or len(codes) != len(keys):
+            raise ValueError(
+                f"codes {codes.shape}: expected ({len(keys)}, views up to {MAX_VIEWS}, K, h, w)"
+            )
+        table = RecordTable(
+            keys=[key for key in keys for _ in range(num_views)],
+            views=np.tile(np.arange(num_views, dtype=np.int8), len(keys)),
+            crops=[crop for per_key in crops for crop in per_key],
+            columns=pack_codes(codes.reshape(-1, *codes.shape[2:]), codebooks),
+        )
+        self._write(self.path(entry), entry, table)
+
+    def read(self, entry: ShardEntry, keys: Sequence[str]) -> np.ndarray:
+        """Read a shard's codes: (n, views, K, h, w) uint16, codebooks in the order written.
+
+        Raises:
+            DataError: missing, damaged, of something else, or not of these keys in this order.
+        """
+        path = self.path(entry)
+        table = self._read(path, entry)
+        num_views = len(table) // max(1, len(keys))
+        expected_keys = [key for key in keys for _ in range(num_views)]
+        expected_views = np.tile(np.arange(num_views, dtype=np.int8), len(keys))
+        if table.keys != expected_keys or not np.array_equal(table.views, expected_views):
+            raise DataError(
+                f"{self.storage.uri(path)}: its keys or views are not those of {entry.file!r}; "
+                "delete the file and compute it again"
+            )
+        codes = np.stack(list(table.columns.values()), axis=1)
+        return codes.reshape(len(keys), num_views, *codes.shape[1:])

@@ -1,0 +1,188 @@
+"""Views: how an image becomes a square crop, as a pure function of (seed, key, view).
+
+Three policies, resized and cropped exactly as the reference does (LlamaGen's and ADM's functions):
+halvings with a BOX filter while the short side is at least twice the target, then one bicubic step.
+
+Source: FQGAN, arXiv 2411.16681, preprocessing of its published code; ten crops as in torchvision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS
+from fqgan_dist.errors import DataError
+from fqgan_dist.randomness import numpy_generator
+
+ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
+
+_WORDS_PER_VIEW = 4
+_TEN_CROP_PLACES = 5
+
+
+class ViewConfig(Config):
+    """How images are cropped."""
+
+    policy: ViewPolicy
+    """`random_crop_flip`: a random scale, place and mirroring per view. `ten_crop`: views 0-4 are
+    the corners (top left, top right, bottom left, bottom right) and the centre of a larger centre
+    crop, 5-9 the same of its mirror image. `center`: the one centre crop."""
+    image_size: int = Field(ge=1)
+    """Side of the crop in pixels."""
+    max_resize_ratio: float = Field(default=1.25, ge=1)
+    """random_crop_flip: the short side is uniform in image_size x [1, max_resize_ratio]."""
+    crop_ratio: float = Field(default=1.1, ge=1)
+    """ten_crop: side of the centre crop that the ten are taken from, over image_size."""
+
+    @model_validator(mode="after")
+    def _check_used(self) -> ViewConfig:
+        users = {"max_resize_ratio": "random_crop_flip", "crop_ratio": "ten_crop"}
+        for name, policy in users.items():
+            default = type(self).model_fields[name].default
+            if self.policy != policy and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r} has no effect with policy {self.policy!r}; "
+                    f"leave it out, or choose policy {policy!r}"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class CropRecord:
+    """Which part of an image a view shows: crop the resized image, then mirror it if `flip`."""
+
+    top: int
+    """First row of the crop in the resized, not mirrored image."""
+    left: int
+    """First column of the crop in the resized, not mirrored image."""
+    resized_height: int
+    """Height of the resized image."""
+    resized_width: int
+    """Width of the resized image."""
+    flip: bool
+    """Whether the crop is mirrored left to right."""
+
+
+def num_views(policy: ViewPolicy) -> int | None:
+    """Count the views of a policy; None where there are as many as one asks for."""
+    match policy:
+        case "random_crop_flip":
+            return None
+        case "ten_crop":
+            return 2 * _TEN_CROP_PLACES
+        case "center":
+            return 1
+
+
+def apply_view(
+    image: Image.Image, config: ViewConfig, *, seed: int, key: str, view: int
+) -> tuple[np.ndarray, CropRecord]:
+    """Crop an image; an image smaller than the target is enlarged by the same rule.
+
+    Args:
+        image: RGB.
+        config: the policy and its sizes.
+        seed: seed of the run; like `key`, it matters to `random_crop_flip` alone.
+        key: the sample's key.
+        view: a number that the random crop is drawn for, or the number of the fixed crop.
+
+    Returns:
+        The crop, (H, W, 3) uint8, and where it was taken from.
+
+    Raises:
+        ValueError: the image is not RGB, or the policy has no such view.
+        DataError: the image is so long and thin that resizing it would take too much memory.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"sample {key!r}: image mode {image.mode!r}; expected 'RGB'")
+    count = num_views(config.policy)
+    if view < 0 or (count is not None and view >= count):
+        raise ValueError(f"view {view}: policy {config.policy!r} has views 0 to {(count or 0) - 1}")
+    size = config.image_size
+    match config.policy:
+        case "random_crop_flip":
+            resized, crop = _place_random_crop(image, config, seed=seed, key=key, view=view)
+        case "ten_crop":
+            resized = resize_short_side(image, int(size * config.crop_ratio), name=key)
+            crop = _place_ten_crop(resized, int(size * config.crop_ratio), size, view)
+        case "center":
+            resized = resize_short_side(image, size, name=key)
+            top, left = (resized.height - size) // 2, (resized.width - size) // 2
+            crop = CropRecord(top, left, resized.height, resized.width, flip=False)
+    return cut(resized, crop, size), crop
+
+
+def resize_short_side(image: Image.Image, short_side: int, *, name: str) -> Image.Image:
+    """Resize an image so that its short side has a length, as ADM does.
+
+    Raises:
+        DataError: the result would have more pixels than the decoding limit.
+    """
+    ratio = short_side / min(image.size)
+    if image.width * ratio * image.height * ratio > DEFAULT_MAX_PIXELS:
+        raise DataError(
+            f"sample {name!r}: an image of {image.width}x{image.height} pixels, resized to a short "
+            f"side of {short_side}, would have more than {DEFAULT_MAX_PIXELS} pixels; remove it"
+        )
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short_side / min(image.size)
+    target = (round(image.width * scale), round(image.height * scale))
+    return image.resize(target, Image.Resampling.BICUBIC)
+
+
+def cut(resized: Image.Image, crop: CropRecord, size: int) -> np.ndarray:
+    """Cut a recorded crop out of a resized image: (size, size, 3) uint8."""
+    box = (crop.left, crop.top, crop.left + size, crop.top + size)
+    pixels = np.asarray(resized.crop(box))
+    return np.ascontiguousarray(pixels[:, ::-1]) if crop.flip else pixels.copy()
+
+
+def _place_random_crop(
+    image: Image.Image, config: ViewConfig, *, seed: int, key: str, view: int
+) -> tuple[Image.Image, CropRecord]:
+    # Raw words, not Generator methods: those may change between NumPy versions, and stored teacher
+    # features belong to these very crops.
+    generator = numpy_generator(seed, "view", key, view)
+    words = [int(word) for word in generator.bit_generator.random_raw(_WORDS_PER_VIEW)]
+    size = config.image_size
+    # The reference takes the ceiling; the small number undoes rounding such as 1.1 x 20 > 22.
+    longest = math.ceil(size * config.max_resize_ratio - 1e-9)
+    resized = resize_short_side(image, size + _below(words[0], longest - size + 1), name=key)
+    crop = CropRecord(
+        top=_below(words[1], resized.height - size + 1),
+        left=_below(words[2], resized.width - size + 1),
+        resized_height=resized.height,
+        resized_width=resized.width,
+        flip=bool(_below(words[3], 2)),
+    )
+    return resized, crop
+
+
+def _below(word: int, bound: int) -> int:
+    """Map a uniform 64-bit word to [0, bound); the bias is below bound / 2**64."""
+    return (word * bound) >> 64
+
+
+def _place_ten_crop(resized: Image.Image, outer: int, size: int, view: int) -> CropRecord:
+    flip, place = divmod(view, _TEN_CROP_PLACES)
+    rest = outer - size
+    middle = round(rest / 2)  # to even at .5, as torchvision's five_crop
+    top, left = [(0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)][place]
+    if flip:
+        # Places are counted in the mirror image; a crop is recorded in the image itself.
+        left = rest - left
+    return CropRecord(
+        top=(resized.height - outer) // 2 + top,
+        left=(resized.width - outer) // 2 + left,
+        resized_height=resized.height,
+        resized_width=resized.width,
+        flip=bool(flip),
+    )

@@ -1,0 +1,1 @@
+"""Who runs the stages where: the only package that may import ray."""

@@ -1,0 +1,167 @@
+"""The `autoregressive` stage: train FAR on codes, and load what it trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fqgan_dist.autoregressive.losses import compute_code_losses
+from fqgan_dist.autoregressive.optimization import decay_groups
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
+from fqgan_dist.data.loader import CodeBatch, CodeLoader
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.evaluation.codebook_usage import CodeHistogram
+from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
+from fqgan_dist.stages.codes import code_store, read_all_codes
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.training import (
+    load_weights,
+    run_training,
+    trained_outputs,
+    training_settings,
+)
+from fqgan_dist.training.engine_plain import PlainEngine
+from fqgan_dist.training.micro_batches import assign_slots
+
+
+class AutoregressiveStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that moves a weight."""
+        stage = self.context.config.autoregressive
+        return {
+            "model": stage.model.model_dump(mode="json"),
+            "training": training_settings(stage.training),
+            "window_shards": self.context.config.data.window_shards,
+            "data_seed": self.context.config.data.seed,
+        }
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return the codes."""
+        return {"codes": self.context.require("codes").outputs}
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
+        """Train to the last step."""
+        context = self.context
+        training = context.config.autoregressive.training
+        task = build_autoregressive_task(context)
+        loader = build_code_loader(context)
+        slots = assign_slots(training.micro_batches_per_step, context.world)
+
+        def batches(first_step: int) -> Iterator[Sequence[CodeBatch]]:
+            return loader.batches(first_step, [slot.micro_batch for slot in slots])
+
+        result = run_training(context, STAGE, task, batches, training)
+        return StageOutcome(
+            outputs=trained_outputs(context, STAGE, result),
+            metrics={
+                f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
+                for name, value in result.metrics.items()
+            },
+        )
+
+
+def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
+    """Build model and engine of a run; initial weights depend on the seed only.
+
+    Raises:
+        ConfigError: the dataset has more classes than the model.
+    """
+    config = context.config.autoregressive
+    index = context.load_dataset("train")
+    if index.num_classes > config.model.num_classes:
+        raise ConfigError(
+            f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
+            f"{index.num_classes} classes of dataset {index.name!r}; raise it"
+        )
+    with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
+        model = FactorizedTransformer(config.model)
+    engine = PlainEngine(
+        model,
+        config.training.optimizer,
+        name=STAGE,
+        world=context.world,
+        num_micro_batches=config.training.micro_batches_per_step,
+        device=context.device,
+        parameter_groups=[
+            dict(group) for group in decay_groups(model, config.training.optimizer.weight_decay)
+        ],
+    )
+    return AutoregressiveTask(
+        engine=engine,
+        training=config.training,
+        codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
+        evaluate_fn=HeldOutCodes(context).measure_model,
+    )
+
+
+def build_code_loader(context: RunContext) -> CodeLoader:
+    """Build the loader of the training codes."""
+    config, training = context.config, context.config.autoregressive.training
+    return CodeLoader(
+        context.storage,
+        context.dataset_prefix("train"),
+        codes=code_store(context, "train"),
+        seed=config.data.seed,
+        micro_batch_size=training.micro_batch_size,
+        micro_batches_per_step=training.micro_batches_per_step,
+        window_shards=config.data.window_shards,
+        loader_workers=config.data.loader_workers,
+    )
+
+
+def load_model(context: RunContext) -> FactorizedTransformer:
+    """Load the finished generator for inference: averaged weights if there are any, on the device.
+
+    Raises:
+        DataError: the stage has not finished.
+        CheckpointError: the checkpoint is damaged or of another architecture.
+    """
+    config = context.config.autoregressive
+    model = FactorizedTransformer(config.model)
+    load_weights(model, context, STAGE, config.training)
+    return model.to(context.device).eval().requires_grad_(False)
+
+
+class HeldOutCodes:
+    """The first validation codes, kept in memory, to measure a model on."""
+
+    def __init__(self, context: RunContext) -> None:
+        training = context.config.autoregressive.training
+        index = context.load_dataset("val")
+        count = min(training.evaluation_samples, index.num_samples)
+        self.context = context
+        self.codes, self.labels = read_all_codes(context, "val", index, count)
+        self.batch_size = training.micro_batch_size
+        model = context.config.autoregressive.model
+        histogram = CodeHistogram(model.num_codebooks, model.codebook_size)
+        histogram.update(self.codes)
+        # What a model that knows nothing but how often each code occurs could reach.
+        self.unigram_entropy = float(np.mean(histogram.unigram_entropy()))
+
+    @torch.inference_mode()
+    def measure_model(self, model: FactorizedTransformer) -> dict[str, float]:
+        """Compute the teacher-forced loss, nats per code; every rank computes all of it."""
+        device = self.context.device
+        total = torch.zeros((), dtype=torch.float64)
+        for codes, labels in zip(
+            self.codes.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+        ):
+            losses = compute_code_losses(model(codes.to(device), labels.to(device)), codes.to(device))
+            total += losses.double().mean().cpu() * len(codes)
+        loss = float(total) / len(self.codes)
+        return {
+            f"{STAGE}/validation/validation_loss": loss,
+            f"{STAGE}/validation/unigram_entropy": self.unigram_entropy,
+            f"{STAGE}/validation/loss_over_unigram_entropy": loss / self.unigram_entropy,
+        }

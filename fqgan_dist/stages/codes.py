@@ -1,0 +1,167 @@
+"""The `codes` stage: every crop of every image as codes, the generator's training data.
+
+Training images give the crops of `codes.views` (the paper: ten), validation images their centre
+crop. A chunk is one shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fqgan_dist.data.index import DatasetIndex, load_samples
+from fqgan_dist.data.records import CodeStore, check_codebook_size
+from fqgan_dist.data.views import CropRecord, ViewConfig, num_views
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.images import center_view, read_shard
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.tokenizer import encode_images, load_tokenizer
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
+
+STAGE = "codes"
+
+
+class CodesStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the codes, besides the tokenizer."""
+        codes = self.context.config.codes
+        return {"views": codes.views.model_dump(mode="json"), "batch_size": codes.batch_size}
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return the images and the tokenizer's weights."""
+        shards = self.context.require("shards").outputs
+        tokenizer = self.context.require("tokenizer").outputs
+        return {
+            "train": shards["train"],
+            "val": shards["val"],
+            "tokenizer": tokenizer["weights"],
+        }
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:
+        """Extract what is missing of both splits."""
+        check_codebook_size(self.context.config.tokenizer.model.codebook_size)
+        outputs: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
+        for split in ("train", "val"):
+            work = CodeWork(self.context, split)
+            run_chunks(work)
+            outputs[split] = work.store.fingerprint
+            metrics[f"{STAGE}/{split}_crops"] = sum(work.size(chunk) for chunk in work.chunks())
+        return StageOutcome(outputs=outputs, metrics=metrics)
+
+
+class CodeWork:
+    """Code extraction of one split; chunk s is shard s."""
+
+    unit = "crops"
+
+    def __init__(self, context: RunContext, split: str) -> None:
+        self.context = context
+        self.split = split
+        self.description = f"{split} codes"
+        self.index = context.load_dataset(split)
+        self.view = context.config.codes.views if split == "train" else center_view(context)
+        self.views = range(_count_views(self.view))
+        self.store = CodeStore(context.storage, STAGE, self._fingerprint())
+
+    def chunks(self) -> Sequence[int]:
+        """All shards."""
+        return range(len(self.index.shards))
+
+    def size(self, chunk: int) -> int:
+        """Crops of the shard."""
+        return self.index.shards[chunk].count * len(self.views)
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the file is there; it is written whole or not at all."""
+        return self.store.exists(self.index.shards[chunk])
+
+    def process(self, chunk: int) -> None:
+        """Extract one shard."""
+        entry = self.index.shards[chunk]
+        keys: list[str] = []
+        crops: list[list[CropRecord]] = []
+        codes: list[np.ndarray] = []
+        for batch in read_shard(
+            self.context.storage,
+            self.context.dataset_prefix(self.split),
+            entry,
+            self.view,
+            self.views,
+            seed=self.context.config.data.seed,
+            batch_size=self.context.config.codes.batch_size,
+        ):
+            encoded = encode_images(self._tokenizer, batch.images, self.context.device).numpy()
+            codes.append(encoded.reshape(len(batch.keys), len(self.views), *encoded.shape[1:]))
+            keys += batch.keys
+            crops += batch.crops
+        names = [book.name for book in self.context.config.tokenizer.model.codebooks]
+        self.store.write(
+            entry, keys=keys, crops=crops, codes=np.concatenate(codes), codebooks=names
+        )
+
+    @functools.cached_property
+    def _tokenizer(self) -> FactorizedTokenizer:
+        return load_tokenizer(self.context)
+
+    def _fingerprint(self) -> str:
+        identity = {
+            "dataset": self.index.dataset_id,
+            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+            "views": self.view.model_dump(mode="json"),
+            "batch_size": self.context.config.codes.batch_size,
+        }
+        text = json.dumps(identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def code_store(context: RunContext, split: str) -> CodeStore:
+    """Open the codes of a finished `codes` stage."""
+    return CodeStore(context.storage, STAGE, context.require(STAGE).outputs[split])
+
+
+def read_all_codes(
+    context: RunContext, split: str, index: DatasetIndex, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read view 0 of the first `count` samples.
+
+    Returns:
+        Codes (n, K, h, w) and labels (n,), both int64.
+    """
+    from fqgan_dist.data.index import load_samples
+
+    store, prefix = code_store(context, split), context.dataset_prefix(split)
+    codes: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    remaining = count
+    for entry in index.shards:
+        if remaining <= 0:
+            break
+        table = load_samples(context.storage, prefix, entry)
+        codes.append(store.read(entry, table.keys)[:remaining, 0].astype(np.int64))
+        labels.append(table.labels[:remaining].astype(np.int64))
+        remaining -= entry.count
+    return torch.from_numpy(np.concatenate(codes)), torch.from_numpy(np.concatenate(labels))
+
+
+def _count_views(view: ViewConfig) -> int:
+    count = num_views(view.policy)
+    if count is None:
+        raise ConfigError(
+            f"codes.views.policy: {view.policy!r} has no fixed number of views; "
+            f"expected 'ten_crop' or 'center'"
+        )
+    return count

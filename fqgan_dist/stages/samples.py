@@ -1,0 +1,122 @@
+"""The `samples` stage: codes drawn from the generator, chunk by chunk.
+
+A sample is a function of its id and the seed; its codes are kept, as they take a few hundred bytes
+and decode to the same image whenever one is wanted. A chunk is a range of sample ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
+from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.stages.autoregressive import load_model
+from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+
+STAGE = "samples"
+
+
+class SamplesStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the samples, besides the generator."""
+        return self.context.config.samples.model_dump(mode="json")
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return the generator's weights, and the dataset for its classes."""
+        return {
+            "autoregressive": self.context.require("autoregressive").outputs["weights"],
+            "train": self.context.require("shards").outputs["train"],
+        }
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:
+        """Draw the samples that are missing."""
+        work = SampleWork(self.context)
+        run_chunks(work)
+        return StageOutcome(
+            outputs={"fingerprint": work.files.fingerprint},
+            metrics={f"{STAGE}/count": self.context.config.samples.count},
+        )
+
+
+class SampleWork:
+    """Sampling; chunk c is the sample ids [c * chunk_size, (c + 1) * chunk_size)."""
+
+    description = "samples"
+    unit = "samples"
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.num_classes = context.load_dataset("train").num_classes
+        self.files = sample_files(context)
+
+    def chunks(self) -> Sequence[int]:
+        """All ranges of ids."""
+        samples = self.context.config.samples
+        return range(count_chunks(samples.count, samples.chunk_size))
+
+    def size(self, chunk: int) -> int:
+        """Ids in the range."""
+        return len(self._ids(chunk))
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the file is there; it is written whole or not at all."""
+        return self.files.exists(chunk)
+
+    def process(self, chunk: int) -> None:
+        """Draw one range."""
+        ids = self._ids(chunk)
+        settings = self.context.config.samples
+        model = self.context.config.autoregressive.model
+        labels = torch.tensor([sample % self.num_classes for sample in ids])
+        uniforms = draw_uniforms(
+            ids,
+            seed=settings.seed,
+            num_positions=model.num_positions,
+            num_codebooks=model.num_codebooks,
+        )
+        device = self.context.device
+        codes = generate_codes(
+            self._model, labels.to(device), uniforms.to(device), settings.sampling
+        )
+        self.files.write(chunk, {"codes": codes.to(torch.int32).cpu(), "labels": labels})
+
+    @functools.cached_property
+    def _model(self) -> FactorizedTransformer:
+        return load_model(self.context)
+
+    def _ids(self, chunk: int) -> range:
+        samples = self.context.config.samples
+        return chunk_range(chunk, samples.chunk_size, samples.count)
+
+
+def sample_files(context: RunContext) -> TensorFiles:
+    """Open the chunks of samples of a run whose generator has finished."""
+    identity = {
+        "weights": context.require("autoregressive").outputs["weights"],
+        "samples": context.config.samples.model_dump(mode="json"),
+        "num_classes": context.load_dataset("train").num_classes,
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return TensorFiles(context.storage, STAGE, fingerprint)
+
+
+def read_samples(files: TensorFiles, chunk: int) -> tuple[Tensor, Tensor]:
+    """Read codes (n, K, h, w) and labels (n,), both int64."""
+    tensors = files.read(chunk)
+    return tensors["codes"].long(), tensors["labels"]

@@ -1,0 +1,151 @@
+"""The `shards` stage: training and validation images as WebDataset shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fqgan_dist.data.listing import SourceListing
+from fqgan_dist.data.photographs import PhotographsConfig
+from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_dataset
+from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS, open_source
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.randomness import numpy_generator
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.telemetry.progress import track
+
+logger = logging.getLogger(__name__)
+
+STAGE = "shards"
+SPLITS = ("train", "val")
+PHOTOGRAPHS_VAL_SHARE = 4
+"""Validation crops per photograph are the training crops' number divided by this."""
+
+
+class ShardsStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the bytes of the shards."""
+        data = self.context.config.data
+        decisive = {"source", "validation_source", "validation_fraction", "seed", "name"}
+        decisive |= {"samples_per_shard", "short_side"}
+        settings = data.model_dump(mode="json", include=decisive)
+        if data.source == BUILTIN_PHOTOGRAPHS:
+            settings["crops_per_photograph"] = data.crops_per_photograph
+            settings["image_size"] = data.views.image_size
+        return settings
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Nothing: this is the first stage."""
+        return {}
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  parallel inside
+        """Write both splits; the class list is the training split's."""
+        ids: dict[str, str] = {}
+        metrics: dict[str, Any] = {}
+        classes: list[str] | None = None
+        for split in SPLITS:
+            with _open_split(self.context, split) as source:
+                index, report = self._build(source, split, classes)
+            classes = index.classes
+            ids[split] = index.dataset_id
+            metrics[f"{STAGE}/{split}_images"] = index.num_samples
+            metrics[f"{STAGE}/{split}_problems"] = len(report.problems)
+        metrics[f"{STAGE}/classes"] = len(classes or [])
+        return StageOutcome(outputs=ids, metrics=metrics)
+
+    def _build(
+        self, source: SourceListing, split: str, classes: list[str] | None
+    ) -> tuple[Any, ShardingReport]:
+        data = self.context.config.data
+        config = ShardingConfig(
+            name=data.name,
+            split=split,
+            samples_per_shard=data.samples_per_shard,
+            seed=data.seed,
+            # Validation keeps its bytes: it is the reference of rFID.
+            short_side=data.short_side if split == "train" else None,
+        )
+        with track(len(source), f"{split} shards", "images") as bar:
+            done = 0
+
+            def advance(_: str, now: int, __: int) -> None:
+                nonlocal done
+                bar.advance(now - done)
+                done = now
+
+            return build_dataset(
+                source,
+                self.context.storage,
+                self.context.dataset_prefix(split),
+                config,
+                classes=classes,
+                progress=advance,
+            )
+
+
+@contextmanager
+def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
+    """Open the images of a split: their own source if there is one, else a share of the only one."""
+    data = context.config.data
+    if data.source == BUILTIN_PHOTOGRAPHS:
+        crops = data.crops_per_photograph
+        photographs = PhotographsConfig(
+            image_size=data.views.image_size,
+            crops_per_photograph=(
+                crops if split == "train" else max(1, crops // PHOTOGRAPHS_VAL_SHARE)
+            ),
+            seed=data.seed,
+        )
+        with open_source(data.source, split=split, photographs=photographs) as source:
+            yield source
+        return
+    train, val = _locate_splits(data.source, data.validation_source)
+    with open_source(train if split == "train" or val is None else val) as source:
+        if val is None:
+            source = _hold_out(source, split, data.validation_fraction, data.seed)
+        yield source
+
+
+def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
+    """Find the training and validation images of a source; None: there is no validation source."""
+    folder = Path(source)
+    train = str(folder / "train") if "://" not in source and (folder / "train").is_dir() else source
+    if validation_source is not None:
+        return train, validation_source
+    head, _, name = train.rpartition("/")
+    if not name.startswith("train"):
+        return train, None
+    val = f"{head}/val{name.removeprefix('train')}" if head else f"val{name.removeprefix('train')}"
+    return train, val if "://" not in val and Path(val).exists() else None
+
+
+def _hold_out(
+    source: SourceListing, split: str, fraction: float, seed: int
+) -> SourceListing:
+    """Take a split's share of a source: a seeded choice among the sorted names.
+
+    Raises:
+        ConfigError: one of the shares would be empty.
+    """
+    num_val = round(len(source) * fraction)
+    if not 0 < num_val < len(source):
+        raise ConfigError(
+            f"data.validation_fraction: {fraction} of the {len(source)} images of {source.uri} "
+            f"leaves a split empty; change it, or name data.validation_source"
+        )
+    order = numpy_generator(seed, "held_out").permutation(len(source))
+    rows = np.sort(order[:num_val] if split == "val" else order[num_val:])
+    logger.info("%s: no validation images beside it; %d are held out", source.uri, num_val)
+    return source.select(rows)

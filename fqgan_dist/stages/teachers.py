@@ -1,0 +1,184 @@
+"""The `teachers` stage: features of every training view, stored beside the shards.
+
+One file per shard and view holds all teachers' features; a chunk is one such file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fqgan_dist.data.records import FeatureStore
+from fqgan_dist.data.views import CropRecord
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.images import read_shard
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.tokenizer_task import TeacherFeatures
+from fqgan_dist.stages.weights import resolve_weights
+from fqgan_dist.teachers.build import build_teacher
+from fqgan_dist.teachers.teacher import Teacher
+
+STAGE = "teachers"
+
+
+class TeachersStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the features."""
+        config = self.context.config
+        return {
+            "networks": {
+                name: teacher.model_dump(mode="json")
+                for name, teacher in config.teachers.networks.items()
+            },
+            "precompute": config.teachers.precompute,
+            "views": config.data.views.model_dump(mode="json"),
+            "num_views": config.data.num_views,
+            "data_seed": config.data.seed,
+        }
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return the training images."""
+        return {"train": self.context.require("shards").outputs["train"]}
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:
+        """Compute the features that are missing."""
+        config = self.context.config.teachers
+        if not config.networks or not config.precompute:
+            return StageOutcome(outputs={"fingerprint": ""})
+        work = TeacherWork(self.context)
+        run_chunks(work)
+        return StageOutcome(
+            outputs={"fingerprint": work.store.fingerprint},
+            metrics={
+                f"{STAGE}/features": sum(work.size(chunk) for chunk in work.chunks()),
+                f"{STAGE}/weights": {
+                    name: teacher.weights.source for name, teacher in config.networks.items()
+                },
+            },
+        )
+
+
+class TeacherWork:
+    """Feature extraction; chunk v * num_shards + s is view v of shard s."""
+
+    description = "teacher features"
+    unit = "images"
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.index = context.load_dataset("train")
+        self.store = FeatureStore(context.storage, "features", self._fingerprint())
+
+    def chunks(self) -> Sequence[int]:
+        """All shards of view 0, then of view 1 ..."""
+        num_views = self.context.config.data.num_views
+        assert num_views is not None, "RunConfig requires num_views with precomputed features"
+        return range(num_views * len(self.index.shards))
+
+    def size(self, chunk: int) -> int:
+        """Images of the shard."""
+        return self._locate(chunk)[1].count
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the file is there; it is written whole or not at all."""
+        view, entry = self._locate(chunk)
+        return self.store.exists(entry, view)
+
+    def process(self, chunk: int) -> None:
+        """Compute one file."""
+        view, entry = self._locate(chunk)
+        config = self.context.config
+        keys: list[str] = []
+        crops: list[CropRecord] = []
+        features: dict[str, list[np.ndarray]] = {name: [] for name in self._teachers}
+        for batch in read_shard(
+            self.context.storage,
+            self.context.dataset_prefix("train"),
+            entry,
+            config.data.views,
+            (view,),
+            seed=config.data.seed,
+            batch_size=config.teachers.batch_size,
+        ):
+            keys += batch.keys
+            crops += [crop for (crop,) in batch.crops]
+            images = batch.images.to(self.context.device)
+            for name, value in compute_features(self._teachers, images).items():
+                features[name].append(value.cpu().numpy())
+        joined = {name: np.concatenate(parts) for name, parts in features.items()}
+        self.store.write(entry, view, keys=keys, crops=crops, features=joined)
+
+    @functools.cached_property
+    def _teachers(self) -> dict[str, Teacher]:
+        return load_teachers(self.context.config, self.context.device)
+
+    def _fingerprint(self) -> str:
+        config = self.context.config
+        identity = {
+            "dataset": self.index.dataset_id,
+            "teachers": {name: teacher.fingerprint for name, teacher in self._teachers.items()},
+            "views": config.data.views.model_dump(mode="json"),
+            "seed": config.data.seed,
+            "batch_size": config.teachers.batch_size,
+        }
+        text = json.dumps(identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _locate(self, chunk: int) -> tuple[int, Any]:
+        view, shard = divmod(chunk, len(self.index.shards))
+        return view, self.index.shards[shard]
+
+
+def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
+    """Build the configured teachers.
+
+    Raises:
+        ConfigError: a teacher's feature size is not the one that its codebook predicts.
+        DataError: weights are missing or of another network.
+    """
+    wanted = {
+        book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
+    }
+    teachers = {}
+    for name, settings in config.teachers.networks.items():
+        path = resolve_weights(settings.weights)
+        teacher = build_teacher(settings, device=device, weights_path=path)
+        if teacher.feature_dim != wanted[name]:
+            raise ConfigError(
+                f"tokenizer.model.codebooks: feature_dim of teacher {name!r} is {wanted[name]}, "
+                f"but the network gives {teacher.feature_dim}; set feature_dim to that"
+            )
+        teachers[name] = teacher
+    return teachers
+
+
+@torch.inference_mode()
+def compute_features(teachers: Mapping[str, Teacher], images: Tensor) -> dict[str, Tensor]:
+    """Compute every teacher's features (B, F) of images on their device."""
+    return {name: teacher(images) for name, teacher in teachers.items()}
+
+
+def build_online_teachers(context: RunContext) -> TeacherFeatures:
+    """Return a function that computes features in the training step."""
+    return functools.partial(compute_features, load_teachers(context.config, context.device))
+
+
+def feature_store(context: RunContext) -> FeatureStore | None:
+    """Open the stored features of a finished `teachers` stage; None if there are none."""
+    fingerprint = context.require(STAGE).outputs["fingerprint"]
+    return FeatureStore(context.storage, "features", fingerprint) if fingerprint else None

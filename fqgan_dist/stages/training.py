@@ -1,0 +1,133 @@
+"""What both training stages share: checkpoints, metrics, the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.stages.config import StageName
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.telemetry.metrics import MetricsWriter
+from fqgan_dist.telemetry.progress import track
+from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.named_tensors import copy_named_tensors
+from fqgan_dist.training.task import Task
+from fqgan_dist.training.trainer import Trainer, TrainingResult
+
+BatchT = TypeVar("BatchT")
+
+UNDECISIVE = {"log_every", "evaluate_every", "evaluation_samples", "checkpoint"}
+"""Settings of a training that move no weight: they may change between sessions of a run."""
+
+
+def training_settings(training: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that decide the weights."""
+    return training.model_dump(mode="json", exclude=UNDECISIVE)
+
+
+def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) -> CheckpointStore:
+    """Open a stage's checkpoints."""
+    return CheckpointStore(
+        context.storage,
+        f"{stage}/checkpoints",
+        retention=training.checkpoint.retention,
+    )
+
+
+def run_training(
+    context: RunContext,
+    stage: str,
+    task: Task[BatchT],
+    batches: Callable[[int], Iterator[Sequence[BatchT]]],
+    training: TrainingConfig,
+) -> TrainingResult:
+    """Train a task from its newest checkpoint to the end; every rank calls it."""
+    torch.use_deterministic_algorithms(training.deterministic)
+    metrics = _MetricsFile(context.storage, f"{stage}/metrics.jsonl")
+    with track(training.steps, f"training the {stage}", "steps") as bar:
+        trainer = Trainer(
+            task,
+            batches,
+            training,
+            store=checkpoint_store(context, stage, training),
+            dataset_id=context.require("shards").outputs["train"],
+            world=context.world,
+            open_metrics=metrics.open if context.world.is_main else None,
+            publish_metrics=metrics.publish,
+            progress=bar,
+        )
+        return trainer.fit()
+
+
+def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> dict[str, Any]:
+    """Name what a finished training hands on: a digest of the weights, equal for equal runs.
+
+    A checkpoint's own id is of no use here: it names the attempt, which differs between runs.
+    """
+    training = getattr(context.config, stage).training
+    loaded = checkpoint_store(context, stage, training).load_latest(step=result.step)
+    assert loaded is not None, "load_latest raises when a step is named and missing"
+    tensors = loaded.read(_weights_part(stage, training))
+    return {"step": result.step, "weights": digest_tensors(tensors)}
+
+
+def load_weights(
+    module: nn.Module, context: RunContext, stage: StageName, training: TrainingConfig
+) -> None:
+    """Copy a finished stage's weights into a module: the averaged ones if there are any.
+
+    Raises:
+        DataError: the stage has not finished.
+        CheckpointError: its checkpoint is damaged or of another architecture.
+    """
+    step = context.require(stage).outputs["step"]
+    loaded = checkpoint_store(context, stage, training).load_latest(step=step)
+    assert loaded is not None, "load_latest raises when a step is named and missing"
+    part = _weights_part(stage, training)
+    tensors = loaded.read(stage) | loaded.read(part)  # an average covers parameters, not buffers
+    copy_named_tensors(tensors, module.state_dict(), what=f"{part} of step {step}")
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, types, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights_part(stage: str, training: TrainingConfig) -> str:
+    return f"{stage}_ema" if training.ema_decay else stage
+
+
+class _MetricsFile:
+    """A metrics file that is appended to locally and published to the run's storage."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self.storage = storage
+        self.path = path
+        local = storage.local_path(path)
+        self._folder = None if local else tempfile.TemporaryDirectory(prefix="fqgan-metrics-")
+        self.local = local or Path(self._folder.name) / "metrics.jsonl"  # pyright: ignore[reportOptionalMemberAccess] one of the two exists
+
+    def open(self, resumed_step: int) -> MetricsWriter:
+        """Open the file as it was after a step."""
+        if self._folder is not None and resumed_step and self.storage.exists(self.path):
+            self.local.write_bytes(self.storage.read_bytes(self.path))
+        return MetricsWriter(self.local, resumed_step=resumed_step, tensorboard=True)
+
+    def publish(self) -> None:
+        """Bring the file to the storage, where it is not there already."""
+        if self._folder is not None:
+            self.storage.write_bytes(self.path, self.local.read_bytes())
+

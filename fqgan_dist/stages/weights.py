@@ -1,0 +1,49 @@
+"""Bringing weights files of pretrained networks to this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.weights import WeightsConfig
+
+
+def resolve_weights(config: WeightsConfig) -> Path | None:
+    """Return a local file with the configured weights, None for `hub` and `random`.
+
+    A file in object storage is copied to the user's cache once, under the hash of its bytes.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it cannot be read.
+    """
+    if config.source in ("hub", "random"):
+        return None
+    if "://" not in config.source:
+        path = Path(config.source)
+        if not path.is_file():
+            raise ConfigError(
+                f"weights.source: {config.source!r}: no such file; expected 'hub', 'random', or a "
+                f"safetensors file (path or s3:// URI)"
+            )
+        return path
+    folder, _, name = config.source.rpartition("/")
+    try:
+        data = Storage(folder).read_bytes(name)
+    except FileNotFoundError as error:
+        raise ConfigError(f"weights.source: {config.source!r}: no such object") from error
+    cache = Storage(_cache_folder())
+    cached = f"{hashlib.sha256(data).hexdigest()}.safetensors"
+    if not cache.exists(cached):
+        cache.write_bytes(cached, data)
+    path = cache.local_path(cached)
+    assert path is not None, "the cache is a local folder"
+    return path
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fqgan_dist" / "weights"

@@ -1,0 +1,1 @@
+"""Frozen teacher networks: CLIP (open_clip) and DINOv2 (transformers)."""

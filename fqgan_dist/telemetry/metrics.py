@@ -1,0 +1,202 @@
+"""Write and read `metrics.jsonl`: one JSON object per line.
+
+A resumed run continues the file as if it had never been killed: what was logged after the step
+resumed from is removed first. TensorBoard is an optional second sink.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fqgan_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+Record = dict[str, Any]
+"""One line: `step`, `images_seen` (int), `time` (Unix seconds), metric names -> float or null."""
+
+RESERVED_NAMES = ("step", "images_seen", "time")
+
+_METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)+")
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Append metrics of one stage to a local file; one process per file.
+
+    Uploading the file (`path`) to object storage, after `flush`, is the caller's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resumed_step: int = 0,
+        tensorboard: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the file and drop what a killed run logged after `resumed_step`.
+
+        Args:
+            path: the `metrics.jsonl`; its directory is made when missing.
+            resumed_step: last step that is part of this run's history; 0 starts anew.
+            tensorboard: also write event files to `tensorboard/` beside the file.
+            clock: source of Unix seconds.
+        """
+        self.path = path
+        self._clock = clock
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step = _truncate(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(path.parent, resumed_step) if tensorboard else None
+
+    def write(self, step: int, metrics: Mapping[str, float], *, images_seen: int) -> None:
+        """Append one record, in one write, so that a kill tears at most the last line.
+
+        JSON has no NaN or infinity: values that are not finite are stored as null.
+
+        Args:
+            step: steps may repeat (training and validation) but not decrease.
+            metrics: `<stage>/<group>/<name>` -> value.
+            images_seen: training images consumed up to this step.
+
+        Raises:
+            ValueError: the step goes back, or a name is reserved or not of the form above.
+        """
+        if step < self._last_step:
+            raise ValueError(
+                f"step {step} follows step {self._last_step} in {self.path}; "
+                "steps must not decrease"
+            )
+        for name in metrics:
+            _check_name(name)
+        values = {name: float(value) for name, value in metrics.items()}
+        record: Record = {"step": step, "images_seen": images_seen, "time": self._clock()}
+        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last_step = step
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step, walltime=record["time"])
+
+    def flush(self) -> None:
+        """Bring everything written so far to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and close; closing twice is harmless."""
+        if self._file.closed:
+            return
+        self.flush()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Read all records in file order; a last line torn by a kill is left out.
+
+    Raises:
+        DataError: the file is missing, or a line is not a record.
+    """
+    try:
+        return parse_metrics(path.read_bytes(), name=str(path))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such metrics file; run the stage that writes it") from error
+
+
+def parse_metrics(data: bytes, *, name: str) -> list[Record]:
+    """Parse the bytes of a metrics file, wherever they were stored.
+
+    Args:
+        data: content of a `metrics.jsonl`.
+        name: what to call it in errors.
+
+    Raises:
+        DataError: a complete line is not a record.
+    """
+    return [
+        _parse_record(line, f"{name}:{number}")
+        for number, line in enumerate(_complete_lines(data), start=1)
+    ]
+
+
+def metric_series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    """Collect one metric's steps and values; records without a finite value of it are left out."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _parse_record(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); delete or repair the line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DataError(f"{where}: not a metrics record; expected an object with an integer 'step'")
+    return record
+
+
+def _truncate(path: Path, resumed_step: int) -> int:
+    """Keep records up to `resumed_step`, by an atomic rewrite; return the last step kept."""
+    if not path.exists():
+        return 0
+    lines = _complete_lines(path.read_bytes())
+    steps = [record["step"] for record in read_metrics(path)]
+    kept = [index for index, step in enumerate(steps) if step <= resumed_step]
+    if len(kept) < len(lines):
+        removed = len(lines) - len(kept)
+        logger.info("%s: removed %d records after step %d", path, removed, resumed_step)
+    # Always rewritten: a torn last line would otherwise run into the next record.
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(lines[index] for index in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return max((steps[index] for index in kept), default=0)
+
+
+def _complete_lines(data: bytes) -> list[bytes]:
+    return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _check_name(name: str) -> None:
+    if name in RESERVED_NAMES or not _METRIC_NAME.fullmatch(name):
+        raise ValueError(
+            f"metric name {name!r}: expected <stage>/<group>/<name> of letters, digits, '_', '-', "
+            "'.', for example 'tokenizer/loss/commitment'"
+        )
+
+
+def _open_tensorboard(directory: Path, resumed_step: int) -> SummaryWriter:
+    # Imported here: only runs that ask for TensorBoard pay for it.
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)

@@ -1,0 +1,1 @@
+"""When things happen in training: trainer, engines, checkpoints, schedules."""

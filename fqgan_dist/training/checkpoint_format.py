@@ -1,0 +1,185 @@
+"""What a checkpoint looks like on storage: names, manifest, and the rules that make it whole.
+
+    commits/0000000007.json                       the log (commit_log.py)
+    step-00001000/attempt-<uuid>/
+        <part>.rank-00000.00000.safetensors       tensors that a rank owns, named by parameter
+        rank-00000.json                           what that rank wrote: sizes, sha256, shapes
+        manifest.json                             everything above, config, state, metrics
+
+A part is logical (`weights`, `optimizer`, `ema`): ranks own disjoint tensors of it, or disjoint
+fragments of a tensor, and a reader merges them, so the number of ranks that wrote never matters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fqgan_dist.config import Config
+from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training.commit_log import AttemptId, Sha256
+
+MANIFEST_NAME = "manifest.json"
+STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
+ATTEMPT_FOLDER = re.compile(r"^attempt-([0-9a-f]{32})$")
+
+# One flat file name: no separator, so a hostile manifest cannot lead out of its folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)]
+Size = Annotated[int, Field(ge=0)]
+
+
+class TensorRecord(Config):
+    """A tensor, or a fragment of one, in a file."""
+
+    dtype: str
+    """Name as in safetensors, such as `BF16`."""
+    shape: list[Size]
+    """Shape of the whole tensor."""
+    start: Size | None = None
+    """First element of the fragment in the flattened tensor; None when the whole tensor is here."""
+    count: Size
+    """Elements that are here."""
+
+
+class FileRecord(Config):
+    """A safetensors file of one rank and part."""
+
+    file: FileName
+    """Name in the checkpoint's folder."""
+    part: PartName
+    """Logical part."""
+    bytes: int = Field(gt=0)
+    """Size of the file."""
+    sha256: Sha256
+    """Of the file's bytes."""
+    tensors: dict[str, TensorRecord]
+    """Contents by name."""
+
+
+class RankReport(Config):
+    """What one rank wrote; the commit waits for all of them."""
+
+    step: Size
+    """Of the checkpoint."""
+    attempt: AttemptId
+    """Of the writers."""
+    rank: Size
+    """Writer."""
+    world_size: int = Field(gt=0)
+    """Number of writers."""
+    parts: list[PartName]
+    """All parts, also those of which this rank owns nothing."""
+    files: list[FileRecord]
+    """Its files."""
+
+
+class Manifest(Config):
+    """The whole checkpoint."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    step: Size
+    """Optimizer steps done."""
+    attempt: AttemptId
+    """Who wrote it."""
+    world_size: int = Field(gt=0)
+    """Number of ranks that wrote it; any number may read it."""
+    dataset_id: str
+    """sha256 of the dataset's index.json."""
+    config: dict[str, Any]
+    """Architecture, compared at resume."""
+    state: dict[str, Any]
+    """Plain values to go on from: images_seen, seeds, schedules."""
+    metrics: dict[str, float]
+    """Evaluation at this step; may be empty."""
+    parts: list[PartName]
+    """Names of all parts, sorted."""
+    files: list[FileRecord]
+    """Files of all ranks, in rank order."""
+
+
+def checkpoint_folder(step: int, attempt: str) -> str:
+    """Name the folder of an attempt's checkpoint."""
+    return f"step-{step:08d}/attempt-{attempt}"
+
+
+def report_name(rank: int) -> str:
+    """Name a rank's report."""
+    return f"rank-{rank:05d}.json"
+
+
+def part_file_name(part: str, rank: int, index: int) -> str:
+    """Name a rank's file of a part."""
+    return f"{part}.rank-{rank:05d}.{index:05d}.safetensors"
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Decode and check a manifest.
+
+    Raises:
+        CheckpointError: it is no manifest of this format, or its parts are not whole.
+    """
+    try:
+        manifest = Manifest.model_validate(json.loads(data))
+    except (ValueError, ValidationError) as error:
+        raise CheckpointError(f"{where}: not a checkpoint manifest of format 1: {error}") from error
+    check_parts(manifest.files, where)
+    return manifest
+
+
+def merge_reports(reports: list[RankReport], where: str) -> tuple[list[str], list[FileRecord]]:
+    """Combine the reports of all ranks into parts and files.
+
+    Raises:
+        CheckpointError: they are of different checkpoints, or the parts are not whole.
+    """
+    for rank, report in enumerate(reports):
+        identity = (report.step, report.attempt, report.rank, report.world_size)
+        expected = (reports[0].step, reports[0].attempt, rank, len(reports))
+        if identity != expected:
+            raise CheckpointError(
+                f"{where}: the report of rank {rank} is of (step, attempt, rank, world size) "
+                f"{identity}, expected {expected}; every rank must save the same steps"
+            )
+    files = [file for report in reports for file in report.files]
+    check_parts(files, where)
+    return sorted({part for report in reports for part in report.parts}), files
+
+
+def check_parts(files: Iterable[FileRecord], where: str) -> None:
+    """Check that every tensor is there exactly once, whole or in fragments that cover it.
+
+    Raises:
+        CheckpointError: a tensor is owned twice, or its fragments overlap, leave a gap or disagree.
+    """
+    owners: dict[tuple[str, str], list[TensorRecord]] = {}
+    for file in files:
+        for name, record in file.tensors.items():
+            owners.setdefault((file.part, name), []).append(record)
+    for (part, name), records in owners.items():
+        problem = _find_problem(records)
+        if problem:
+            raise CheckpointError(f"{where}: part {part!r}, tensor {name!r}: {problem}")
+
+
+def _find_problem(records: list[TensorRecord]) -> str | None:
+    first = records[0]
+    size = math.prod(first.shape)
+    if any((other.dtype, other.shape) != (first.dtype, first.shape) for other in records):
+        return "ranks disagree on its dtype or shape"
+    if any(record.start is None for record in records):
+        if len(records) > 1:
+            return f"written by {len(records)} ranks; exactly one must own it"
+        return None if first.count == size else f"has {first.count} of {size} elements"
+    position = 0
+    for record in sorted(records, key=lambda record: (record.start or 0, record.count)):
+        if record.start != position:
+            return f"its fragments leave a gap or overlap before element {record.start}"
+        position += record.count
+    return None if position == size else f"its fragments cover {position} of {size} elements"

@@ -1,0 +1,201 @@
+"""Which checkpoints are kept, and the deletion of the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training.checkpoint_format import (
+    ATTEMPT_FOLDER,
+    MANIFEST_NAME,
+    STEP_FOLDER,
+    Manifest,
+    checkpoint_folder,
+)
+from fqgan_dist.training.commit_log import (
+    CommitLog,
+    CommitRecord,
+    LogWriter,
+    PruneRecord,
+    StartRecord,
+    utc_now,
+)
+
+logger = logging.getLogger(__name__)
+
+ReadManifest = Callable[[CommitRecord], Manifest]
+
+
+class RetentionPolicy(Config):
+    """What rotation keeps; a checkpoint stays if any rule names it, and the newest always does."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints; with 1 there is nothing to fall back to if the newest is damaged."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Keep steps that are multiples of this; None keeps none of them."""
+    best_metric: str | None = None
+    """Metric whose best checkpoint is kept; None keeps none for its metrics."""
+    best_mode: Literal["min", "max"] = "min"
+    """Which end of the metric is best."""
+
+
+@dataclass(frozen=True)
+class LogState:
+    """What the whole log says."""
+
+    live: tuple[CommitRecord, ...]
+    """Commits that were not given up, oldest first."""
+    pruned: tuple[CommitRecord, ...]
+    """Commits that were given up."""
+    starts: dict[str, int]
+    """Attempt -> number of its start record."""
+    problems: tuple[CheckpointError, ...]
+    """Damaged records."""
+
+
+def read_log(log: CommitLog) -> LogState:
+    """Read and sort all records."""
+    commits: list[CommitRecord] = []
+    removed: set[int] = set()
+    starts: dict[str, int] = {}
+    problems: list[CheckpointError] = []
+    for _, record in log.newest_first():
+        match record:
+            case CommitRecord():
+                commits.append(record)
+            case PruneRecord():
+                removed.update(record.removed)
+            case StartRecord():
+                starts[record.attempt] = record.number
+            case CheckpointError():
+                problems.append(record)
+    commits.reverse()
+    return LogState(
+        live=tuple(commit for commit in commits if commit.number not in removed),
+        pruned=tuple(commit for commit in commits if commit.number in removed),
+        starts=starts,
+        problems=tuple(problems),
+    )
+
+
+def select_kept(checkpoints: Sequence[tuple[int, Manifest]], policy: RetentionPolicy) -> set[int]:
+    """Choose the numbers that stay.
+
+    Args:
+        checkpoints: (number, manifest) of undamaged checkpoints, oldest first.
+        policy: the rules.
+    """
+    kept = {number for number, _ in checkpoints[-policy.keep_last :]}
+    if policy.keep_every is not None:
+        kept |= {number for number, item in checkpoints if item.step % policy.keep_every == 0}
+    if policy.best_metric is not None:
+        sign = 1 if policy.best_mode == "min" else -1
+        scores = [
+            (sign * item.metrics[policy.best_metric], number)
+            for number, item in checkpoints
+            if policy.best_metric in item.metrics
+        ]
+        kept |= {number for _, number in sorted(scores)[:1]}
+    return kept
+
+
+def rotate(
+    storage: Storage,
+    log: CommitLog,
+    policy: RetentionPolicy,
+    read_manifest: ReadManifest,
+    writer: LogWriter | None,
+) -> list[CommitRecord]:
+    """Give up checkpoints by the policy, then delete what no live commit needs.
+
+    First a prune record, then the files: whoever reads the log never chooses a checkpoint that is
+    being deleted, and a crash in between leaves files that the next rotation deletes. Damaged
+    checkpoints count for no rule and are left for a person to look at.
+
+    Args:
+        storage: of the checkpoints.
+        log: of the storage.
+        policy: the rules.
+        read_manifest: raises CheckpointError where a checkpoint's manifest is damaged.
+        writer: appends for the running attempt; None appends a record that fences nobody off.
+
+    Returns:
+        The commits given up now.
+    """
+    state = read_log(log)
+    readable: list[tuple[int, Manifest]] = []
+    for commit in state.live:
+        try:
+            readable.append((commit.number, read_manifest(commit)))
+        except CheckpointError as error:
+            logger.warning("rotation leaves a damaged checkpoint alone: %s", error)
+    kept = select_kept(readable, policy)
+    removed = [number for number, _ in readable if number not in kept]
+    attempt = writer.attempt if writer else None
+
+    def build(number: int) -> PruneRecord:
+        return PruneRecord(number=number, attempt=attempt, removed=removed, written_at=utc_now())
+
+    if removed:
+        if writer is None:
+            _append_unfenced(log, build)
+        else:
+            writer.append(build)
+        state = read_log(log)
+    fence = writer.start_number if writer else max(state.starts.values(), default=0)
+    _sweep(storage, state, fence)
+    return [commit for commit in state.pruned if commit.number in removed]
+
+
+def _append_unfenced(log: CommitLog, build: Callable[[int], PruneRecord]) -> None:
+    number = max(log.numbers(), default=0) + 1
+    while True:
+        try:
+            log.create(build(number))
+        except FileExistsError:
+            number += 1
+            continue
+        return
+
+
+def _sweep(storage: Storage, state: LogState, fence: int) -> None:
+    """Delete folders of pruned commits, and what attempts older than `fence` left uncommitted.
+
+    An attempt that started later may be writing at this moment; a damaged record may be the commit
+    of a folder that looks uncommitted.
+    """
+    live = {checkpoint_folder(commit.step, commit.attempt) for commit in state.live}
+    pruned = {checkpoint_folder(commit.step, commit.attempt) for commit in state.pruned}
+    for step_name in storage.list():
+        if not STEP_FOLDER.match(step_name):
+            continue
+        for name in storage.list(step_name):
+            match = ATTEMPT_FOLDER.match(name)
+            folder = f"{step_name}/{name}"
+            if match is None or folder in live:
+                continue
+            is_abandoned = not state.problems and state.starts.get(match[1], fence) < fence
+            if folder in pruned or is_abandoned:
+                _delete_folder(storage, folder)
+
+
+def _delete_folder(storage: Storage, folder: str) -> None:
+    # The manifest goes first: what is half deleted can be mistaken for nothing.
+    names = storage.list(folder)
+    for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
+        storage.delete(f"{folder}/{name}")
+    # Buckets have no folders; on disks a temporary file of a killed writer may keep one.
+    path = storage.local_path(folder)
+    if path is not None:
+        with suppress(OSError):
+            path.rmdir()
+            path.parent.rmdir()
+    logger.info("deleted checkpoint files %s", storage.uri(folder))

@@ -1,0 +1,85 @@
+"""Settings of a training run that the trainer and the engines share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fqgan_dist.config import Config
+from fqgan_dist.training.checkpoint_rotation import RetentionPolicy
+from fqgan_dist.training.schedule import ScheduleConfig
+from fqgan_dist.world import World
+
+
+class OptimizerConfig(Config):
+    """Adam or AdamW; the defaults are FQGAN's (fqgan.md 1.10)."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """AdamW decouples the weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Per unit of learning rate."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    retention: RetentionPolicy = RetentionPolicy()
+    """Which are kept; the newest always is."""
+
+
+class TrainingConfig(Config):
+    """How long, how large and how precisely a task is trained."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the main model."""
+    global_batch_size: int = Field(gt=0)
+    """Images per step over all train workers."""
+    micro_batch_size: int = Field(gt=0)
+    """Images per forward pass: the loss group (design.md section 3)."""
+    seed: int = 0
+    """Key of initial weights, sample order and all randomness in a step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast dtype; parameters, code lookup and losses stay fp32."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the averaged weights; None keeps no average."""
+    log_every: int = Field(default=50, gt=0)
+    """Steps between metric records; the only steps on which the host waits for the device."""
+    evaluate_every: int = Field(gt=0)
+    """Steps between evaluations on held-out data; the last step is always evaluated."""
+    evaluation_samples: int = Field(gt=0)
+    """Held-out samples per evaluation during training."""
+    checkpoint: CheckpointConfig
+    deterministic: bool = False
+    """Use deterministic GPU kernels only: bit-equal continuation at some cost."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> TrainingConfig:
+        size, micro = self.global_batch_size, self.micro_batch_size
+        if size % micro:
+            below = size // micro * micro
+            near = " and ".join(str(value) for value in (below, below + micro) if value)
+            raise ValueError(
+                f"global_batch_size: {size} is not a multiple of micro_batch_size ({micro}); "
+                f"nearest valid values are {near}"
+            )
+        return self
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """M, the fixed number of micro-batches of a global batch."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def gradient_accumulation_steps(self, world: World) -> int:
+        """Micro-batches that each rank runs per step, idle slots included."""
+        return -(-self.micro_batches_per_step // world.world_size)

@@ -1,0 +1,121 @@
+"""The interface between a task and what runs its forward passes, gradients and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fqgan_dist.training.micro_batches import Slot, gather_in_order
+from fqgan_dist.world import World
+
+BatchT = TypeVar("BatchT")
+
+
+class Engine(Protocol):
+    """One model with its optimizer, on one rank of a world."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare model, for calls outside its own training pass."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """Rank geometry."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        ...
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run the model for training."""
+        ...
+
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Enclose the forward and backward pass of one slot; gradients are summed at the last."""
+        ...
+
+    def backward(self, loss: Tensor, slot: Slot) -> None:
+        """Add the slot's share (1/M, or 0 when idle) of the loss's gradient."""
+        ...
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Take the parameters out of autograd while another model's loss flows through."""
+        ...
+
+    def require_frozen(self) -> None:
+        """Check that `frozen` is in force.
+
+        Raises:
+            NumericsError: a parameter would receive a gradient. ZeRO-1 would then train wrongly
+                without a sound (systems.md E).
+        """
+        ...
+
+    def step(self, *, lr: float, losses: Tensor) -> Tensor:
+        """Clip, check and apply the gradients, then clear them.
+
+        Args:
+            lr: learning rate of this step.
+            losses: values whose finiteness is checked with the gradients', any shape, the same on
+                every rank.
+
+        Returns:
+            Global gradient norm before clipping, a scalar on the device.
+        """
+        ...
+
+    def advance(self, num_steps: int) -> None:
+        """Put the optimizer where `num_steps` steps of zero gradient would have put it."""
+        ...
+
+    def raise_if_not_finite(self) -> None:
+        """Wait for the device and raise if a step was refused.
+
+        Raises:
+            NumericsError: a loss or gradient was not finite.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the parts `weights` and `optimizer`, by parameter name."""
+        ...
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore both parts."""
+        ...
+
+
+def accumulate(
+    engine: Engine,
+    slots: Sequence[Slot],
+    micro_batches: Sequence[BatchT],
+    loss_fn: Callable[[Slot, BatchT], tuple[Tensor, Tensor]],
+    *,
+    num_micro_batches: int,
+) -> Tensor:
+    """Run all passes of a step and sum the gradients.
+
+    Args:
+        engine: whose gradients are summed.
+        slots: this rank's passes.
+        micro_batches: the batch of each slot.
+        loss_fn: maps slot and batch to (loss, metrics): a scalar and a vector (n,) without gradient.
+        num_micro_batches: M.
+
+    Returns:
+        Metrics of all micro-batches in order, (M, n), the same on every rank.
+    """
+    rows = []
+    for position, (slot, batch) in enumerate(zip(slots, micro_batches, strict=True)):
+        with engine.micro_batch(is_last=position == len(slots) - 1):
+            loss, metrics = loss_fn(slot, batch)
+            engine.backward(loss, slot)
+        rows.append(metrics)
+    return gather_in_order(torch.stack(rows), num_micro_batches, engine.world)

@@ -1,0 +1,44 @@
+"""Strict copies between sets of tensors that share names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fqgan_dist.errors import CheckpointError
+
+_MAX_NAMED = 5
+"""Differences that an error message lists before it counts the rest."""
+
+
+@torch.no_grad()
+def copy_named_tensors(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], *, what: str
+) -> None:
+    """Copy every source tensor into the target of the same name.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing is
+            copied then.
+    """
+    problems = [f"missing {name}" for name in target if name not in source]
+    problems += [f"unknown {name}" for name in source if name not in target]
+    problems += [
+        f"{name} is {_describe(source[name])}, expected {_describe(target[name])}"
+        for name in target
+        if name in source and _describe(source[name]) != _describe(target[name])
+    ]
+    if problems:
+        more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise CheckpointError(
+            f"{what}: the stored tensors are of another architecture: "
+            f"{'; '.join(problems[:_MAX_NAMED])}{more}; use the config they were trained with"
+        )
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

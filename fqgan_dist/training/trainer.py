@@ -1,0 +1,235 @@
+"""The training loop: when to step, log, evaluate and save. What is trained is the task's business."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from fqgan_dist.errors import CheckpointError, NumericsError
+from fqgan_dist.telemetry.metrics import MetricsWriter
+from fqgan_dist.telemetry.progress import ProgressBar
+from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
+from fqgan_dist.training.checkpoint_attempt import Attempt
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.task import Task
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+BatchT = TypeVar("BatchT")
+Batches = Callable[[int], Iterator[Sequence[BatchT]]]
+"""Maps the number of finished steps to the stream of this rank's micro-batches that follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished training leaves behind."""
+
+    step: int
+    """Optimizer steps done."""
+    metrics: dict[str, float]
+    """Held-out metrics of the last evaluation."""
+
+
+class Trainer(Generic[BatchT]):
+    """Drive a task from its newest checkpoint to its last step."""
+
+    def __init__(
+        self,
+        task: Task[BatchT],
+        batches: Batches[BatchT],
+        config: TrainingConfig,
+        *,
+        store: CheckpointStore,
+        dataset_id: str,
+        world: World,
+        open_metrics: Callable[[int], MetricsWriter] | None,
+        publish_metrics: Callable[[], None],
+        progress: ProgressBar,
+    ) -> None:
+        """Hold what the loop needs.
+
+        Args:
+            task: what is trained.
+            batches: the data, from any step on.
+            config: lengths and intervals.
+            store: where checkpoints are committed; only the main rank writes.
+            dataset_id: named in every checkpoint.
+            world: rank geometry.
+            open_metrics: on the main rank, opens the metrics file as it was after a step; None on
+                the others.
+            publish_metrics: brings the metrics file to the run's storage, at every checkpoint.
+            progress: bar that is advanced once a step.
+        """
+        self.task = task
+        self.batches = batches
+        self.config = config
+        self.store = store
+        self.dataset_id = dataset_id
+        self.world = world
+        self.open_metrics = open_metrics
+        self.publish_metrics = publish_metrics
+        self.metrics: MetricsWriter | None = None
+        self.progress = progress
+
+    def fit(self) -> TrainingResult:
+        """Train to the last step and return its evaluation.
+
+        Raises:
+            CheckpointError: the newest checkpoint belongs to another architecture or dataset.
+            NumericsError: a loss or gradient is not finite.
+        """
+        # Beginning first fences off older attempts: none can commit between the load and our save.
+        attempt = self.store.begin_attempt() if self.world.is_main else None
+        try:
+            loaded = self._load()
+            first_step = self._restore(loaded) if loaded else 0
+            if loaded and attempt:
+                attempt.continue_from(loaded.number)
+            if loaded and first_step >= self.config.steps:
+                return TrainingResult(step=first_step, metrics=loaded.metrics)
+            if self.open_metrics:
+                self.metrics = self.open_metrics(first_step)
+            self.progress.advance(first_step)
+            return self._run_steps(first_step, attempt)
+        finally:
+            if self.metrics:
+                self.metrics.close()
+            if attempt:
+                attempt.close()
+
+    def _run_steps(self, first_step: int, attempt: Attempt | None) -> TrainingResult:
+        batches = self.batches(first_step)
+        clock = _Clock()
+        evaluation: dict[str, float] = {}
+        for step in range(first_step + 1, self.config.steps + 1):
+            with clock.waiting():
+                micro_batches = next(batches)
+            values = self.task.train_step(micro_batches, step)
+            self.progress.advance()
+            evaluation = {}  # a checkpoint names the metrics of its own step only
+            is_last = step == self.config.steps
+            if is_last or step % self.config.log_every == 0:
+                self._log(step, values, clock)
+            if is_last or step % self.config.evaluate_every == 0:
+                evaluation = self._evaluate(step)
+            if is_last or step % self.config.checkpoint.every == 0:
+                self._save(attempt, step, evaluation)
+        return TrainingResult(step=self.config.steps, metrics=evaluation)
+
+    def _load(self) -> LoadedCheckpoint | None:
+        """Load the newest good checkpoint: the main rank finds it, all load that one."""
+        found = self.store.load_latest() if self.world.is_main else None
+        if self.world.world_size == 1:
+            return found
+        numbers = [found.number if found else None]
+        dist.broadcast_object_list(numbers, src=0)
+        return found if found or numbers[0] is None else self.store.load(numbers[0])
+
+    def _restore(self, loaded: LoadedCheckpoint) -> int:
+        architecture = self.task.architecture.model_dump(mode="json")
+        if loaded.config != architecture:
+            changed = sorted(
+                key
+                for key in loaded.config.keys() | architecture.keys()
+                if loaded.config.get(key) != architecture.get(key)
+            )
+            raise CheckpointError(
+                f"{self.store}: step {loaded.step} was trained with another architecture "
+                f"({', '.join(changed)} differ); use its config, or another storage.root"
+            )
+        if loaded.dataset_id != self.dataset_id:
+            raise CheckpointError(
+                f"{self.store}: step {loaded.step} was trained on dataset {loaded.dataset_id[:12]}, "
+                f"not {self.dataset_id[:12]}; use its data, or another storage.root"
+            )
+        self.task.load_state_dict({name: loaded.read(name) for name in loaded.part_names})
+        logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
+        return loaded.step
+
+    def _log(self, step: int, values: Mapping[str, Tensor], clock: _Clock) -> None:
+        self.task.raise_if_not_finite()
+        numbers = {name: value.item() for name, value in values.items()}
+        bad = [name for name, number in numbers.items() if not math.isfinite(number)]
+        if bad:
+            raise NumericsError(f"step {step}: {', '.join(bad)} is not finite")
+        numbers |= clock.rates(step, self.config.global_batch_size)
+        self._write(step, numbers)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        values = self.task.evaluate(step)
+        self._write(step, values)
+        if self.world.is_main:
+            shown = ", ".join(f"{name.split('/', 1)[-1]} {value:.4g}" for name, value in values.items())
+            logger.info("step %d: %s", step, shown)
+        return values
+
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.metrics:
+            images_seen = step * self.config.global_batch_size
+            self.metrics.write(step, numbers, images_seen=images_seen)
+
+    def _save(self, attempt: Attempt | None, step: int, metrics: Mapping[str, float]) -> None:
+        self.task.raise_if_not_finite()
+        if attempt is None:
+            return
+        state: dict[str, Any] = {
+            "images_seen": step * self.config.global_batch_size,
+            # All randomness is keyed by (seed, step, micro-batch), so the seed is the RNG state.
+            "seed": self.config.seed,
+        }
+        attempt.save(
+            step,
+            tensors=self.task.state_dict(),
+            state=state,
+            metrics=dict(metrics),
+            config=self.task.architecture.model_dump(mode="json"),
+            dataset_id=self.dataset_id,
+        )
+        self.publish_metrics()
+
+
+class _Clock:
+    """Throughput and loader stall since the last record."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._last_step: int | None = None
+        self._waited_s = 0.0
+
+    def waiting(self) -> _Waiting:
+        return _Waiting(self)
+
+    def add_wait(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def rates(self, step: int, global_batch_size: int) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed = now - self._since
+        steps = step - self._last_step if self._last_step is not None else 0
+        rates = {"train/loader_wait_fraction": self._waited_s / elapsed}
+        if steps:
+            rates["train/images_per_s"] = steps * global_batch_size / elapsed
+        self._since, self._last_step, self._waited_s = now, step, 0.0
+        return rates
+
+
+class _Waiting:
+    """Time spent inside goes to the loader's account."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.add_wait(time.perf_counter() - self._start)
+

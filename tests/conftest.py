@@ -1,0 +1,54 @@
+"""One thread per test process, and the folder of real images, named loudly where it is missing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch or numpy is imported: their thread pools are sized then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_TESTS_DIR = Path(__file__).resolve().parent
+if str(_TESTS_DIR) not in sys.path:
+    sys.path.insert(0, str(_TESTS_DIR))  # for `support`, under any import mode
+
+_DATA_VARIABLE = "FQGAN_TEST_DATA"
+_MISSING_DATA = f"no real images: set {_DATA_VARIABLE} to the folder of test data"
+
+
+def _find_data_dir() -> Path | None:
+    named = os.environ.get(_DATA_VARIABLE)
+    if named is not None:
+        return Path(named)
+    beside = _TESTS_DIR.parents[1] / "shared" / "data"
+    return beside if beside.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def test_data_dir() -> Path:
+    """The folder that holds `imagenet-sample/` and `tiny-imagenet-20/`."""
+    folder = _find_data_dir()
+    if folder is None:
+        pytest.skip(_MISSING_DATA)
+    if not folder.is_dir():
+        pytest.fail(f"{_DATA_VARIABLE}={folder}: no such folder")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was not tested for want of something that this machine lacks."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        terminalreporter.section("NOT TESTED on this machine", sep="!", yellow=True, bold=True)
+        for reason, count in sorted(reasons.items()):
+            terminalreporter.write_line(f"{count} test(s): {reason}", yellow=True)

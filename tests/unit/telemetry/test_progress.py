@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from fqgan_dist.telemetry.progress import render_summary, track
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def test_without_a_terminal_a_line_is_logged_every_ten_seconds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    with (
+        caplog.at_level(logging.INFO),
+        track(40, "teachers", "images", console=plain_console(), clock=clock) as bar,
+    ):
+        for _ in range(40):
+            clock.now += 1
+            bar.advance(1, loss=0.25)
+    assert caplog.messages == [
+        "teachers: 10/40 images, 1.0 images/s, 30.0 s left, loss 0.250",
+        "teachers: 20/40 images, 1.0 images/s, 20.0 s left, loss 0.250",
+        "teachers: 30/40 images, 1.0 images/s, 10.0 s left, loss 0.250",
+        "teachers: 40/40 images, 1.0 images/s, 40.0 s, loss 0.250",
+    ]
+
+
+def test_an_unknown_total_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with (
+        caplog.at_level(logging.INFO),
+        track(None, "reading", "rows", console=plain_console(), clock=clock) as bar,
+    ):
+        clock.now = 2
+        bar.advance(6)
+    assert caplog.messages == ["reading: 6 rows, 3.0 rows/s, 2.0 s"]
+
+
+def test_an_error_inside_passes_through_without_a_final_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(RuntimeError, match="broken"),
+        track(3, "work", console=plain_console()),
+    ):
+        raise RuntimeError("broken")
+    assert caplog.messages == []
+
+
+def test_a_terminal_gets_a_live_bar_and_no_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with (
+        caplog.at_level(logging.INFO),
+        track(3, "work [1]", "images", console=console) as bar,
+    ):
+        bar.advance(3, loss=1.5)
+    assert caplog.messages == []
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "work [1]" in text
+    assert "3/3" in text
+    assert "loss 1.500" in text
+
+
+def test_the_summary_table_shows_stages_and_metrics() -> None:
+    text = render_summary(
+        {
+            "shards": {"state": "done", "seconds": 3.0, "metrics": {}},
+            "tokenizer": {
+                "state": "running",
+                "metrics": {"psnr": 20.456, "perplexity": {"[bold]visual": 9.5}},
+            },
+        }
+    )
+    lines = text.splitlines()
+    assert lines[0].split() == ["stage", "state", "time", "metrics"]
+    assert any(line.split() == ["shards", "done", "3.0", "s"] for line in lines)
+    assert any(
+        line.split() == ["tokenizer", "running", "-", "psnr", "=", "20.46"] for line in lines
+    )
+    assert "perplexity.[bold]visual = 9.500" in text
+    assert "\x1b" not in text

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training.optimizer_state import load_named_optimizer_state, named_optimizer_state
+
+VARIANTS = [
+    pytest.param(kind, options, id=f"{kind.__name__}-{'-'.join(options) or 'default'}")
+    for kind in (torch.optim.Adam, torch.optim.AdamW)
+    for options in ({"foreach": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True})
+]
+
+
+def _module() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 4, 2))
+
+
+def _train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(5, 2, 4, 4, generator=generator)
+        module(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_training_continues_bit_for_bit(
+    kind: type[torch.optim.Adam], options: dict[str, Any]
+) -> None:
+    module = _module()
+    optimizer = kind(module.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    _train(module, optimizer, range(3))
+    weights, state = _copy(module.state_dict()), _copy(named_optimizer_state(module, optimizer))
+    _train(module, optimizer, range(3, 6))
+
+    resumed = _module()
+    resumed.load_state_dict(weights)
+    fresh = kind(resumed.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    load_named_optimizer_state(resumed, fresh, state)
+    _train(resumed, fresh, range(3, 6))
+
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters()))  # noqa: B905
+    expected = named_optimizer_state(module, optimizer)
+    found = named_optimizer_state(resumed, fresh)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {found[name].item() for name in found if name.endswith(".step")} == {6.0}
+
+
+def test_loading_replaces_the_state_of_an_optimizer_that_has_stepped() -> None:
+    module = _module()
+    optimizer = torch.optim.Adam(module.parameters(), fused=True)
+    _train(module, optimizer, range(2))
+    state = _copy(named_optimizer_state(module, optimizer))
+    _train(module, optimizer, range(2, 5))
+    load_named_optimizer_state(module, optimizer, state)
+    found = named_optimizer_state(module, optimizer)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_names_are_those_of_parameters_also_before_the_first_step() -> None:
+    module = nn.Linear(2, 3)
+    state = named_optimizer_state(module, torch.optim.AdamW(module.parameters()))
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "weight.step": (),
+        "weight.exp_avg": (3, 2),
+        "weight.exp_avg_sq": (3, 2),
+        "bias.step": (),
+        "bias.exp_avg": (3,),
+        "bias.exp_avg_sq": (3,),
+    }
+    assert not any(tensor.any() for tensor in state.values())
+
+
+def test_loading_an_unstepped_state_trains_as_a_fresh_optimizer() -> None:
+    plain, loaded = _module(), _module()
+    first = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
+    second = torch.optim.Adam(loaded.parameters(), lr=1e-2, fused=True)
+    load_named_optimizer_state(loaded, second, _copy(named_optimizer_state(plain, first)))
+    _train(plain, first, range(3))
+    _train(loaded, second, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), loaded.parameters()))  # noqa: B905
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("0.bias.exp_avg"), r"missing 0\.bias\.exp_avg"),
+        (lambda state: state.update({"9.bias.step": torch.tensor(1.0)}), r"unknown 9\.bias\.step"),
+        (
+            lambda state: state.update({"0.bias.exp_avg": torch.zeros(4)}),
+            r"0\.bias\.exp_avg is float32 \(4,\), expected float32 \(3,\)",
+        ),
+        (
+            lambda state: state.update({"0.bias.exp_avg": torch.zeros(3).half()}),
+            r"float16 \(3,\), expected float32",
+        ),
+    ],
+)
+def test_a_state_of_another_model_is_refused_and_changes_nothing(change: Any, message: str) -> None:
+    module = _module()
+    optimizer = torch.optim.Adam(module.parameters(), fused=True)
+    _train(module, optimizer, range(2))
+    before = _copy(named_optimizer_state(module, optimizer))
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        load_named_optimizer_state(module, optimizer, state)
+    after = named_optimizer_state(module, optimizer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_parameters_outside_the_optimizer_have_no_state() -> None:
+    module = _module()
+    module[0].requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad])
+    assert {name.split(".")[0] for name in named_optimizer_state(module, optimizer)} == {"2"}
+
+
+def test_a_parameter_of_another_module_is_refused() -> None:
+    optimizer = torch.optim.Adam(_module().parameters())
+    with pytest.raises(ValueError, match=r"not of Sequential"):
+        named_optimizer_state(_module(), optimizer)
+
+
+def test_another_optimizer_is_refused() -> None:
+    module = _module()
+    with pytest.raises(ValueError, match=r"SGD: only torch's Adam and AdamW"):
+        named_optimizer_state(module, torch.optim.SGD(module.parameters(), lr=0.1))
