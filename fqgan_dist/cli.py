@@ -100,7 +100,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, RunConfig)
     if options.command != "run":
-        stages = list(STAGES_OF_COMMAND[options.command])
+        stages = STAGES_OF_COMMAND[options.command]
         config = config.model_copy(update={"stages": stages})
     if options.dry_run:
         from fqgan_dist.stages.plan import plan_run, render_plan

@@ -1,7 +1,7 @@
 """Weights of frozen, pretrained networks: where they come from, and how they are checked and named.
 
-Three sources, and never a silent change from one to another: `hub` (the network's own library downloads
-it), `random` (seeded, said in the log), or a safetensors file whose sha256 can be pinned.
+Three sources, and never a silent change from one to another: `hub` (the network's own library
+downloads it), `random` (seeded, said in the log), or a safetensors file whose sha256 can be pinned.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class WeightsConfig(Config):
             return staged
         if "://" in self.source:
             raise ConfigError(
-                f"weights.source: {self.source!r} is remote - expected a local file here - stage it "
-                "first and pass weights_path"
+                f"weights.source: {self.source!r} is remote - expected a local file here - stage "
+                "it first and pass weights_path"
             )
         return Path(self.source)
 
@@ -136,7 +136,9 @@ def load_torch_checked(path: Path, sha256: str | None = None) -> dict[str, Tenso
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write weights as one safetensors file; return its sha256 in hexadecimal."""
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    data = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    )
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
@@ -167,7 +169,7 @@ def check_same_network(
 ) -> None:
     """Raise a DataError that names what differs between a file and the configured network."""
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:_NAMED_KEYS])}{', ...' if len(names) > _NAMED_KEYS else ''})"
+        f"{len(names)} {what} ({', '.join(names[:_NAMED_KEYS])}{_dots(names)})"
         for what, names in (
             ("tensors are missing", sorted(missing)),
             ("tensors are unknown", sorted(unexpected)),
@@ -182,21 +184,28 @@ def check_same_network(
         )
 
 
+def _dots(names: Sequence[str]) -> str:
+    return ", ..." if len(names) > _NAMED_KEYS else ""
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and values; the same for one network whatever file it came from."""
+    """Hash names, dtypes, shapes and values.
+
+    The same for one network, whatever file it came from.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def draw_normal(shape: Sequence[int], *key: Key) -> Tensor:
     """Draw standard normal float32 numbers for a key.
 
-    NumPy's generator, since torch's normal numbers differ in the last bits between kinds of CPU, and
-    the hash of random weights must be one on all nodes.
+    NumPy's generator, since torch's normal numbers differ in the last bits between kinds of CPU,
+    and the hash of random weights must be one on all nodes.
     """
     numbers = numpy_generator(*key).standard_normal(math.prod(shape), dtype=np.float32)
     return torch.from_numpy(numbers).reshape(tuple(shape))
@@ -213,10 +222,13 @@ def _read_checked(path: Path, sha256: str | None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: weights cannot be read ({error.strerror}) - name a file") from error
+        raise DataError(
+            f"{path}: weights cannot be read ({error.strerror}) - name a file"
+        ) from error
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         raise DataError(
-            f"{path}: sha256 is {found} - expected {sha256} - fetch the file again or correct sha256"
+            f"{path}: sha256 is {found} - expected {sha256} - fetch the file again or correct "
+            "sha256"
         )
     return data

@@ -274,7 +274,9 @@ def decode_samples(data: bytes, *, source: str) -> tuple[SampleTable, dict[str, 
         DataError: not parquet, other columns, unsafe or repeated keys, or impossible numbers.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        # Not `read_table`: its dataset layer starts threads for every small table.
+        with pq.ParquetFile(io.BytesIO(data)) as file:
+            table = file.read(use_threads=False)
         columns = [table.column(field.name).cast(field.type) for field in _SCHEMA]
         metadata = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()

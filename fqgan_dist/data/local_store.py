@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from fqgan_dist.errors import DataError
+
 _TEMPORARY_MARK = ".writing-"
 
 
@@ -93,7 +95,9 @@ def _make_directory(folder: str) -> None:
     _make_directory(parent)
     try:
         os.mkdir(folder)
-    except FileExistsError:
+    except FileExistsError as error:
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: a file is where a folder should be; remove it") from error
         return  # another process was first
     _sync_directory(parent)
 

@@ -136,6 +136,7 @@ def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -
         pa.table(arrays).replace_schema_metadata(footer),
         sink,
         compression="zstd",
+        write_page_checksum=True,
         # A dictionary of features, all different, only costs. The stubs of pyarrow lack lists here.
         use_dictionary=list(_FIXED_COLUMNS[1:]),  # pyright: ignore[reportArgumentType]
     )
@@ -155,7 +156,7 @@ def decode_records(data: bytes, *, fingerprint: str, shard_sha256: str, source: 
         DataError: not such a file, damaged, or computed with or from something else.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
         metadata = _Metadata.model_validate_json((table.schema.metadata or {})[_METADATA_KEY])
         table = table.select([*_FIXED_COLUMNS, *metadata.columns])
     except (pa.ArrowException, OSError, KeyError, ValidationError) as error:

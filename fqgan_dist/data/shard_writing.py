@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -123,12 +124,18 @@ def _encode_image(
         # Decoded whole, also to keep its bytes: a truncated image shows only so.
         image = decode_image(data, name=sample.name)
     except DataError as error:
-        reason = str(error).removeprefix(f"{sample.name}: ")
-        return SourceProblem(name=sample.name, reason=printable(reason), action="skipped")
+        return SourceProblem(name=sample.name, reason=_describe(error), action="skipped")
     short_side = policy.short_side
     if short_side is None or min(image.size) <= short_side:
         return _EncodedImage(data, _find_extension(data), image.width, image.height)
     return _reduce(image, short_side, policy.jpeg_quality)
+
+
+def _describe(error: DataError) -> str:
+    """Say why an image does not decode, in the same words in every run: the index holds them."""
+    reason = f"cannot be decoded: {error.__cause__}" if error.__cause__ else str(error)
+    # Pillow's message for unknown data prints the stream object, with its address.
+    return printable(re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "data", reason))
 
 
 def _find_extension(data: bytes) -> str:

@@ -116,8 +116,14 @@ class Storage:
             DataError: an object ends before the end of a part.
         """
         uris = [self.uri(path) for path, _, _ in ranges]
-        with _clear_errors(self.root):
-            parts = self._backend.read_many(uris, [(start, size) for _, start, size in ranges])
+        parts_of = [(start, size) for _, start, size in ranges]
+        try:
+            with _clear_errors(self.root):
+                parts = self._backend.read_many(uris, parts_of)
+        except FileNotFoundError:
+            for path in dict.fromkeys(path for path, _, _ in ranges):
+                self.size(path)  # its error names the object that is missing
+            raise
         for uri, (_, offset, length), data in zip(uris, ranges, parts, strict=True):
             _check_length(uri, data, offset, length)
         return parts

@@ -1,1 +1,1 @@
-"""What is measured: Inception features and moments, FID, IS, precision and recall, PSNR, SSIM, codebook use."""
+"""What is measured: FID, IS, precision and recall, PSNR, SSIM and codebook use."""

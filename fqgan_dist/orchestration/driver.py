@@ -9,28 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fqgan_dist.config import dump_config
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.registry import build_stage
-from fqgan_dist.stages.config import STAGE_NAMES, RunConfig, StageName
-from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
+from fqgan_dist.stages.config import STAGE_NAMES, RunConfig
+from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
 from fqgan_dist.stages.stage import ChunkWork, RunContext, Stage, select_device
+from fqgan_dist.stages.summary import Summary, load_summary
 from fqgan_dist.telemetry.environment import collect_environment
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.progress import render_summary, track
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
-
-Summary = dict[str, dict[str, Any]]
-"""Stage -> {state, seconds, metrics}, the content of `summary.json`."""
 
 
 def run_pipeline(config: RunConfig, world: World | None = None) -> Summary:
@@ -51,7 +46,7 @@ def run_pipeline(config: RunConfig, world: World | None = None) -> Summary:
         _run_stage(stage, context)
         _write_summary(context.storage)
     summary = load_summary(context.storage)
-    logger.info("summary of %s\n%s", context.storage.uri(""), render_summary(summary))
+    logger.info("summary of %s\n%s", context.storage.root, render_summary(summary))
     return summary
 
 
@@ -71,25 +66,6 @@ def open_run(config: RunConfig, world: World) -> RunContext:
         torch.set_num_threads(config.num_threads)
     device = select_device(config.device, world)
     return RunContext(config=config, storage=storage, world=world, device=device)
-
-
-def load_summary(storage: Storage) -> Summary:
-    """Collect the summary from the stages' records.
-
-    A stage may report on another: evaluation's results stand under the stage that they judge.
-    """
-    records = [load_record(storage, name) for name in STAGE_NAMES]
-    summary: Summary = {
-        record.stage: {"state": record.state, "seconds": record.seconds, "metrics": {}}
-        for record in records
-        if record is not None
-    }
-    for record in records:
-        for name, value in (record.metrics if record else {}).items():
-            stage, _, metric = name.partition("/")
-            if stage in summary:
-                summary[stage]["metrics"][metric] = value
-    return summary
 
 
 def run_chunks_here(work: ChunkWork) -> None:
@@ -144,19 +120,3 @@ def _write_run_files(context: RunContext) -> None:
 
 def _write_summary(storage: Storage) -> None:
     storage.write_bytes("summary.json", json.dumps(load_summary(storage), indent=1).encode())
-
-
-def resolve_stages(names: Sequence[StageName], config: RunConfig) -> RunConfig:
-    """Restrict a config to some stages."""
-    return config.model_copy(update={"stages": list(names)})
-
-
-def require_run(root: str) -> Storage:
-    """Open the storage of an existing run.
-
-    Raises:
-        DataError: there is no run.
-    """
-    if "://" not in root and not Path(root).exists():
-        raise DataError(f"{root}: no such run directory; run `fqgan run CONFIG` first")
-    return Storage(root)

@@ -132,7 +132,9 @@ def _fid_card(stage: StageSummary, name: str, title: str) -> Card | None:
     value = stage.number(name)
     if value is None:
         return None
-    details = _details(stage, name)
+    count = stage.number("images")
+    details = {} if count is None else {"images": format_number(int(count))}
+    details |= _details(stage, name)
     is_random = any("random" in detail.lower() for detail in details.values())
     return Card(
         title=title,
@@ -186,7 +188,7 @@ def _perplexity_card(stage: StageSummary) -> Card | None:
     smallest = min(perplexities.values())
     # Perplexity 1 is a codebook that always answers with one code.
     has_collapsed = smallest < 2
-    usage = stage.group("codebook_usage")
+    usage = stage.group("usage")
     details = {f"{humanise(k)} used": f"{100 * value:.1f} %" for k, value in usage.items()}
     return Card(
         title="Codebook perplexity",

@@ -40,7 +40,7 @@ _HEADER = Markup(
     '<ul class="facts">{facts}</ul>{notes}</header>'
 )
 
-_PILL_KINDS = {"done": "good", "skipped": "neutral", "failed": "bad", "running": "warn"}
+_PILL_KINDS = {"done": "good", "skipped": "neutral", "failed": "bad", "started": "warn"}
 
 _YAML_LINE = re.compile(r"^(?P<indent>\s*(?:- )*)(?P<key>[^\s#'\"][^:#]*:)(?P<rest>(?: .*)?)$")
 
@@ -56,7 +56,7 @@ def build_report(inputs: ReportInputs) -> str:
         Markup('<li><a href="#{}">{}</a></li>').format(anchor, title)
         for anchor, (title, _) in sections.items()
     )
-    return _PAGE.format(
+    page = _PAGE.format(
         policy=_CONTENT_POLICY,
         title=f"{inputs.run_name} - FQGAN run report",
         style=Markup(STYLE_SHEET),
@@ -64,6 +64,8 @@ def build_report(inputs: ReportInputs) -> str:
         navigation=Markup("<nav><ul>{}</ul></nav>").format(links),
         sections=join(html for _, html in sections.values()),
     )
+    # A plain str: Markup would escape what a caller adds to it, or searches in it.
+    return str(page)
 
 
 def _build_sections(inputs: ReportInputs) -> Iterator[tuple[str, str, str, Markup]]:
@@ -152,8 +154,8 @@ def _build_stages(stages: Mapping[str, StageSummary]) -> Markup:
     longest = max((stage.seconds or 0.0 for stage in stages.values()), default=0.0) or 1.0
     rows = join(_build_stage_row(stage, longest) for stage in stages.values())
     return Markup(
-        '<div class="scroll"><table><thead><tr><th>Stage</th><th>State</th><th>Time</th>'
-        "<th>Metrics</th></tr></thead><tbody>{}</tbody></table></div>"
+        '<div class="scroll"><table class="stages"><thead><tr><th>Stage</th><th>State</th>'
+        "<th>Time</th><th>Metrics</th></tr></thead><tbody>{}</tbody></table></div>"
     ).format(rows)
 
 
@@ -273,21 +275,27 @@ def _highlight(line: str) -> Markup:
 
 
 def _build_environment(environment: Mapping[str, Any]) -> Markup:
-    rows = join(
-        Markup("<tr><td>{}</td><td>{}</td></tr>").format(name, value)
-        for name, value in _flatten_environment(environment, "")
-    )
-    if not rows:
+    if not environment:
         return Markup("")
+    rows = join(
+        Markup("<tr><td>{}</td><td>{}</td></tr>").format(humanise(name), _show_value(value))
+        for name, value in environment.items()
+    )
     return Markup('<div class="scroll"><table class="environment">{}</table></div>').format(rows)
 
 
-def _flatten_environment(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten_environment(value, f"{prefix}{name} / ")
-        elif isinstance(value, list):
-            items = {str(index): item for index, item in enumerate(value)}
-            yield from _flatten_environment(items, f"{prefix}{name} / ")
-        else:
-            yield f"{prefix}{name}", "-" if value is None else str(value)
+def _show_value(value: Any) -> Markup:
+    """Show a scalar as text, a mapping as name and value pairs, a list as one line per item."""
+    match value:
+        case None | []:
+            return Markup("-")
+        case Mapping():
+            pairs = join(
+                Markup("<span>{} <b>{}</b></span>").format(name, "-" if item is None else item)
+                for name, item in value.items()
+            )
+            return Markup('<div class="chips">{}</div>').format(pairs)
+        case list():
+            return join(map(_show_value, value))
+        case _:
+            return Markup("<div>{}</div>").format(value)

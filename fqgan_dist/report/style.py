@@ -126,6 +126,14 @@ footer { padding-top: 6px; padding-bottom: 40px; color: var(--muted); font-size:
   .cards { grid-template-columns: repeat(2, 1fr); }
   .card, .card:nth-child(n+4) { grid-column: span 1; }
 }
+@media (max-width: 700px) {
+  .stages thead { display: none; }
+  .stages tr { display: grid; grid-template-columns: 1fr auto; gap: 8px 16px; padding: 12px 16px;
+    border-top: 1px solid var(--line); }
+  .stages tr:first-child { border-top: 0; }
+  .stages td { padding: 0; border: 0; }
+  .stages td.time, .stages td:last-child { grid-column: 1 / -1; }
+}
 @media (max-width: 560px) {
   header, main, footer, nav ul { padding-left: 16px; padding-right: 16px; }
   h1 { font-size: 25px; }

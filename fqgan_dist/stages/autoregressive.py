@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from fqgan_dist.autoregressive.losses import compute_code_losses
@@ -147,7 +146,7 @@ class HeldOutCodes:
         histogram = CodeHistogram(model.num_codebooks, model.codebook_size)
         histogram.update(self.codes)
         # What a model that knows nothing but how often each code occurs could reach.
-        self.unigram_entropy = float(np.mean(histogram.unigram_entropy()))
+        self.unigram_entropy = float(histogram.unigram_entropy.mean())
 
     @torch.inference_mode()
     def measure_model(self, model: FactorizedTransformer) -> dict[str, float]:
@@ -157,7 +156,9 @@ class HeldOutCodes:
         for codes, labels in zip(
             self.codes.split(self.batch_size), self.labels.split(self.batch_size), strict=True
         ):
-            losses = compute_code_losses(model(codes.to(device), labels.to(device)), codes.to(device))
+            losses = compute_code_losses(
+                model(codes.to(device), labels.to(device)), codes.to(device)
+            )
             total += losses.double().mean().cpu() * len(codes)
         loss = float(total) / len(self.codes)
         return {

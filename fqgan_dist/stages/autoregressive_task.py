@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.config import AutoregressiveConfig
+from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeBatch
 from fqgan_dist.randomness import keyed_torch_rng

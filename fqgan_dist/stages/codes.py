@@ -141,8 +141,6 @@ def read_all_codes(
     Returns:
         Codes (n, K, h, w) and labels (n,), both int64.
     """
-    from fqgan_dist.data.index import load_samples
-
     store, prefix = code_store(context, split), context.dataset_prefix(split)
     codes: list[np.ndarray] = []
     labels: list[np.ndarray] = []

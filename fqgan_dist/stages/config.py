@@ -80,8 +80,8 @@ class DataConfig(Config):
 class TeachersConfig(Config):
     """Frozen encoders that supervise the semantic codebooks."""
 
-    networks: dict[str, TeacherConfig] = {}
-    """By the name that codebooks refer to."""
+    networks: tuple[TeacherConfig, ...] = ()
+    """One for each semantic codebook, which refers to it by its name."""
     precompute: bool = True
     """Store the features of every view first; otherwise they are computed in the training step."""
     batch_size: int = Field(default=64, gt=0)
@@ -150,7 +150,7 @@ class RunConfig(Config):
     """`auto` takes the GPU of this process if there is one."""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
-    stages: list[StageName] = list(STAGE_NAMES)
+    stages: tuple[StageName, ...] = STAGE_NAMES
     """Stages to run, whatever their order here."""
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
@@ -183,7 +183,7 @@ class RunConfig(Config):
             if theirs != ours
         ]
         wanted = {book.teacher for book in tokenizer.codebooks if book.teacher is not None}
-        given = set(self.teachers.networks)
+        given = {teacher.name for teacher in self.teachers.networks}
         problems += [
             f"teachers.networks: {name!r} is named by a codebook but not configured"
             for name in sorted(wanted - given)

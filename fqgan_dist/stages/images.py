@@ -15,7 +15,7 @@ from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_samples
 from fqgan_dist.data.loader import iterate_shard
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view
-from fqgan_dist.evaluation.reconstruction import psnr
+from fqgan_dist.evaluation.reconstruction import compute_psnr
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
@@ -119,7 +119,7 @@ class HeldOutImages:
         values: dict[int, list[float]] = {}
         for chunk, images in self.batches.items():
             output = tokenizer(to_float(images.to(self.context.device)))
-            values[chunk] = psnr(to_uint8(output.reconstruction).cpu(), images).tolist()
+            values[chunk] = compute_psnr(to_uint8(output.reconstruction).cpu(), images).tolist()
         ordered = _gather_chunks(values, self.context.world.world_size)
         return {"tokenizer/validation/psnr": float(np.mean(ordered))}
 

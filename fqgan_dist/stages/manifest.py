@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.storage import Storage
@@ -26,9 +26,9 @@ class StageRecord(Config):
     """`done` only when every output is in storage."""
     inputs: dict[str, Any]
     """Settings and ids of upstream outputs, flattened to dotted names."""
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = Field(default_factory=dict)
     """Ids and places of what the stage made."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     """Results for the summary; equal to the bit for equal inputs."""
     seconds: float = 0.0
     """Wall time of the session that finished the stage."""
@@ -98,7 +98,7 @@ def check_inputs(storage: Storage, stage: str, inputs: Mapping[str, Any]) -> Sta
     ]
     if changes:
         raise DataError(
-            f"{storage.uri(_path(stage))}: this run's stage {stage!r} was made from other inputs:\n  "
+            f"{storage.uri(_path(stage))}: stage {stage!r} was made from other inputs:\n  "
             + "\n  ".join(sorted(changes))
             + "\nUse another storage.root, or the former settings"
         )

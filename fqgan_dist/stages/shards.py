@@ -97,7 +97,7 @@ class ShardsStage:
 
 @contextmanager
 def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
-    """Open the images of a split: their own source if there is one, else a share of the only one."""
+    """Open the images of a split: their own source, or a share of the only one."""
     data = context.config.data
     if data.source == BUILTIN_PHOTOGRAPHS:
         crops = data.crops_per_photograph
@@ -131,9 +131,7 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
     return train, val if "://" not in val and Path(val).exists() else None
 
 
-def _hold_out(
-    source: SourceListing, split: str, fraction: float, seed: int
-) -> SourceListing:
+def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:
     """Take a split's share of a source: a seeded choice among the sorted names.
 
     Raises:

@@ -71,8 +71,8 @@ class RunContext:
 
     config: RunConfig
     storage: Storage
-    world: World = World()
-    device: torch.device = torch.device("cpu")
+    world: World
+    device: torch.device
 
     def load_dataset(self, split: str) -> DatasetIndex:
         """Load the index of a split that the `shards` stage wrote."""

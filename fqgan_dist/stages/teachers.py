@@ -23,8 +23,7 @@ from fqgan_dist.stages.images import read_shard
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
 from fqgan_dist.stages.weights import resolve_weights
-from fqgan_dist.teachers.build import build_teacher
-from fqgan_dist.teachers.teacher import Teacher
+from fqgan_dist.teachers.teacher import Teacher, build_teacher
 
 STAGE = "teachers"
 
@@ -42,8 +41,8 @@ class TeachersStage:
         config = self.context.config
         return {
             "networks": {
-                name: teacher.model_dump(mode="json")
-                for name, teacher in config.teachers.networks.items()
+                teacher.name: teacher.model_dump(mode="json")
+                for teacher in config.teachers.networks
             },
             "precompute": config.teachers.precompute,
             "views": config.data.views.model_dump(mode="json"),
@@ -67,7 +66,7 @@ class TeachersStage:
             metrics={
                 f"{STAGE}/features": sum(work.size(chunk) for chunk in work.chunks()),
                 f"{STAGE}/weights": {
-                    name: teacher.weights.source for name, teacher in config.networks.items()
+                    teacher.name: teacher.weights.source for teacher in config.networks
                 },
             },
         )
@@ -155,7 +154,8 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
         book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
     }
     teachers = {}
-    for name, settings in config.teachers.networks.items():
+    for settings in config.teachers.networks:
+        name = settings.name
         path = resolve_weights(settings.weights)
         teacher = build_teacher(settings, device=device, weights_path=path)
         if teacher.feature_dim != wanted[name]:

@@ -67,7 +67,9 @@ class TokenizerStage:
         context = self.context
         task = build_tokenizer_task(context)
         loader = build_image_loader(context)
-        slots = assign_slots(context.config.tokenizer.training.micro_batches_per_step, context.world)
+        slots = assign_slots(
+            context.config.tokenizer.training.micro_batches_per_step, context.world
+        )
 
         def batches(first_step: int) -> Iterator[Sequence[ImageBatch]]:
             return loader.batches(first_step, [slot.micro_batch for slot in slots])

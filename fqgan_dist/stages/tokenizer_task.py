@@ -17,6 +17,7 @@ from fqgan_dist.config import Config
 from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch
 from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.losses import (
     disentanglement_loss,
@@ -24,7 +25,6 @@ from fqgan_dist.tokenizer.losses import (
     hinge_generator_loss,
     info_nce_loss,
 )
-from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.model import FactorizedTokenizer, TokenizerOutput
 from fqgan_dist.tokenizer.usage import CodeUsageWindow
 from fqgan_dist.training.config import TrainingConfig

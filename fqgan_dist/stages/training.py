@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.config import StageName
@@ -21,6 +20,7 @@ from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.task import Task
 from fqgan_dist.training.trainer import Trainer, TrainingResult
+from fqgan_dist.weights import hash_tensors
 
 BatchT = TypeVar("BatchT")
 
@@ -76,7 +76,7 @@ def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> 
     loaded = checkpoint_store(context, stage, training).load_latest(step=result.step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
     tensors = loaded.read(_weights_part(stage, training))
-    return {"step": result.step, "weights": digest_tensors(tensors)}
+    return {"step": result.step, "weights": hash_tensors(tensors)}
 
 
 def load_weights(
@@ -94,16 +94,6 @@ def load_weights(
     part = _weights_part(stage, training)
     tensors = loaded.read(stage) | loaded.read(part)  # an average covers parameters, not buffers
     copy_named_tensors(tensors, module.state_dict(), what=f"{part} of step {step}")
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _weights_part(stage: str, training: TrainingConfig) -> str:
@@ -130,4 +120,3 @@ class _MetricsFile:
         """Bring the file to the storage, where it is not there already."""
         if self._folder is not None:
             self.storage.write_bytes(self.path, self.local.read_bytes())
-

@@ -1,1 +1,1 @@
-"""Frozen teacher networks: CLIP (open_clip) and DINOv2 (transformers)."""
+"""Frozen pretrained encoders (CLIP, DINOv2) whose features supervise the semantic codebooks."""

@@ -1,7 +1,7 @@
 """CLIP's image tower from open_clip: image -> class token of the last block.
 
-Source: FQGAN reads `hidden_states[-1][:, 0]` of transformers' CLIPVisionModel: the last block's class
-token *before* ln_post and projection, of OpenAI's weights, whose activation is QuickGELU.
+Source: FQGAN reads `hidden_states[-1][:, 0]` of transformers' CLIPVisionModel: the last block's
+class token *before* ln_post and projection, of OpenAI's weights, whose activation is QuickGELU.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def download_clip(architecture: str) -> Path:
 
 
 def _select_visual(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # A published file holds the text tower too; what has no visual part at all is kept for the message.
+    # A published file holds the text tower too; what has no visual part at all is kept for the
+    # message.
     visual = {name: t for name, t in tensors.items() if name.startswith(_VISUAL_PREFIX)}
     return visual or tensors
 

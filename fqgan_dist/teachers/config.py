@@ -10,6 +10,14 @@ from fqgan_dist.config import Config
 from fqgan_dist.weights import WeightsConfig
 
 
+def _check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+    if whole % part != 0:
+        raise ValueError(
+            f"{whole_name}: {whole} is not a multiple of {part_name} ({part}); nearest valid "
+            f"values are {max(1, whole // part) * part} and {(whole // part + 1) * part}"
+        )
+
+
 class ClipArchitecture(Config):
     """An image tower of CLIP that has no name in open_clip; always QuickGELU."""
 
@@ -65,7 +73,7 @@ PUBLISHED_DINOV2 = {
     "facebook/dinov2-base": _published_dinov2(768, 12, 12),
     "facebook/dinov2-large": _published_dinov2(1024, 24, 16),
 }
-"""Sizes of the published networks, so that a cluster without access to the hub needs the file only."""
+"""Sizes of the published networks, so that a cluster without the hub needs the file only."""
 
 
 class ClipTeacherConfig(Config):
@@ -98,7 +106,7 @@ class Dinov2TeacherConfig(Config):
     weights: WeightsConfig
     """`hub`, or a file in the layout that transformers saves."""
     input_size: PositiveInt = 224
-    """Height and width of the network's input, pixels; position embeddings are interpolated to it."""
+    """Side of the network's input, pixels; position embeddings are interpolated to it."""
 
     @model_validator(mode="after")
     def _check(self) -> Dinov2TeacherConfig:
@@ -129,12 +137,4 @@ def _check_named_for_hub(architecture: str | Config, weights: WeightsConfig) -> 
         raise ValueError(
             "weights.source: 'hub' has no network of these sizes - expected a file or 'random' - "
             "or name a published architecture"
-        )
-
-
-def _check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
-    if whole % part != 0:
-        raise ValueError(
-            f"{whole_name}: {whole} is not a multiple of {part_name} ({part}); nearest valid values "
-            f"are {max(1, whole // part) * part} and {(whole // part + 1) * part}"
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.teachers.config import Dinov2Architecture, Dinov2TeacherConfig
@@ -61,8 +62,8 @@ def download_dinov2(architecture: str) -> Path:
         path = cached_file(architecture, _WEIGHTS_FILE)
     except OSError as error:
         raise DataError(
-            f"{architecture}: transformers cannot download {_WEIGHTS_FILE} ({error}) - expected access "
-            "to the hub - set weights.source to a file made by `fqgan weights fetch`"
+            f"{architecture}: transformers cannot download {_WEIGHTS_FILE} ({error}) - expected "
+            "access to the hub - set weights.source to a file made by `fqgan weights fetch`"
         ) from error
     assert path is not None, "cached_file raises for a missing file unless it is told otherwise"
     return Path(path)
@@ -94,10 +95,11 @@ def _random_gain(name: str) -> float:
 
 
 def _load(settings: Dinov2Config, tensors: dict[str, Tensor], *, source: str) -> Dinov2Model:
-    # from_pretrained, because saved names differ from this version's module names and transformers keeps
-    # the renaming; it only warns about what does not fit, so its report is turned into an error here.
+    # from_pretrained, because saved names differ from this version's module names and transformers
+    # keeps the renaming; it only warns about what does not fit, so its report is turned into an
+    # error here.
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
-        network, report = Dinov2Model.from_pretrained(
+        loaded = Dinov2Model.from_pretrained(
             None,
             config=settings,
             state_dict=tensors,
@@ -105,6 +107,8 @@ def _load(settings: Dinov2Config, tensors: dict[str, Tensor], *, source: str) ->
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    # With output_loading_info the library returns a pair, which its annotation leaves out.
+    network, report = cast("tuple[Dinov2Model, dict[str, Any]]", loaded)
     check_same_network(
         source=source,
         missing=report["missing_keys"],

@@ -47,8 +47,8 @@ IMAGENET_STD: Statistics = (0.229, 0.224, 0.225)
 class Teacher(nn.Module):
     """Frozen network with its preprocessing; always in evaluation mode.
 
-    `fingerprint` covers the weights, the preprocessing and the architecture: stored features carry it
-    and are refused when it differs.
+    `fingerprint` covers the weights, the preprocessing and the architecture: stored features carry
+    it and are refused when it differs.
     """
 
     mean: Tensor
@@ -73,7 +73,9 @@ class Teacher(nn.Module):
         self.register_buffer(
             "mean", torch.tensor(preprocessing.mean).reshape(shape), persistent=False
         )
-        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(shape), persistent=False)
+        self.register_buffer(
+            "std", torch.tensor(preprocessing.std).reshape(shape), persistent=False
+        )
 
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002
         """Stay in evaluation mode, also when a surrounding module is put into training mode."""
@@ -115,7 +117,8 @@ def build_teacher(
     Args:
         config: settings of either kind.
         device: where the network shall be.
-        weights_path: local copy of a remote weights file; None when the source is local, hub or random.
+        weights_path: local copy of a remote weights file; None when the source is local, hub or
+        random.
 
     Raises:
         ConfigError: the architecture is unknown, or a remote file was not staged.

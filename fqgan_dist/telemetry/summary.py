@@ -17,7 +17,7 @@ class StageSummary:
 
     name: str
     state: str
-    """For example done, skipped, failed, running."""
+    """For example done, skipped, started, failed."""
     seconds: float | None
     """Wall time; None when the stage has not finished."""
     metrics: dict[str, Metric]

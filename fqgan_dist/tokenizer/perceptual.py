@@ -6,24 +6,26 @@ Source: LPIPS, arXiv 1801.03924, version 0.1; reference/fqgan.md, section 1.9.
 
 from __future__ import annotations
 
-import logging
+import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.randomness import torch_generator
 from fqgan_dist.tokenizer.precision import full_precision
-
-logger = logging.getLogger(__name__)
+from fqgan_dist.weights import (
+    draw_normal,
+    load_into,
+    load_safetensors_checked,
+    warn_random_weights,
+)
 
 _NORMALIZE_EPS = 1e-10
 
@@ -37,8 +39,22 @@ class PerceptualConfig(Config):
     """`torchvision` (ImageNet weights from its cache or download), `random` (seeded; for trials
     without weights, not comparable with published numbers), or a .safetensors file of torchvision's
     state dict."""
+    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected sha256 of the weights file in hexadecimal; None accepts any file."""
     dropout: bool = True
     """Whether half of the differences are dropped in train mode, as in the released training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        is_file = self.weights not in ("torchvision", "random")
+        if is_file and not self.weights.endswith(".safetensors"):
+            raise ValueError(
+                f"weights: {self.weights!r} is no source of weights; expected 'torchvision', "
+                "'random' or a file that ends in .safetensors"
+            )
+        if self.weights_sha256 is not None and not is_file:
+            raise ValueError(f"weights_sha256: has no effect on {self.weights!r}; remove it")
+        return self
 
 
 class PerceptualLoss(nn.Module):
@@ -95,16 +111,17 @@ def build_perceptual_loss(
         weights_path: local copy of `config.weights` where that names a file elsewhere.
 
     Raises:
-        ConfigError: the weights cannot be read or downloaded, or are another network's.
+        ConfigError: torchvision's weights cannot be downloaded.
+        DataError: the file is missing, damaged or another network's.
     """
     if config.weights == "torchvision":
         return PerceptualLoss(_build_network(config, pretrained=True)).train()
     network = _build_network(config, pretrained=False)
     if config.weights == "random":
-        logger.warning("perceptual loss: random weights: not comparable with published numbers")
+        warn_random_weights("perceptual loss", seed)
         _draw_weights(network.net, seed)
     else:
-        _load_weights(network.net, weights_path or Path(config.weights))
+        _load_weights(network.net, weights_path or Path(config.weights), config.weights_sha256)
     return PerceptualLoss(network).train()
 
 
@@ -141,35 +158,20 @@ def _build_network(config: PerceptualConfig, *, pretrained: bool) -> Any:
 
 
 def _draw_weights(network: nn.Module, seed: int) -> None:
-    generator = torch_generator(seed, "perceptual")
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
-            # Kaiming keeps the features' size through the layers; torch's default lets it vanish.
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            # Kaiming's scale keeps the features' size through the layers; torch's lets it vanish.
+            scale = math.sqrt(2 / module.weight[0].numel())
+            drawn = draw_normal(module.weight.shape, seed, "perceptual", name)
+            module.weight.data.copy_(scale * drawn)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"perceptual.weights: {str(path)!r}: cannot be read as safetensors ({error}); expected "
-            "'torchvision', 'random' or a .safetensors file"
-        ) from error
+def _load_weights(network: nn.Module, path: Path, sha256: str | None) -> None:
     # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
     names = {re.sub(r"^slice\d+\.", "features.", name): name for name in network.state_dict()}
-    missing = [name for name in names if name not in stored]
-    if missing:
-        raise ConfigError(
-            f"perceptual.weights: {str(path)!r}: has no {missing[0]!r} ({len(missing)} of "
-            f"{len(names)} keys missing); expected torchvision's state dict of perceptual.network"
-        )
-    try:
-        network.load_state_dict({names[name]: stored[name] for name in names})
-    except RuntimeError as error:
-        raise ConfigError(
-            f"perceptual.weights: {str(path)!r}: is of another network than perceptual.network "
-            f"({error}); change one of the two"
-        ) from error
+    stored = load_safetensors_checked(path, sha256)
+    # The classifier of a whole torchvision state dict is not part of the loss.
+    kept = {names[name]: tensor for name, tensor in stored.items() if name in names}
+    load_into(network, kept, source=str(path))

@@ -34,6 +34,8 @@ from fqgan_dist.tokenizer.model import FactorizedTokenizer
 USAGE_WINDOW = 65536
 """Length of the released quantizers' usage buffer; it is written as zeros and ignored when read."""
 
+_WEIGHTS_ENTRIES = ("ema", "model", "state_dict")
+
 
 @dataclass(frozen=True)
 class _BranchNames:
@@ -167,13 +169,16 @@ def read_published_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read as a released model: {error}; expected a .pt file of tensors"
         ) from error
-    candidates = [content[name] for name in ("ema", "model", "state_dict") if name in content]
-    if not candidates or not all(isinstance(value, Tensor) for value in candidates[0].values()):
+    entries = content if isinstance(content, dict) else {}
+    weights = next((entries[name] for name in _WEIGHTS_ENTRIES if name in entries), None)
+    if not isinstance(weights, dict) or not all(
+        isinstance(each, Tensor) for each in weights.values()
+    ):
         raise CheckpointError(
             f"{path}: holds no state dict under 'ema', 'model' or 'state_dict'; "
             "name a released model"
         )
-    return dict(candidates[0])
+    return weights
 
 
 def _branch_key(rest: str, names: _BranchNames) -> str:

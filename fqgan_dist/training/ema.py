@@ -45,7 +45,7 @@ class ExponentialMovingAverage:
         """
         parameters = self._matching_parameters(module)
         averages = list(self._averages.values())
-        # A few fused kernels instead of two launches per parameter; torch has no public name for them.
+        # A few fused kernels instead of two launches per parameter; torch has no public name.
         torch._foreach_mul_(averages, self.decay)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(averages, parameters, alpha=1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -62,7 +62,9 @@ class PlainEngine:
                 gradient_as_bucket_view=True,
             )
         self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = _build_optimizer(parameter_groups or [{"params": self._parameters}], config)
+        self.optimizer = _build_optimizer(
+            parameter_groups or [{"params": self._parameters}], config
+        )
         # A flag on the device: once set, every later step is refused until somebody looks.
         self._is_not_finite = torch.zeros((), device=device)
 

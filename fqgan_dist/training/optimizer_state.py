@@ -72,7 +72,7 @@ def load_named_optimizer_state(
 def _named_parameters(
     module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    # Since torch 2.9 AdamW derives from Adam; naming both does not rest on it.
+    # AdamW derives from Adam in recent torch only; naming both does not rest on it.
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         raise ValueError(
             f"optimizer {type(optimizer).__name__}: only torch's Adam and AdamW are supported; "

@@ -1,4 +1,4 @@
-"""The training loop: when to step, log, evaluate and save. What is trained is the task's business."""
+"""The training loop: when to step, log, evaluate and save; what is trained is the task's."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ class Trainer(Generic[BatchT]):
         values = self.task.evaluate(step)
         self._write(step, values)
         if self.world.is_main:
-            shown = ", ".join(f"{name.split('/', 1)[-1]} {value:.4g}" for name, value in values.items())
+            shown = ", ".join(
+                f"{name.split('/', 1)[-1]} {value:.4g}" for name, value in values.items()
+            )
             logger.info("step %d: %s", step, shown)
         return values
 
@@ -232,4 +234,3 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._clock.add_wait(time.perf_counter() - self._start)
-

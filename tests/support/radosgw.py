@@ -95,7 +95,7 @@ def _start_monitor(folder: Path, monitor: str) -> None:
     rights = {
         "mon.": ["mon", "allow *"],
         "client.admin": ["mon", "allow *", "osd", "allow *"],
-        "osd.0": ["mon", "allow profile osd", "osd", "allow *"],
+        "osd.0": ["mon", "allow profile osd", "mgr", "allow profile osd", "osd", "allow *"],
         "client.rgw": ["mon", "allow rw", "osd", "allow rwx"],
     }
     _call("ceph-authtool", "--create-keyring", keyring)

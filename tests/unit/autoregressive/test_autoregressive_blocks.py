@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fqgan_dist.autoregressive import FactorizedTransformer
 from fqgan_dist.autoregressive.blocks import (
+    AttentionFn,
     FeedForward,
     RmsNorm,
     build_caches,
@@ -29,7 +30,7 @@ def attend_slowly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 5])
 @pytest.mark.parametrize("attention_fn", [causal_attention, short_causal_attention])
-def test_attention_and_its_gradients_are_the_definition(attention_fn, num_tokens: int):
+def test_attention_and_its_gradients_are_the_definition(attention_fn: AttentionFn, num_tokens: int):
     torch.manual_seed(0)
     shape = (3, 4, num_tokens, 2, 8)
     inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)

@@ -55,18 +55,14 @@ def test_any_slots_give_what_the_whole_stream_gives(
 @given(counts_of_shards, st.integers(1, 5))
 def test_samples_come_from_one_window_of_shards_at_a_time(counts: list[int], window: int) -> None:
     order = make_order(counts, window=window)
-    shards = [place[1] for place in stream(order, range(order.num_samples))]
-    left = set(shards)
-    while shards:
-        # The first shards seen make up a window; none of them comes again after its last sample.
-        opened: set[int] = set()
-        budget = 0
-        while shards and budget < sum(counts[shard] for shard in opened or {shards[0]}):
-            opened.add(shards.pop(0))
-            budget += 1
-        assert opened <= left
+    left = dict(enumerate(counts))
+    opened: set[int] = set()
+    for _, shard, _ in stream(order, range(order.num_samples)):
+        opened.add(shard)
         assert len(opened) <= window
-        left -= opened
+        left[shard] -= 1
+        if all(left[other] == 0 for other in opened):
+            opened.clear()
 
 
 def test_another_epoch_seed_or_dataset_gives_another_order() -> None:

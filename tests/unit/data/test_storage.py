@@ -192,9 +192,9 @@ def test_wrong_root_is_a_config_error(root: str, message: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_refused_access_says_what_to_check(storage: Storage, tmp_path: Path) -> None:
+def test_file_in_the_place_of_the_root_is_a_data_error(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file where the root should be")
-    with pytest.raises((DataError, FileNotFoundError), match="root"):
+    with pytest.raises(DataError, match="a file is where a folder should be"):
         storage.write_bytes("x", b"")
 
 

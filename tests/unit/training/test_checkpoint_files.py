@@ -116,9 +116,7 @@ def test_staging_is_reused_until_a_layout_changes() -> None:
     assert third[0] is not second[0]
 
 
-def test_large_parts_are_split_and_merged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_parts_are_split_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_files, "_MAX_FILE_BYTES", 64)
     tensors = {f"t{index}": torch.full((index,), float(index)) for index in range(1, 25)}
     storage = Storage(tmp_path)

@@ -34,7 +34,7 @@ def _piece(start: int, count: int, shape: list[int]) -> TensorRecord:
     return TensorRecord(dtype="F32", shape=shape, start=start, count=count)
 
 
-def _report(rank: int, **changes: Any) -> RankReport:
+def _report(rank: int, /, **changes: Any) -> RankReport:
     values = {
         "step": 5,
         "attempt": ATTEMPT,

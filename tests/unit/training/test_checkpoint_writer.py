@@ -13,7 +13,12 @@ def _fail() -> None:
 
 def test_submit_does_not_wait_for_its_own_job() -> None:
     writer, gate, done = BackgroundWriter(), threading.Event(), threading.Event()
-    writer.submit(lambda: (gate.wait(), done.set()) and None)
+
+    def job() -> None:
+        gate.wait()
+        done.set()
+
+    writer.submit(job)
     assert not done.is_set()
     writer.raise_pending()
     gate.set()

@@ -166,9 +166,7 @@ def test_a_record_copied_to_another_number_is_refused(log: CommitLog, tmp_path: 
 
 def test_a_well_sealed_document_of_another_kind_is_refused(log: CommitLog, tmp_path: Path) -> None:
     record = json.loads(seal(_maintenance(1)))["content"] | {"kind": "other"}
-    digest = hashlib.sha256(
-        json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-    )
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
     (tmp_path / "commits").mkdir()
     sealed = json.dumps({"content": record, "sha256": digest.hexdigest()})
     (tmp_path / "commits/0000000001.json").write_text(sealed)

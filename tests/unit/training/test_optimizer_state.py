@@ -50,7 +50,9 @@ def test_training_continues_bit_for_bit(
     load_named_optimizer_state(resumed, fresh, state)
     _train(resumed, fresh, range(3, 6))
 
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters()))  # noqa: B905
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True)
+    )
     expected = named_optimizer_state(module, optimizer)
     found = named_optimizer_state(resumed, fresh)
     assert list(found) == list(expected)
@@ -90,7 +92,9 @@ def test_loading_an_unstepped_state_trains_as_a_fresh_optimizer() -> None:
     load_named_optimizer_state(loaded, second, _copy(named_optimizer_state(plain, first)))
     _train(plain, first, range(3))
     _train(loaded, second, range(3))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), loaded.parameters()))  # noqa: B905
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), loaded.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

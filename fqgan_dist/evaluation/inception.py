@@ -1,0 +1,168 @@
+"""Inception features and logits for FID, IS, precision and recall: torch-fidelity's InceptionV3.
+
+The network is TensorFlow's of 2015-12-05 as torch-fidelity ports it, its TF1 bilinear resize
+included. torch-fidelity unpickles whatever file it is given, so the weights are read and checked
+here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+
+from fqgan_dist.config import Config
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.evaluation.random_inception import fill_random_inception
+from fqgan_dist.weights import (
+    WeightsConfig,
+    hash_tensors,
+    load_into,
+    load_safetensors_checked,
+    load_torch_checked,
+    warn_random_weights,
+)
+
+PUBLISHED_RESOLUTION = 299
+"""Input side of the published network, pixels."""
+SMALLEST_RESOLUTION = 75
+"""Below this the last blocks have no pixel left."""
+_SHORT_HASH = 16
+
+
+class InceptionConfig(Config):
+    """Settings of the evaluator's network."""
+
+    weights: WeightsConfig
+    """`hub` takes torch-fidelity's file; a file holds the same tensors as safetensors."""
+    resolution: int = Field(default=PUBLISHED_RESOLUTION, ge=SMALLEST_RESOLUTION, le=1024)
+    """Side that images are resized to, pixels; other than 299 it is another evaluator."""
+
+
+class _InceptionNetwork(FeatureExtractorInceptionV3):
+    """torch-fidelity's network, built without its loader and with a choice of input size."""
+
+    def __init__(self, resolution: int) -> None:
+        # The library's constructor reads a weights file by torch.load(weights_only=False), or
+        # downloads one. It is given an empty one of our own making; the real weights come
+        # afterwards, checked.
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        super().__init__(
+            "inception-v3", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty
+        )
+        self.INPUT_IMAGE_SIZE = resolution
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load as torch does, but take the constructor's empty file for nothing."""
+        if not state_dict:
+            return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class InceptionFeatures(nn.Module):
+    """Frozen InceptionV3; always in evaluation mode.
+
+    `evaluator_id` names the network, the resolution and the weights; numbers of different ids are
+    not comparable.
+    """
+
+    def __init__(self, network: _InceptionNetwork, *, evaluator_id: str) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.evaluator_id = evaluator_id
+
+    def train(self, mode: bool = True) -> InceptionFeatures:  # noqa: ARG002
+        """Stay in evaluation mode, also when a surrounding module is put into training mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features of images of any size.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+
+        Returns:
+            Features of the last pooling (B, 2048) and logits without bias (B, 1008), float32.
+
+        Raises:
+            ValueError: the images are not (B, 3, H, W) uint8.
+        """
+        # Half precision moves FID by several percent: computed in float32 whatever surrounds it.
+        with torch.autocast(images.device.type, enabled=False):
+            features, logits = self.network(images)
+        return features, logits
+
+
+def build_inception(
+    config: InceptionConfig, *, device: torch.device | str, weights_path: Path | None = None
+) -> InceptionFeatures:
+    """Build the evaluator's network with the configured weights on a device.
+
+    Args:
+        config: settings.
+        device: where the network shall be.
+        weights_path: local copy of a remote weights file; None when the source is local, hub or
+        random.
+
+    Raises:
+        ConfigError: a remote file was not staged.
+        DataError: the hub cannot be reached, or the weights are damaged or of another network.
+    """
+    weights = config.weights
+    if weights_path is not None and not weights.is_file:
+        raise ConfigError(
+            f"weights.source: {weights.source!r} takes no file - expected a path or URI - or do "
+            f"not stage {str(weights_path)!r}"
+        )
+    # The constructor draws numbers that are thrown away: the caller's random state must not notice.
+    with torch.random.fork_rng(devices=[]):
+        network = _InceptionNetwork(config.resolution)
+    if weights.is_random:
+        fill_random_inception(network, seed=weights.seed)
+        warn_random_weights("Inception", weights.seed)
+        weights_id = f"random-{weights.seed}"
+    else:
+        path = download_inception() if weights.is_hub else weights.find_file(weights_path)
+        load = load_safetensors_checked if path.suffix == ".safetensors" else load_torch_checked
+        load_into(network, load(path, weights.sha256), source=str(path))
+        weights_id = hash_tensors(network.state_dict())[:_SHORT_HASH]
+    evaluator_id = f"torch-fidelity-inception-v3/{config.resolution}px/{weights_id}"
+    return InceptionFeatures(network, evaluator_id=evaluator_id).to(device)
+
+
+def download_inception() -> Path:
+    """Download torch-fidelity's weights into torch.hub's folder; return the file.
+
+    Raises:
+        DataError: the address cannot be reached, or the file is not the published one.
+    """
+    name = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    # The published name ends in the first digits of the file's sha256.
+    hash_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{URL_INCEPTION_V3}: cannot be downloaded ({error}) - expected access to the internet "
+            "- set weights.source to a file made by `fqgan weights fetch`"
+        ) from error
+    return path

@@ -1,0 +1,175 @@
+"""Mean and covariance of features, in float64, summed over fixed chunks of samples.
+
+A chunk is a fixed range of sample ids. Chunks are folded in chunk-id order and each counts once, so
+the result has the same bits for any number of actors, any order of arrival and any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fqgan_dist.errors import DataError, NumericsError
+
+Array = NDArray[np.floating[Any]]
+
+REPEAT_TOLERANCE = 1e-3
+"""Relative difference of means up to which a chunk computed twice counts as the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and centred second moment of feature vectors."""
+
+    count: int
+    """Number of vectors."""
+    mean: Array
+    """(d,)"""
+    m2: Array
+    """Sum of the outer products of deviations from the mean, (d, d)."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.m2.shape != (self.mean.size, self.mean.size):
+            raise ValueError(
+                f"moments: count {self.count}, mean {self.mean.shape}, m2 {self.m2.shape} - "
+                "expected a positive count, (d,) and (d, d)"
+            )
+
+    @property
+    def covariance(self) -> Array:
+        """Unbiased covariance (d, d), as `np.cov`.
+
+        Raises:
+            ValueError: there are fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError("covariance: 1 sample - expected at least 2 - evaluate more samples")
+        return self.m2 / (self.count - 1)
+
+    def to_bytes(self) -> bytes:
+        """Serialise; equal moments give equal bytes."""
+        return safetensors.numpy.save(
+            {"count": np.array([self.count], np.int64), "mean": self.mean, "m2": self.m2}
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Moments:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            DataError: the bytes are something else.
+        """
+        try:
+            parts = safetensors.numpy.load(data)
+            moments = cls(int(parts["count"][0]), parts["mean"], parts["m2"])
+        except (SafetensorError, KeyError, ValueError, IndexError) as error:
+            raise DataError(f"moments: cannot be read ({error}) - compute them again") from error
+        if not moments.mean.dtype == moments.m2.dtype == np.float64:
+            raise DataError(f"moments: stored as {moments.m2.dtype} - expected float64")
+        return moments
+
+
+def compute_moments(features: Tensor) -> Moments:
+    """Compute the moments of one chunk of features, (n, d).
+
+    Raises:
+        ValueError: there is no sample, or the shape is not (n, d).
+        NumericsError: a feature is not finite.
+    """
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"features: shape {tuple(features.shape)} - expected (n, d) with n > 0")
+    values = features.detach().cpu().double().numpy()
+    if not np.isfinite(values).all():
+        raise NumericsError(
+            "features: not all are finite - expected finite Inception features - look at the images"
+        )
+    mean = values.mean(axis=0)
+    deviations = values - mean
+    return Moments(len(values), mean, deviations.T @ deviations)
+
+
+def fold(chunks: Iterable[tuple[int, Moments]]) -> Moments:
+    """Sum chunks in chunk-id order, each id once; any order of arrival gives the same bits.
+
+    Raises:
+        ValueError: there is no chunk.
+        NumericsError: a chunk was computed twice with different results.
+    """
+    by_id: dict[int, Moments] = {}
+    for chunk_id, moments in chunks:
+        kept = by_id.get(chunk_id)
+        by_id[chunk_id] = moments if kept is None else _choose(chunk_id, kept, moments)
+    return fold_ordered(by_id[chunk_id] for chunk_id in sorted(by_id))
+
+
+def fold_ordered(chunks: Iterable[Moments]) -> Moments:
+    """Sum distinct chunks that come in chunk-id order.
+
+    Holds two at a time (33.6 MB each at d = 2048), so that chunks can be read one by one.
+
+    Raises:
+        ValueError: there is no chunk, or their widths differ.
+    """
+    total: Moments | None = None
+    for moments in chunks:
+        total = moments if total is None else _merge(total, moments)
+    if total is None:
+        raise ValueError("fold: no chunk - expected at least one - was nothing evaluated?")
+    return total
+
+
+def load_adm_statistics(path: Path) -> Moments:
+    """Read the training-set statistics `mu` and `sigma` of an ADM reference file (.npz).
+
+    The file does not say how many images they are of; the count returned is ImageNet's training set
+    and cancels out of every FID.
+
+    Raises:
+        DataError: the file is missing, holds pickled objects, or has no such statistics.
+    Source: openai/guided-diffusion, evaluations; VIRTUAL_imagenet256_labeled.npz.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            mean = np.asarray(archive["mu"], np.float64)
+            covariance = np.asarray(archive["sigma"], np.float64)
+        return Moments(_IMAGENET_TRAIN_IMAGES, mean, covariance * (_IMAGENET_TRAIN_IMAGES - 1))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path}: no ADM reference statistics ({error}) - expected arrays 'mu' (d,) and "
+            "'sigma' (d, d) - use an ADM reference file such as VIRTUAL_imagenet256_labeled.npz"
+        ) from error
+
+
+_IMAGENET_TRAIN_IMAGES = 1_281_167
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """Chan, Golub and LeVeque's pairwise update."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"fold: widths {a.mean.size} and {b.mean.size} - expected equal ones")
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    mean = a.mean + delta * (b.count / count)
+    m2 = a.m2 + b.m2 + np.outer(delta, delta) * (a.count * b.count / count)
+    return Moments(count, mean, m2)
+
+
+def _choose(chunk_id: int, a: Moments, b: Moments) -> Moments:
+    # A repeated chunk may differ in its last bits when another kind of GPU computed it: the choice
+    # must not depend on which came first.
+    scale = max(np.abs(a.mean).max(), np.abs(b.mean).max())
+    same = a.count == b.count and a.mean.shape == b.mean.shape
+    if not same or np.abs(a.mean - b.mean).max() > REPEAT_TOLERANCE * scale:
+        raise NumericsError(
+            f"chunk {chunk_id}: computed twice with different results ({a.count} and {b.count} "
+            "samples) - expected equal ones - were weights or samples changed between attempts?"
+        )
+    return min(a, b, key=Moments.to_bytes)

@@ -1,0 +1,89 @@
+"""Random weights for Inception with which an FID still tells good images from bad ones.
+
+With default initialisation features vanish and every FID is 0. Here filters are seeded normal
+numbers, and the BatchNorm statistics are those of a fixed batch of smooth coloured noise, whose
+spectrum is that of photographs.
+
+A deep random ReLU network is chaotic: it sends any two images to unrelated features, and the
+distance between two samples of one set hides everything else. A bias keeps most ReLUs open, so that
+the network is nearly linear and near images stay near, while pooling and the clipped rest respond
+to texture. Measured with 512 against 512 64-px photograph crops at 75 px: FID(photographs, noise)
+is 13 times FID(photographs, other crops) without the bias and over 250 times with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from fqgan_dist.randomness import numpy_generator
+from fqgan_dist.weights import draw_normal
+
+STEM_BIAS = 1.0
+"""BatchNorm bias before the first Mixed block, in standard deviations."""
+BLOCK_BIAS = 8.0
+"""BatchNorm bias in the Mixed blocks, in standard deviations."""
+
+_CALIBRATION_IMAGES = 32
+_CALIBRATION_SIZE = 64
+_SPECTRUM_EXPONENT = 1.5
+
+
+def fill_random_inception(network: FeatureExtractorInceptionV3, *, seed: int) -> None:
+    """Fill torch-fidelity's InceptionV3 in place; the same bits on every machine."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1:
+                numbers = draw_normal(parameter.shape, seed, "inception", name)
+                parameter.copy_(numbers * math.sqrt(2.0 / math.prod(parameter.shape[1:])))
+            elif name.endswith("bn.bias"):
+                parameter.fill_(BLOCK_BIAS if name.startswith("Mixed") else STEM_BIAS)
+            else:
+                # The other vectors: BatchNorm's scale, and the bias of the unused biased logits.
+                parameter.fill_(1.0 if name.endswith("bn.weight") else 0.0)
+    _calibrate(network, draw_smooth_images(seed))
+
+
+def draw_smooth_images(seed: int) -> Tensor:
+    """Draw the calibration batch: smooth noise of one hue per image, (32, 3, 64, 64) uint8."""
+    count, size = _CALIBRATION_IMAGES, _CALIBRATION_SIZE
+    generator = numpy_generator(seed, "inception calibration")
+    frequencies = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    frequencies[0, 0] = 1.0 / size
+    channels = generator.standard_normal((count, 4, size, size))
+    smooth = np.fft.ifft2(np.fft.fft2(channels) / frequencies**_SPECTRUM_EXPONENT).real
+    smooth /= smooth.std(axis=(2, 3), keepdims=True)
+    images = smooth[:, :1] + 0.4 * smooth[:, 1:]
+    images = (images - images.mean(axis=(1, 2, 3), keepdims=True)) / images.std(
+        axis=(1, 2, 3), keepdims=True
+    )
+    contrast = generator.uniform(20, 60, (count, 1, 1, 1))
+    brightness = generator.uniform(60, 200, (count, 1, 1, 1))
+    tint = generator.uniform(-30, 30, (count, 3, 1, 1))
+    pixels = np.clip(images * contrast + brightness + tint, 0, 255)
+    return torch.from_numpy(pixels.astype(np.uint8))
+
+
+@torch.no_grad()
+def _calibrate(network: FeatureExtractorInceptionV3, images: Tensor) -> None:
+    """Set every BatchNorm's statistics to those of a batch."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+    # Float64, then rounded to 8 bits: sums in another order (threads, kind of CPU) give the same
+    # network.
+    network.double().train()
+    network.feature_extractor_internal_dtype = torch.float64
+    network(images)
+    network.float().eval()
+    network.feature_extractor_internal_dtype = torch.float32
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(norm.running_mean.bfloat16())
+        norm.running_var.copy_(norm.running_var.bfloat16())

@@ -1,0 +1,126 @@
+"""The `report` stage: collect a run's results and write `report.html` beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.report.figures import render_pngs
+from fqgan_dist.report.inputs import ReportInputs
+from fqgan_dist.report.page import build_report
+from fqgan_dist.stages.config import STAGE_NAMES, RunConfig
+from fqgan_dist.stages.evaluation_work import FIGURES_PATH
+from fqgan_dist.stages.manifest import load_record
+from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.summary import load_summary
+from fqgan_dist.telemetry.metrics import Record, parse_metrics
+
+STAGE = "report"
+
+
+class ReportStage:
+    """Implements `fqgan_dist.stages.stage.Stage`."""
+
+    name = STAGE
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    def settings(self) -> Mapping[str, Any]:
+        """The title."""
+        return {"name": self.context.config.name}
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return everything that is shown: the inputs of the evaluation."""
+        return {"evaluation": self.context.require("evaluation").inputs}
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  one process
+        """Write `report.html` and the figures as PNG files."""
+        if not self.context.world.is_main:
+            return StageOutcome()
+        storage = self.context.storage
+        inputs = collect_inputs(self.context)
+        for name, data in render_pngs(inputs).items():
+            storage.write_bytes(f"figures/{name}", data)
+        storage.write_bytes("report.html", build_report(inputs).encode())
+        return StageOutcome(outputs={"report": "report.html"})
+
+
+def collect_inputs(context: RunContext) -> ReportInputs:
+    """Read what the report shows from a run's storage."""
+    storage = context.storage
+    figures = TensorFiles(storage, FIGURES_PATH, "report").read(0)
+    return ReportInputs(
+        run_name=context.config.name,
+        summary=load_summary(storage),
+        config_yaml=storage.read_bytes("config.yaml").decode(),
+        environment=json.loads(storage.read_bytes("environment.json")),
+        metrics=_read_metrics(storage),
+        originals=_to_pixels(figures["originals"]),
+        reconstructions=_to_pixels(figures["reconstructions"]),
+        single_codebook=_group(figures, "single/"),
+        samples=_group(figures, "samples/"),
+        notes=_collect_notes(context.config, storage),
+    )
+
+
+def _read_metrics(storage: Storage) -> dict[str, list[Record]]:
+    paths = {stage: f"{stage}/metrics.jsonl" for stage in ("tokenizer", "autoregressive")}
+    return {
+        stage: parse_metrics(storage.read_bytes(path), name=storage.uri(path))
+        for stage, path in paths.items()
+        if storage.exists(path)
+    }
+
+
+def _group(figures: Mapping[str, Tensor], prefix: str) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): _to_pixels(images)
+        for name, images in figures.items()
+        if name.startswith(prefix)
+    }
+
+
+def _to_pixels(images: Tensor) -> np.ndarray:
+    """Change (n, 3, H, W) to (n, H, W, 3)."""
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _collect_notes(config: RunConfig, storage: Storage) -> list[str]:
+    """Say what a reader must know before comparing numbers."""
+    random = [
+        f"teacher {teacher.name}"
+        for teacher in config.teachers.networks
+        if teacher.weights.is_random
+    ]
+    if config.tokenizer.perceptual.weights == "random":
+        random.append("perceptual loss")
+    if config.evaluation.inception.weights.is_random:
+        random.append("Inception")
+    notes = []
+    if random:
+        notes.append(
+            f"Random weights ({', '.join(random)}): scores of this run are not comparable with "
+            f"published numbers."
+        )
+    problems = [
+        f"{split}: {count} images of the source were left out (see index.json)"
+        for split in ("train", "val")
+        for record in [load_record(storage, "shards")]
+        if record is not None and (count := record.metrics.get(f"shards/{split}_problems"))
+    ]
+    unfinished = [
+        name
+        for name in STAGE_NAMES
+        if name != STAGE
+        and ((found := load_record(storage, name)) is None or found.state != "done")
+    ]
+    if unfinished:
+        problems.append(f"stages that have not finished: {', '.join(unfinished)}")
+    return notes + problems

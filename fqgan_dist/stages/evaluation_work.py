@@ -1,0 +1,300 @@
+"""The chunked work of the evaluation: Inception features and scores of images.
+
+Chunks are ranges of sample ids; the Inception network always sees batches of one size, the last one
+padded, so that an image's features do not depend on its neighbours' number.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqgan_dist.data.decoding import to_float, to_uint8
+from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
+from fqgan_dist.evaluation.reconstruction import compute_psnr, compute_ssim
+from fqgan_dist.stages.images import center_view, chunk_range, count_chunks, read_rows
+from fqgan_dist.stages.samples import read_samples, sample_files
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.teachers import compute_features, load_teachers
+from fqgan_dist.stages.tokenizer import load_tokenizer
+from fqgan_dist.stages.weights import resolve_weights
+from fqgan_dist.teachers.teacher import Teacher
+from fqgan_dist.tokenizer.losses import info_nce_loss
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
+
+FIGURES_PATH = "evaluation/figures"
+NUM_FIGURE_IMAGES = 12
+SAMPLES_PER_CLASS = 4
+MAX_FIGURE_CLASSES = 20
+
+
+class ImageWork:
+    """Base of work on ranges of `count` ids that needs the tokenizer and Inception."""
+
+    unit = "images"
+
+    def __init__(self, context: RunContext, name: str, count: int, chunk_size: int) -> None:
+        self.context = context
+        self.count = count
+        self.chunk_size = chunk_size
+        self.description = f"evaluating {name}"
+        identity = {
+            "work": name,
+            "evaluation": context.config.evaluation.model_dump(mode="json"),
+            "evaluator": self.evaluator_id,
+            "count": count,
+            "chunk_size": chunk_size,
+            **self.identity(),
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.files = TensorFiles(context.storage, f"evaluation/{name}", digest[:32])
+
+    def identity(self) -> Mapping[str, Any]:
+        """Name the images that are worked on."""
+        raise NotImplementedError  # every work below says what its images are
+
+    def chunks(self) -> Sequence[int]:
+        """All ranges of ids."""
+        return range(count_chunks(self.count, self.chunk_size))
+
+    def size(self, chunk: int) -> int:
+        """Ids in the range."""
+        return len(self.ids(chunk))
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the file is there; it is written whole or not at all."""
+        return self.files.exists(chunk)
+
+    def ids(self, chunk: int) -> range:
+        """Return the ids of a chunk."""
+        return chunk_range(chunk, self.chunk_size, self.count)
+
+    @property
+    def evaluator_id(self) -> str:
+        """What computed the features."""
+        return self.inception.evaluator_id
+
+    @functools.cached_property
+    def inception(self) -> InceptionFeatures:
+        """The feature network, built at first use."""
+        config = self.context.config.evaluation.inception
+        path = resolve_weights(config.weights)
+        return build_inception(config, device=self.context.device, weights_path=path)
+
+    @functools.cached_property
+    def tokenizer(self) -> FactorizedTokenizer:
+        """The finished tokenizer, loaded at first use."""
+        return load_tokenizer(self.context)
+
+    @torch.inference_mode()
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features (n, 2048) and logits (n, 1008) of uint8 images, on the CPU."""
+        batch_size = self.context.config.evaluation.batch_size
+        features, logits = [], []
+        for batch in images.split(batch_size):
+            padding = batch[-1:].expand(batch_size - len(batch), -1, -1, -1)
+            padded = torch.cat([batch, padding]).to(self.context.device)
+            feature, logit = self.inception(padded)
+            features.append(feature[: len(batch)].cpu())
+            logits.append(logit[: len(batch)].cpu())
+        return torch.cat(features), torch.cat(logits)
+
+
+class ReconstructionWork(ImageWork):
+    """Validation images against their reconstructions."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.index = context.load_dataset("val")
+        config = context.config
+        # Whole InfoNCE groups: a chunk holds a multiple of the micro-batch size.
+        group = config.tokenizer.training.micro_batch_size
+        chunk_size = -(-config.evaluation.chunk_size // group) * group
+        super().__init__(context, "reconstruction", self.index.num_samples, chunk_size)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Validation images and tokenizer."""
+        return {
+            "dataset": self.index.dataset_id,
+            "train": self.context.require("shards").outputs["train"],
+            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+            "teachers": {name: teacher.fingerprint for name, teacher in self.teachers.items()},
+        }
+
+    @torch.inference_mode()
+    def process(self, chunk: int) -> None:
+        """Score one range of images."""
+        context = self.context
+        images = read_rows(
+            context.storage,
+            context.dataset_prefix("val"),
+            self.index,
+            self.ids(chunk),
+            center_view(context),
+        ).images
+        group = context.config.tokenizer.training.micro_batch_size
+        reconstructions, codes = [], []
+        info_nce: dict[str, list[Tensor]] = {}
+        for batch in images.split(group):
+            output = self.tokenizer(to_float(batch.to(context.device)))
+            reconstructions.append(to_uint8(output.reconstruction).cpu())
+            codes.append(output.codes.cpu())
+            if len(batch) == group:  # a smaller group has fewer negatives: another loss
+                targets = compute_features(self.teachers, batch.to(context.device))
+                for book in context.config.tokenizer.model.codebooks:
+                    if book.teacher:
+                        loss = info_nce_loss(
+                            output.class_tokens[book.teacher], targets[book.teacher]
+                        )
+                        info_nce.setdefault(book.name, []).append(loss.cpu())
+        decoded = torch.cat(reconstructions)
+        original_features, _ = self.extract(images)
+        features, logits = self.extract(decoded)
+        self.files.write(
+            chunk,
+            {
+                "psnr": compute_psnr(decoded, images),
+                "psnr_mean_image": compute_psnr(self.mean_image.expand_as(images), images),
+                "ssim": compute_ssim(decoded, images),
+                "codes": torch.cat(codes).to(torch.int32),
+                "original_features": original_features,
+                "reconstruction_features": features,
+                "reconstruction_logits": logits,
+                **{
+                    f"info_nce/{book.name}": torch.stack(info_nce.get(book.name, []))
+                    if info_nce
+                    else torch.empty(0)
+                    for book in context.config.tokenizer.model.codebooks
+                    if book.teacher
+                },
+            },
+        )
+
+    @functools.cached_property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teachers, built at first use."""
+        return load_teachers(self.context.config, self.context.device)
+
+    @functools.cached_property
+    def mean_image(self) -> Tensor:
+        """The mean of (up to 1024) training images, (3, H, W) uint8: the baseline of PSNR."""
+        index = self.context.load_dataset("train")
+        prefix = self.context.dataset_prefix("train")
+        rows = range(min(1024, index.num_samples))
+        view = center_view(self.context)
+        images = read_rows(self.context.storage, prefix, index, rows, view).images
+        return images.double().mean(dim=0).round().to(torch.uint8)
+
+
+class ReferenceWork(ImageWork):
+    """Inception features of training images: what gFID compares samples with."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.index = context.load_dataset("train")
+        evaluation = context.config.evaluation
+        count = min(evaluation.reference_samples or self.index.num_samples, self.index.num_samples)
+        super().__init__(context, "reference", count, evaluation.chunk_size)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Training images."""
+        return {"dataset": self.index.dataset_id}
+
+    def process(self, chunk: int) -> None:
+        """Extract one range of images."""
+        context = self.context
+        images = read_rows(
+            context.storage,
+            context.dataset_prefix("train"),
+            self.index,
+            self.ids(chunk),
+            center_view(context),
+        ).images
+        features, _ = self.extract(images)
+        self.files.write(chunk, {"features": features})
+
+
+class SampleFeatureWork(ImageWork):
+    """Inception features of generated images; its chunks are the samples' chunks."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.samples = sample_files(context)
+        samples = context.config.samples
+        super().__init__(context, "samples", samples.count, samples.chunk_size)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Samples and the tokenizer that decodes them."""
+        return {
+            "samples": self.samples.fingerprint,
+            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+        }
+
+    def process(self, chunk: int) -> None:
+        """Decode and extract one range of samples."""
+        codes, _ = read_samples(self.samples, chunk)
+        batch_size = self.context.config.evaluation.batch_size
+        images = decode_in_batches(self.tokenizer, codes, self.context.device, batch_size)
+        features, logits = self.extract(images)
+        self.files.write(chunk, {"features": features, "logits": logits})
+
+
+@torch.inference_mode()
+def decode_in_batches(
+    tokenizer: FactorizedTokenizer,
+    codes: Tensor,
+    device: torch.device,
+    batch_size: int,
+    keep: Sequence[int] | None = None,
+) -> Tensor:
+    """Decode codes (n, K, h, w) to uint8 images (n, 3, H, W) on the CPU."""
+    return torch.cat(
+        [
+            to_uint8(tokenizer.decode_codes(batch.to(device), keep=keep)).cpu()
+            for batch in codes.split(batch_size)
+        ]
+    )
+
+
+@torch.inference_mode()
+def build_figures(context: RunContext) -> None:
+    """Store the images of the report: originals, reconstructions, single codebooks, samples."""
+    tokenizer = load_tokenizer(context)
+    index = context.load_dataset("val")
+    rows = range(min(NUM_FIGURE_IMAGES, index.num_samples))
+    prefix = context.dataset_prefix("val")
+    images = read_rows(context.storage, prefix, index, rows, center_view(context)).images
+    codes = tokenizer.encode_codes(to_float(images.to(context.device)))
+    decode = functools.partial(
+        decode_in_batches, tokenizer, codes.cpu(), context.device, len(images)
+    )
+    figures = {"originals": images, "reconstructions": decode()}
+    for position, book in enumerate(context.config.tokenizer.model.codebooks):
+        figures[f"single/{book.name}"] = decode(keep=[position])
+    figures |= _sample_figures(context, tokenizer)
+    TensorFiles(context.storage, FIGURES_PATH, "report").write(0, figures)
+
+
+def _sample_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> dict[str, Tensor]:
+    files = sample_files(context)
+    settings = context.config.samples
+    index = context.load_dataset("train")
+    wanted: dict[int, list[Tensor]] = {
+        label: [] for label in range(min(MAX_FIGURE_CLASSES, index.num_classes))
+    }
+    for chunk in range(count_chunks(settings.count, settings.chunk_size)):
+        codes, labels = read_samples(files, chunk)
+        for code, label in zip(codes, labels.tolist(), strict=True):
+            if len(wanted.get(label, [None] * SAMPLES_PER_CLASS)) < SAMPLES_PER_CLASS:
+                wanted[label].append(code)
+    return {
+        f"samples/{index.classes[label]}": decode_in_batches(
+            tokenizer, torch.stack(codes), context.device, len(codes)
+        )
+        for label, codes in wanted.items()
+        if codes
+    }

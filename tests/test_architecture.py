@@ -1,0 +1,287 @@
+"""The layout holds: import directions, optional heavy packages, and configs that load."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fqgan_dist.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fqgan_dist", "data_tools")
+
+BASE, SIBLING, USER, STAGES, REPORT, TOP = range(6)
+
+LEVELS = {
+    "fqgan_dist": BASE,
+    "config": BASE,
+    "errors": BASE,
+    "randomness": BASE,
+    "weights": BASE,
+    "world": BASE,
+    "autoregressive": SIBLING,
+    "data": SIBLING,
+    "teachers": SIBLING,
+    "telemetry": SIBLING,
+    "tokenizer": SIBLING,
+    "evaluation": USER,
+    "training": USER,
+    "stages": STAGES,
+    "report": REPORT,
+    "data_tools": REPORT,
+    "cli": TOP,
+    "orchestration": TOP,
+}
+"""design.md, section 2. A part may import lower levels and itself, never its own level.
+
+`report` and `data_tools` are top, but know nothing of `cli` and `orchestration`, which call them.
+Base and top modules may import each other within their level.
+"""
+
+ENTRY_POINTS = {"fqgan_dist.training.run"}
+"""Modules that are commands: they count as top wherever they lie."""
+
+HOMES = {
+    "ray": ("fqgan_dist.orchestration",),
+    "deepspeed": ("fqgan_dist.training.engine_deepspeed",),
+    "s3fs": ("fqgan_dist.data.storage",),
+    "fsspec": ("fqgan_dist.data.storage",),
+    "boto3": ("fqgan_dist.data.storage",),
+    "botocore": ("fqgan_dist.data.storage",),
+    "aiobotocore": ("fqgan_dist.data.storage",),
+}
+"""Package -> the only modules (and their submodules) that may import it."""
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    imported: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.imported}"
+
+
+def find_modules() -> dict[str, Path]:
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {module_name(path): path for path in paths}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def find_imports(module: str, source: str, *, is_package: bool = False) -> Iterator[Import]:
+    """Find every import of a module, at any depth, those for type checking included."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                for name in names:
+                    yield Import(module, name.name, node.lineno)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                parent = resolve(module, origin, level, is_package)
+                for name in names:
+                    # "from fqgan_dist import data" imports a part, not only the package.
+                    target = f"{parent}.{name.name}" if parent in PACKAGES else parent
+                    yield Import(module, target, node.lineno)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module")
+                | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield Import(module, name, node.lineno)
+
+
+def resolve(module: str, origin: str | None, level: int, is_package: bool) -> str:
+    if level == 0:
+        assert origin is not None
+        return origin
+    parts = module.split(".")
+    kept = parts[: len(parts) - level + is_package]
+    return ".".join([*kept, *([origin] if origin else [])])
+
+
+def part_of(module: str) -> str:
+    root, _, rest = module.partition(".")
+    return rest.partition(".")[0] if root == "fqgan_dist" and rest else root
+
+
+def level_of(module: str) -> int:
+    if module in ENTRY_POINTS:
+        return TOP
+    part = part_of(module)
+    assert part in LEVELS, (
+        f"{module}: {part!r} is not in the layout; add it to design.md and LEVELS"
+    )
+    return LEVELS[part]
+
+
+def is_allowed(found: Import) -> bool:
+    root = found.imported.partition(".")[0]
+    if root in HOMES:
+        return any(is_inside(found.module, home) for home in HOMES[root])
+    if root not in PACKAGES or part_of(found.imported) == part_of(found.module):
+        return True
+    # "from fqgan_dist import __version__" names no part: the package itself is base.
+    imported = found.imported if part_of(found.imported) in LEVELS else root
+    level, imported_level = level_of(found.module), level_of(imported)
+    return imported_level < level or (level == imported_level and level in (BASE, TOP))
+
+
+def is_inside(module: str, home: str) -> bool:
+    return module == home or module.startswith(home + ".")
+
+
+def all_imports() -> list[Import]:
+    return [
+        found
+        for module, path in find_modules().items()
+        for found in find_imports(
+            module, path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py"
+        )
+    ]
+
+
+def test_imports_follow_the_table() -> None:
+    violations = [str(found) for found in all_imports() if not is_allowed(found)]
+    assert not violations, "\n".join(violations)
+
+
+def test_every_module_has_a_place_in_the_layout() -> None:
+    for module in find_modules():
+        level_of(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fqgan_dist.tokenizer.losses", "import ray"),
+        ("fqgan_dist.stages.codes", "def run():\n    from ray.data import Dataset"),
+        ("fqgan_dist.training.trainer", "import deepspeed.comm as dist"),
+        ("fqgan_dist.data.loader", "import s3fs"),
+        ("fqgan_dist.evaluation.fid", "from fsspec import open"),
+        ("fqgan_dist.tokenizer.model", "from fqgan_dist.teachers.clip import build"),
+        ("fqgan_dist.tokenizer.model", "from fqgan_dist import teachers"),
+        ("fqgan_dist.tokenizer.model", "from ..teachers import clip"),
+        ("fqgan_dist.telemetry", "if TYPE_CHECKING:\n    from fqgan_dist.data import order"),
+        ("fqgan_dist.training.trainer", "from fqgan_dist.evaluation.fid import frechet_distance"),
+        ("fqgan_dist.training.trainer", "import fqgan_dist.stages.codes"),
+        ("fqgan_dist.stages.codes", "from fqgan_dist.orchestration import driver"),
+        ("fqgan_dist.stages.codes", "importlib.import_module('data_tools.cli')"),
+        ("fqgan_dist.report.page", "from fqgan_dist.cli import main"),
+        ("fqgan_dist.config", "from fqgan_dist.telemetry import metrics"),
+    ],
+)
+def test_the_table_forbids(module: str, source: str) -> None:
+    assert not all(map(is_allowed, find_imports(module, source)))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fqgan_dist.orchestration.driver", "import ray.train"),
+        ("fqgan_dist.training.engine_deepspeed", "import deepspeed"),
+        ("fqgan_dist.data.storage", "import s3fs"),
+        ("fqgan_dist.training.run", "from fqgan_dist.stages import codes"),
+        ("fqgan_dist.training.trainer", "from fqgan_dist.tokenizer.model import X\nimport raylib"),
+        ("fqgan_dist.data.loader", "from fqgan_dist.data.order import SampleOrder"),
+        ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
+        ("fqgan_dist.world", "from fqgan_dist import __version__"),
+    ],
+)
+def test_the_table_allows(module: str, source: str) -> None:
+    found = list(find_imports(module, source))
+    assert found
+    assert all(map(is_allowed, found))
+
+
+IMPORT_ALL = """
+import importlib, sys, traceback
+
+HIDDEN = {"ray", "deepspeed"}
+
+class Hiding:
+    '''A finder that does not find the hidden packages, as if they were not installed.'''
+
+    def __init__(self, finder):
+        self._finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            return None
+        return self._finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+failed = False
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        failed = True
+        print(f"cannot import {module}", file=sys.stderr)
+        traceback.print_exc()
+sys.exit(failed)
+"""
+
+
+def import_without_optional_packages(modules: list[str], folder: Path) -> tuple[int, str]:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *modules],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    return result.returncode, result.stderr
+
+
+def test_the_library_imports_without_ray_deepspeed_or_a_gpu() -> None:
+    heavy = (*HOMES["ray"], *HOMES["deepspeed"])
+    modules = [name for name in find_modules() if not any(is_inside(name, home) for home in heavy)]
+    status, errors = import_without_optional_packages(modules, ROOT)
+    assert status == 0, errors
+
+
+@pytest.mark.parametrize("package", ["ray", "deepspeed.comm"])
+def test_the_import_test_hides_packages(package: str, tmp_path: Path) -> None:
+    (tmp_path / "user_module.py").write_text(f"import {package}\n")
+    status, errors = import_without_optional_packages(["user_module"], tmp_path)
+    assert status == 1
+    assert "cannot import user_module" in errors
+
+
+def config_files() -> list[Path]:
+    return sorted(path for path in (ROOT / "configs").rglob("*.y*ml"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("fqgan_dist.stages.config") is None,
+    reason="fqgan_dist.stages.config is not written yet",
+)
+@pytest.mark.parametrize("path", config_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_loads(path: Path) -> None:
+    run_config = importlib.import_module("fqgan_dist.stages.config").RunConfig
+    load_config(path, [], run_config)
+
+
+def test_source_files_stay_small() -> None:
+    lengths = {name: len(path.read_text().splitlines()) for name, path in find_modules().items()}
+    too_long = {name: length for name, length in lengths.items() if length > 500}
+    assert not too_long, textwrap.shorten(f"split these files: {too_long}", 500)

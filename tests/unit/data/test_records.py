@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.records import (
+    CodeStore,
+    FeatureStore,
+    RecordTable,
+    check_codebook_size,
+    decode_records,
+    encode_records,
+    pack_codes,
+)
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.views import CropRecord
+from fqgan_dist.errors import ConfigError, DataError
+
+FINGERPRINT = "0123456789abcdef"
+KEYS = ["a_1", "b_2", "c_3"]
+
+
+def make_entry(count: int = 3, sha: str = "1") -> ShardEntry:
+    return ShardEntry(
+        file="shard-000007.tar", count=count, bytes=1024, sha256=sha * 64, samples_sha256="2" * 64
+    )
+
+
+def make_crops(count: int) -> list[CropRecord]:
+    return [CropRecord(i, 2 * i, 256, 300 + i, flip=i % 2 == 0) for i in range(count)]
+
+
+def make_features(count: int = 3) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {"clip": random.normal(size=(count, 12)), "dinov2": random.normal(size=(count, 5))}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 20), st.data())
+def test_records_round_trip_to_the_bit(count: int, data: st.DataObject) -> None:
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    table = RecordTable(
+        keys=[f"key_{i}" for i in range(count)],
+        views=random.integers(0, 128, count).astype(np.int8),
+        crops=make_crops(count),
+        columns={
+            "clip": random.normal(size=(count, 7)).astype(np.float16),
+            "visual": random.integers(0, 2**16, (count, 4, 4)).astype(np.uint16),
+        },
+    )
+    encoded = encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64)
+    found = decode_records(encoded, fingerprint=FINGERPRINT, shard_sha256="1" * 64, source="x")
+    assert found.keys == table.keys
+    assert found.crops == table.crops
+    assert np.array_equal(found.views, table.views)
+    assert list(found.columns) == ["clip", "visual"]
+    for name, values in table.columns.items():
+        assert found.columns[name].dtype == values.dtype
+        assert np.array_equal(found.columns[name], values)
+
+
+def test_same_records_give_the_same_bytes() -> None:
+    def encode() -> bytes:
+        columns = {"clip": np.ones((3, 4), np.float16)}
+        table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
+        return encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64)
+
+    assert encode() == encode()
+
+
+def test_columns_are_fixed_size_binary_of_two_bytes_a_number(storage: Storage) -> None:
+    store = CodeStore(storage, "codes", FINGERPRINT)
+    codes = np.random.default_rng(0).integers(0, 16384, (3, 2, 2, 16, 16))
+    crops = [make_crops(2) for _ in KEYS]
+    store.write(make_entry(), keys=KEYS, crops=crops, codes=codes, codebooks=["visual", "semantic"])
+    schema = pq.read_schema(storage.local_path(store.path(make_entry())))
+    assert schema.field("visual").type == pa.binary(2 * 256)
+    assert schema.names == [
+        *("key", "view", "crop_top", "crop_left", "resized_height", "resized_width", "flip"),
+        *("visual", "semantic"),
+    ]
+
+
+def test_features_are_stored_by_shard_and_view(storage: Storage) -> None:
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    features = make_features()
+    assert not store.exists(make_entry(), 3)
+    store.write(make_entry(), 3, keys=KEYS, crops=make_crops(3), features=features)
+    assert store.exists(make_entry(), 3)
+    assert storage.exists(f"features/{FINGERPRINT}/view-03/shard-000007.parquet")
+    found = store.read(make_entry(), 3, KEYS)
+    assert found.crops == make_crops(3)
+    for name, values in features.items():
+        # Half precision: 11 bits.
+        np.testing.assert_allclose(found.columns[name], values, rtol=2**-11)
+
+
+def test_codes_keep_views_and_codebooks_apart(storage: Storage) -> None:
+    store = CodeStore(storage, "codes", FINGERPRINT)
+    codes = np.arange(3 * 4 * 2 * 6).reshape(3, 4, 2, 2, 3)
+    crops = [make_crops(4) for _ in KEYS]
+    store.write(make_entry(), keys=KEYS, crops=crops, codes=codes, codebooks=["visual", "semantic"])
+    assert store.exists(make_entry())
+    assert np.array_equal(store.read(make_entry(), KEYS), codes)
+
+
+def write_features(storage: Storage) -> FeatureStore:
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    store.write(make_entry(), 0, keys=KEYS, crops=make_crops(3), features=make_features())
+    return store
+
+
+def test_features_of_another_shard_are_refused(storage: Storage) -> None:
+    with pytest.raises(DataError, match="shard sha256 is '1111.*expected '3333"):
+        write_features(storage).read(make_entry(sha="3"), 0, KEYS)
+
+
+def test_features_of_other_weights_are_refused(storage: Storage) -> None:
+    store = write_features(storage)
+    other = FeatureStore(storage, "features", "f" * 16)
+    data = storage.read_bytes(store.path(make_entry(), 0))
+    storage.write_bytes(other.path(make_entry(), 0), data)
+    with pytest.raises(DataError, match="fingerprint is '0123456789abcdef', expected 'ffff"):
+        other.read(make_entry(), 0, KEYS)
+
+
+@pytest.mark.parametrize("keys", [KEYS[:2], [*KEYS, "d"], KEYS[::-1]])
+def test_features_of_other_keys_are_refused(storage: Storage, keys: list[str]) -> None:
+    with pytest.raises(DataError, match="keys or views are not those of 'shard-000007.tar'"):
+        write_features(storage).read(make_entry(), 0, keys)
+
+
+def test_features_of_another_view_are_refused(storage: Storage) -> None:
+    store = write_features(storage)
+    data = storage.read_bytes(store.path(make_entry(), 0))
+    storage.write_bytes(store.path(make_entry(), 1), data)
+    with pytest.raises(DataError, match="keys or views"):
+        store.read(make_entry(), 1, KEYS)
+
+
+@pytest.mark.parametrize("keys", [KEYS[:2], KEYS[::-1], []])
+def test_codes_of_other_keys_are_refused(storage: Storage, keys: list[str]) -> None:
+    store = CodeStore(storage, "codes", FINGERPRINT)
+    codes = np.zeros((3, 2, 1, 2, 2), np.int64)
+    crops = [make_crops(2) for _ in KEYS]
+    store.write(make_entry(), keys=KEYS, crops=crops, codes=codes, codebooks=["visual"])
+    with pytest.raises(DataError, match="keys or views are not those of 'shard-000007.tar'"):
+        store.read(make_entry(), keys)
+
+
+def test_missing_features_name_the_file(storage: Storage) -> None:
+    with pytest.raises(DataError, match=r"view-05/shard-000007.parquet: no such file; run"):
+        FeatureStore(storage, "features", FINGERPRINT).read(make_entry(), 5, KEYS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 7))
+def test_flipped_bit_is_found_or_without_effect(place: int, bit: int) -> None:
+    random = np.random.default_rng(0)
+    columns = {"clip": random.normal(size=(3, 12)).astype(np.float16)}
+    table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
+    data = bytearray(encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64))
+    data[place % len(data)] ^= 1 << bit
+    try:
+        found = decode_records(
+            bytes(data), fingerprint=FINGERPRINT, shard_sha256="1" * 64, source="x"
+        )
+    except DataError:
+        return
+    assert found.keys == KEYS
+    assert found.crops == table.crops
+    assert np.array_equal(found.columns["clip"], columns["clip"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "footer", "other"])
+def test_damaged_file_is_a_data_error(storage: Storage, damage: str) -> None:
+    store = write_features(storage)
+    path = store.path(make_entry(), 0)
+    data = storage.read_bytes(path)
+    damaged = {
+        "cut": data[: len(data) // 2],
+        "footer": data[:-40] + bytes(40),
+        "other": b"PAR1 something else PAR1",
+    }[damage]
+    storage.write_bytes(path, damaged)
+    with pytest.raises(DataError, match="not a file of records"):
+        store.read(make_entry(), 0, KEYS)
+
+
+def test_parquet_of_somebody_else_is_a_data_error(storage: Storage, tmp_path: Path) -> None:
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    path = storage.local_path(store.path(make_entry(), 0))
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"key": KEYS}), path)
+    with pytest.raises(DataError, match="not a file of records"):
+        store.read(make_entry(), 0, KEYS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_features_that_are_not_finite_are_refused(storage: Storage, value: float) -> None:
+    features = make_features()
+    features["dinov2"][1, 2] = value
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    with pytest.raises(DataError, match="column 'dinov2': values that are not finite"):
+        store.write(make_entry(), 0, keys=KEYS, crops=make_crops(3), features=features)
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_codes_that_do_not_fit_are_refused(value: int) -> None:
+    codes = np.zeros((1, 2, 2, 2), np.int64)
+    codes[0, 1, 0, 1] = value
+    with pytest.raises(ValueError, match=r"expected \[0, 65536\)"):
+        pack_codes(codes, ["visual", "semantic"])
+
+
+def test_codebook_of_more_than_sixteen_bits_is_a_config_error() -> None:
+    check_codebook_size(65536)
+    with pytest.raises(ConfigError, match="codebook_size: 65537 codes do not fit"):
+        check_codebook_size(65537)
+
+
+def test_unsafe_names_are_refused(storage: Storage) -> None:
+    with pytest.raises(ValueError, match="fingerprint '../x'"):
+        FeatureStore(storage, "features", "../x")
+    with pytest.raises(ValueError, match="view 128"):
+        FeatureStore(storage, "features", FINGERPRINT).path(make_entry(), 128)
+    with pytest.raises(ValueError, match="column 'key'"):
+        write_table = RecordTable(
+            KEYS, np.zeros(3, np.int8), make_crops(3), {"key": np.ones((3, 1), np.float16)}
+        )
+        encode_records(write_table, fingerprint=FINGERPRINT, shard_sha256="1")

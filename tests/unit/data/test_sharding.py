@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from pydantic import ValidationError
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from fqgan_dist.data import decoding
+from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
+from fqgan_dist.data.shard_plan import make_keys, plan_dataset
+from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_dataset
+from fqgan_dist.data.sources import open_source
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+
+NUM_CLASSES = 5
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five classes of eight small JPEGs."""
+    root = tmp_path / "images"
+    for label in range(NUM_CLASSES):
+        (root / f"n{label:02d}").mkdir(parents=True)
+        for number in range(8):
+            data = encode(noise(24 + number, 20, seed=10 * label + number))
+            (root / f"n{label:02d}" / f"n{label:02d}_{number}.JPEG").write_bytes(data)
+    return root
+
+
+def make_config(**changes: object) -> ShardingConfig:
+    values = {"name": "tiny", "split": "train", "samples_per_shard": 7}
+    return ShardingConfig.model_validate(values | changes)
+
+
+def build(
+    source: Path,
+    destination: Path | Storage,
+    config: ShardingConfig | None = None,
+    **options: object,
+) -> tuple[DatasetIndex, ShardingReport]:
+    storage = destination if isinstance(destination, Storage) else Storage(destination)
+    with open_source(str(source)) as listing:
+        return build_dataset(listing, storage, "", config or make_config(), **options)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_image_is_in_the_dataset_once_with_its_bytes_and_label(folder: Path, tmp_path: Path):
+    index, report = build(folder, tmp_path / "out")
+    storage = Storage(tmp_path / "out")
+    found = {}
+    for shard in index.shards:
+        table = load_samples(storage, "", shard)
+        for row, key in enumerate(table.keys):
+            data = storage.read_bytes(
+                shard.file, offset=int(table.offsets[row]), length=int(table.sizes[row])
+            )
+            found[key] = (data, int(table.labels[row]))
+            width, height = Image.open(io.BytesIO(data)).size
+            assert (width, height) == (table.widths[row], table.heights[row])
+    expected = {
+        path.stem: (path.read_bytes(), int(path.parent.name[1:])) for path in folder.glob("*/*")
+    }
+    assert found == expected
+    assert index.num_samples == 40
+    assert index.classes == [f"n{label:02d}" for label in range(NUM_CLASSES)]
+    assert (report.was_complete, report.num_built, report.num_kept) == (False, 6, 0)
+
+
+def test_any_webdataset_loader_reads_the_shards(folder: Path, tmp_path: Path):
+    index, _ = build(folder, tmp_path / "out")
+    samples = []
+    for shard in index.shards:
+        # Our own stream: webdataset's opener leaves files to the garbage collector.
+        with (tmp_path / "out" / shard.file).open("rb") as stream:
+            urls = [{"url": shard.file, "stream": stream}]
+            samples += group_by_keys(tar_file_expander(urls))
+    assert len(samples) == 40
+    sample = samples[0]
+    facts = json.loads(sample["json"])
+    assert (folder / facts["source"]).read_bytes() == sample["jpg"]
+    assert index.classes[int(sample["cls"])] == facts["class"]
+
+
+def test_tar_members_have_fixed_metadata(folder: Path, tmp_path: Path):
+    index, _ = build(folder, tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / index.shards[0].file) as tar:
+        metadata = {
+            (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
+            for member in tar
+        }
+    assert metadata == {(0, 0, 0, "", "", 0o644)}
+
+
+def test_the_same_input_gives_the_same_bytes_for_any_number_of_workers(
+    folder: Path, tmp_path: Path
+):
+    build(folder, tmp_path / "one", workers=1)
+    build(folder, tmp_path / "three", workers=3)
+    assert read_files(tmp_path / "one") == read_files(tmp_path / "three")
+
+
+def test_a_tar_gives_the_same_dataset_as_its_folder(folder: Path, tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        for path in sorted(folder.glob("*/*"), reverse=True):
+            tar.add(path, path.relative_to(folder).as_posix())
+    by_folder, _ = build(folder, tmp_path / "a")
+    by_tar, _ = build(tmp_path / "x.tar.gz", tmp_path / "b")
+    assert by_tar.dataset_id == by_folder.dataset_id
+
+
+def test_another_seed_or_policy_gives_another_dataset(folder: Path, tmp_path: Path):
+    ids = {
+        build(folder, tmp_path / str(number), make_config(**changes))[0].dataset_id
+        for number, changes in enumerate(({}, {"seed": 1}, {"short_side": 16}, {"name": "other"}))
+    }
+    assert len(ids) == 4
+
+
+def test_shards_mix_the_classes_and_are_equal_in_size(folder: Path, tmp_path: Path):
+    index, _ = build(folder, tmp_path / "out", make_config(samples_per_shard=14))
+    assert [shard.count for shard in index.shards] == [13, 13, 14]
+    for shard in index.shards:
+        labels = load_samples(Storage(tmp_path / "out"), "", shard).labels
+        assert len(np.unique(labels)) >= 4
+
+
+def test_a_finished_dataset_is_left_alone(folder: Path, tmp_path: Path):
+    first, _ = build(folder, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again, report = build(folder, tmp_path / "out")
+    assert report.was_complete
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+
+
+def test_another_dataset_in_the_way_is_refused(folder: Path, tmp_path: Path):
+    build(folder, tmp_path / "out")
+    with pytest.raises(DataError, match=r"other settings.*choose another destination"):
+        build(folder, tmp_path / "out", make_config(seed=1))
+
+
+class KilledError(BaseException):
+    """Stands for the death of the process."""
+
+
+class DyingStorage(Storage):
+    """Dies at the n-th write, before or after it took effect."""
+
+    def __init__(self, root: Path, lives: int, *, after: bool) -> None:
+        super().__init__(root)
+        self.lives, self.after = lives, after
+
+    def create_bytes(self, path: str, data: bytes) -> None:
+        self.lives -= 1
+        if self.lives < 0 and not self.after:
+            raise KilledError
+        super().create_bytes(path, data)
+        if self.lives < 0:
+            raise KilledError
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_write_leaves_no_bad_file_and_the_next_run_finishes(
+    folder: Path, tmp_path: Path, after: bool
+):
+    (folder / "n00" / "bad.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    build(folder, tmp_path / "whole")
+    expected = read_files(tmp_path / "whole")
+    for lives in range(len(expected)):
+        out = tmp_path / f"out{lives}"
+        with pytest.raises(KilledError):
+            build(folder, DyingStorage(out, lives, after=after))
+        left = read_files(out) if out.exists() else {}
+        assert left.items() <= expected.items()
+        assert ("index.json" in left) == (after and lives == len(expected) - 1)
+        _, report = build(folder, out)
+        assert read_files(out) == expected
+        assert report.num_built + report.num_kept == 6
+        assert report.num_kept == sum(name.endswith(".parquet") for name in left)
+
+
+def test_shards_of_another_job_are_not_continued(folder: Path, tmp_path: Path):
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 3, after=False))
+    with pytest.raises(DataError, match="a shard of another source or with other settings"):
+        build(folder, tmp_path / "out", make_config(seed=1))
+
+
+def test_a_damaged_shard_of_an_interrupted_job_is_named(folder: Path, tmp_path: Path):
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 2, after=False))
+    shard = tmp_path / "out" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"shard-000000\.tar: damaged: its sha256"):
+        build(folder, tmp_path / "out")
+    shard.unlink()
+    build(folder, tmp_path / "out")
+
+
+def test_a_deleted_shard_of_a_finished_dataset_is_made_again(folder: Path, tmp_path: Path):
+    first, _ = build(folder, tmp_path / "out")
+    expected = read_files(tmp_path / "out")
+    (tmp_path / "out" / "shard-000002.tar").unlink()
+    again, report = build(folder, tmp_path / "out")
+    assert (report.num_built, report.num_kept) == (1, 5)
+    assert again == first
+    assert read_files(tmp_path / "out") == expected
+
+
+def make_odd_images() -> dict[str, bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    return {
+        "gray.jpg": encode(noise(30, 20).convert("L")),
+        "cmyk.jpg": encode(noise(30, 20).convert("CMYK")),
+        "rotated.jpg": encode(noise(30, 20), exif=exif),
+        "palette.png": encode(noise(30, 20).convert("P"), "PNG"),
+        "alpha.webp": encode(noise(30, 20).convert("RGBA"), "WEBP"),
+        "tiny.jpg": encode(noise(68, 121)),
+        "png_named.JPEG": encode(noise(30, 20), "PNG"),
+        "profile.jpg": encode(
+            noise(30, 20),
+            icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        ),
+    }
+
+
+def write_odd_images(root: Path) -> None:
+    (root / "c").mkdir(parents=True)
+    for name, data in make_odd_images().items():
+        (root / "c" / name).write_bytes(data)
+
+
+def test_odd_images_keep_their_bytes_and_get_the_extension_of_their_content(tmp_path: Path):
+    write_odd_images(tmp_path / "images")
+    index, report = build(tmp_path / "images", tmp_path / "out")
+    assert report.problems == []
+    members = {}
+    sizes = {}
+    for shard in index.shards:
+        with tarfile.open(tmp_path / "out" / shard.file) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                members[member.name] = file.read()
+        table = load_samples(Storage(tmp_path / "out"), "", shard)
+        sizes |= zip(table.keys, zip(table.widths, table.heights, strict=True), strict=True)
+    odd = make_odd_images()
+    assert members["c_gray.jpg"] == odd["gray.jpg"]
+    assert members["c_png_named.png"] == odd["png_named.JPEG"]
+    assert members["c_alpha.webp"] == odd["alpha.webp"]
+    assert sizes["c_rotated"] == (20, 30)
+    assert sizes["c_tiny"] == (68, 121)
+
+
+def test_images_that_do_not_decode_are_named_counted_and_left_out(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    whole = encode(noise(40, 40))
+    bad = {
+        "n00/cut.jpg": whole[: len(whole) // 2],
+        "n01/text.png": b"not an image",
+        "n02/gif.png": encode(noise(10, 10), "GIF"),
+        "n03/notes.txt": b"hello",
+        "n04/huge.png": encode(Image.new("1", (20_000, 20_000)), "PNG"),
+    }
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    index, report = build(folder, tmp_path / "out")
+    assert [problem.name for problem in report.problems] == sorted(bad)
+    assert index.problems == report.problems
+    assert load_index(Storage(tmp_path / "out"), "").problems == report.problems
+    assert index.num_samples == 40
+    reasons = {problem.name: problem.reason for problem in report.problems}
+    assert re.search("20000x20000|400000000|bomb", reasons["n04/huge.png"])
+    assert "cannot be decoded" in reasons["n00/cut.jpg"]
+
+
+def test_a_source_without_one_good_image_is_an_error(tmp_path: Path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"none of its 1 images .*'a/x\.jpg'"):
+        build(tmp_path / "images", tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_file_that_vanishes_stops_the_job(folder: Path, tmp_path: Path):
+    with open_source(str(folder)) as source:
+        (folder / "n00" / "n00_0.JPEG").unlink()
+        with pytest.raises(DataError, match=r"'n00/n00_0\.JPEG' cannot be read"):
+            build_dataset(source, Storage(tmp_path / "out"), "", make_config())
+
+
+def test_short_side_reduces_large_images_only(folder: Path, tmp_path: Path):
+    (folder / "n00" / "large.png").write_bytes(encode(noise(90, 60), "PNG"))
+    index, _ = build(folder, tmp_path / "out", make_config(short_side=30, jpeg_quality=90))
+    assert index.image_policy == {
+        "kind": "short_side",
+        "short_side": 30,
+        "jpeg_quality": 90,
+        "order_seed": 0,
+    }
+    storage = Storage(tmp_path / "out")
+    for shard in index.shards:
+        table = load_samples(storage, "", shard)
+        for row, key in enumerate(table.keys):
+            data = storage.read_bytes(
+                shard.file, offset=int(table.offsets[row]), length=int(table.sizes[row])
+            )
+            if key == "n00_large":
+                assert (table.widths[row], table.heights[row]) == (45, 30)
+                assert decoding.decode_image(data, name=key).size == (45, 30)
+            else:
+                assert data == (folder / key.split("_")[0] / f"{key}.JPEG").read_bytes()
+
+
+def test_lossy_validation_images_need_to_be_asked_for(folder: Path, tmp_path: Path):
+    with pytest.raises(ValidationError, match="reference of rFID"):
+        make_config(split="val", short_side=30)
+    config = make_config(split="val", short_side=30, allow_lossy_evaluation=True)
+    assert build(folder, tmp_path / "out", config)[0].image_policy["lossy_evaluation"] is True
+
+
+@pytest.mark.parametrize(
+    "changes", [{"jpeg_quality": 90}, {"allow_lossy_evaluation": True}, {"samples_per_shard": 0}]
+)
+def test_settings_without_effect_or_out_of_range_are_refused(changes: dict[str, object]):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        make_config(**changes)
+
+
+def test_given_classes_fix_the_labels(folder: Path, tmp_path: Path):
+    classes = ["n09", *(f"n{label:02d}" for label in reversed(range(NUM_CLASSES)))]
+    index, _ = build(folder, tmp_path / "out", classes=classes, class_descriptions={"n09": "x"})
+    assert index.classes == classes
+    for shard in index.shards:
+        table = load_samples(Storage(tmp_path / "out"), "", shard)
+        for key, label in zip(table.keys, table.labels, strict=True):
+            assert key.startswith(classes[label])
+
+
+def test_an_image_of_an_unknown_class_is_an_error(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"4 classes are not in the given list of 1: \['n01'"):
+        build(folder, tmp_path / "out", classes=["n00"])
+
+
+def test_keys_are_safe_unique_and_readable():
+    names = [
+        "n01/n01_18.JPEG",
+        "cat/x.jpg",
+        "cat/x.png",
+        "cat/a b.c.jpg",
+        "ü/ü.jpg",
+        "c/" + "x" * 300,
+    ]
+    keys = make_keys(names)
+    assert keys[0] == "n01_18"
+    assert re.fullmatch("cat_x-[0-9a-f]{12}", keys[1])
+    assert keys[3] == "cat_a-b-c"
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", key) and len(key) < 95 for key in keys)
+
+
+def test_the_order_does_not_depend_on_which_other_images_there_are(folder: Path):
+    with open_source(str(folder)) as source:
+        config = make_config(samples_per_shard=1000)
+        whole = [sample.key for sample in plan_dataset(source, config).shards[0].samples]
+        half = source.select(np.arange(0, 40, 2))
+        part = [sample.key for sample in plan_dataset(half, config).shards[0].samples]
+    assert part == [key for key in whole if key in part]
+    assert whole != sorted(whole)
+
+
+@pytest.mark.data
+def test_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path):
+    source = test_data_dir / "imagenet-sample" / "val.tar.gz"
+    index, report = build(source, tmp_path / "out", make_config(split="val"), workers=2)
+    assert report.problems == []
+    assert index.num_samples == 30
+    assert build(source, tmp_path / "out", make_config(split="val"))[1].was_complete
+
+
+@pytest.mark.data
+def test_real_class_folders_of_two_splits_get_the_same_labels(test_data_dir: Path, tmp_path: Path):
+    folder = test_data_dir / "tiny-imagenet-20"
+    val, report = build(folder / "val.tar.gz", tmp_path / "val", make_config(split="val"))
+    with open_source(str(folder / "train.tar.gz")) as source:
+        assert val.classes == source.class_names()
+    assert (val.num_samples, val.num_classes, report.problems) == (1000, 20, [])
