@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fqgan_dist.config import load_config
+from fqgan_dist.config import load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.stages.config import RunConfig, StageName
 
@@ -33,6 +33,9 @@ STAGES_OF_COMMAND: dict[str, tuple[StageName, ...]] = {
     "report": ("report",),
 }
 """Which stages a command other than `run` runs."""
+
+CHECKPOINT_OPTIONS = ("to", "format", "step")
+"""Options of `fqgan checkpoints` that are no settings of the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,8 +88,8 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, help_text in (
         ("list", "list the committed checkpoints"),
-        ("verify", "check every byte of every checkpoint; exit 3 on damage"),
-        ("export", "write the newest weights as one safetensors file: to=FILE"),
+        ("verify", "check every byte of the checkpoints [step=N]; exit 3 on damage"),
+        ("export", "write weights to one file: to=FILE [format=ours|published] [step=N]"),
         ("prune", "delete what the retention settings do not keep"),
     ):
         action = actions.add_parser(name, help=help_text, allow_abbrev=False)
@@ -117,13 +120,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
-    from fqgan_dist.stages.checkpoints import run_checkpoint_action
+    from fqgan_dist.stages.checkpoints import CheckpointTarget, run_checkpoint_action
 
-    own = [text for text in options.overrides if text.startswith("to=")]
-    config_overrides = [text for text in options.overrides if text not in own]
+    own = {name: text for text in options.overrides if (name := text.partition("=")[0]) in CHECKPOINT_OPTIONS}
+    config_overrides = [text for text in options.overrides if text.partition("=")[0] not in CHECKPOINT_OPTIONS]
     config = load_config(options.config, config_overrides, RunConfig)
-    target = own[-1].removeprefix("to=") if own else None
-    result = run_checkpoint_action(options.action, config, options.stage, target=target)
+    values = {name: text.partition("=")[2] for name, text in own.items()}
+    target = parse_config(values, CheckpointTarget, source="command line")
+    result = run_checkpoint_action(options.action, config, options.stage, target)
     print(json.dumps(result.report, indent=1) if options.json else result.text)
     return DAMAGE_FOUND if result.is_damaged else DONE
 

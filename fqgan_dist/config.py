@@ -7,6 +7,8 @@ reported at once, each with its dotted location and, for an unknown key, the nea
 from __future__ import annotations
 
 import difflib
+import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +74,11 @@ def parse_config(
     try:
         return config_type.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_describe(problem, config_type) for problem in error.errors()]
+        problems = [
+            _describe(problem, config_type)
+            for problem in error.errors()
+            if not _is_of_unused_member(problem)
+        ]
         raise ConfigError(
             f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
         ) from None
@@ -125,10 +131,11 @@ def _apply_override(values: dict[str, Value], override: str) -> None:
 
 def _child(target: Value, part: str, where: str) -> Value:
     if isinstance(target, list):
-        return target[_list_index(target, part, where)]
-    child = target.get(part)
-    if child is None:
-        child = target[part] = {}
+        child = target[_list_index(target, part, where)]
+    else:
+        child = target.get(part)
+        if child is None:
+            child = target[part] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(
             f"override: {where} is {child!r}, a single value, not a group of settings"
@@ -145,19 +152,12 @@ def _list_index(target: list[Value], part: str, where: str) -> int:
 
 
 def _describe(problem: Any, config_type: type[Config]) -> str:
-    location = [part for part in problem["loc"] if not _is_union_tag(part, problem)]
+    location, known = _locate(config_type, problem["loc"])
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = sorted(_known_keys(config_type, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = (
-            f"; did you mean {near[0]!r}?"
-            if near
-            else f"; known: {', '.join(known)}"
-            if known
-            else ""
-        )
-        return f"{dotted}: unknown setting{hint}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{dotted}: unknown setting; {hint}"
     if problem["type"] == "missing":
         return f"{dotted}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
@@ -167,23 +167,67 @@ def _describe(problem: Any, config_type: type[Config]) -> str:
     return f"{dotted}: {problem['input']!r}: {message}"
 
 
-def _is_union_tag(part: int | str, problem: Any) -> bool:
-    # pydantic puts the chosen member of a discriminated union into the location; users do not write it.
-    return isinstance(part, str) and part.startswith("tag:") and problem["loc"][-1] != part
+def _is_of_unused_member(problem: Any) -> bool:
+    # A group given where a name or a group may stand: that it is no name tells the user nothing.
+    return problem["type"] == "string_type" and problem["loc"][-1] == "str"
 
 
-def _known_keys(config_type: type[Config], location: Sequence[int | str]) -> set[str]:
-    candidates: list[type[Config]] = [config_type]
+def _locate(config_type: type[Config], location: Sequence[int | str]) -> tuple[list[Any], list[str]]:
+    """Turn pydantic's location of a problem into the one that users write.
+
+    Returns:
+        The location without the names of union members, which pydantic puts after the field, and
+        the sorted settings of the group that the last part belongs to.
+    """
+    annotations: list[Any] = [config_type]
+    path: list[Any] = []
+    known: set[str] = set()
     for part in location:
-        if isinstance(part, int):
+        if len(annotations) > 1:
+            annotations = [each for each in annotations if _is_member(each, str(part))]
             continue
-        fields = [model.model_fields[part] for model in candidates if part in model.model_fields]
-        if fields:
-            candidates = [model for field in fields for model in _config_types(field.annotation)]
-    return {name for model in candidates for name in model.model_fields}
+        path.append(part)
+        groups = [each for each in annotations if _is_config(each)]
+        known = {name for group in groups for name in group.model_fields}
+        annotations = [inner for each in annotations for inner in _enter(each, part)]
+    return path, sorted(known)
 
 
-def _config_types(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in _config_types(inner)]
+def _enter(annotation: Any, part: int | str) -> list[Any]:
+    """Return what a field of a config, or an item of a list, tuple or dict, may be."""
+    if _is_config(annotation):
+        field = annotation.model_fields.get(part)
+        return _union_members(field.annotation) if field else []
+    inner = [each for each in typing.get_args(annotation) if each is not ...]
+    if not inner:
+        return []
+    is_fixed_tuple = isinstance(part, int) and part < len(inner)
+    return _union_members(inner[part] if is_fixed_tuple else inner[-1])
+
+
+def _union_members(annotation: Any) -> list[Any]:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _union_members(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        # Absence is no member: pydantic writes nothing for it.
+        return [member for each in inner if each is not type(None) for member in _union_members(each)]
+    return [annotation]
+
+
+def _is_member(annotation: Any, tag: str) -> bool:
+    """Whether a union member is the one that pydantic calls by this tag or type name."""
+    if not _is_config(annotation):
+        return False
+    tags = [
+        value
+        for field in annotation.model_fields.values()
+        if typing.get_origin(field.annotation) is typing.Literal
+        for value in typing.get_args(field.annotation)
+    ]
+    # A model with validators is called function-after[check(), Name].
+    return annotation.__name__ in re.findall(r"\w+", tag) or tag in tags
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.config import StageName
+from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.telemetry.metrics import MetricsWriter
 from fqgan_dist.telemetry.progress import track
@@ -52,7 +55,9 @@ def run_training(
     """Train a task from its newest checkpoint to the end; every rank calls it."""
     torch.use_deterministic_algorithms(training.deterministic)
     metrics = _MetricsFile(context.storage, f"{stage}/metrics.jsonl")
-    with track(training.steps, f"training the {stage}", "steps") as bar:
+    # One bar is enough; the other ranks' progress goes to their log files.
+    console = None if context.world.is_main else Console(file=io.StringIO())
+    with track(training.steps, f"training the {stage}", "steps", console=console) as bar:
         trainer = Trainer(
             task,
             batches,
@@ -64,7 +69,10 @@ def run_training(
             publish_metrics=metrics.publish,
             progress=bar,
         )
-        return trainer.fit()
+        result = trainer.fit()
+    # The main rank returns when its last checkpoint is committed, and all ranks read that next.
+    wait_for_ranks(context.world)
+    return result
 
 
 def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_missing_bucket_is_named() -> None:
         lambda: storage.read_bytes("x"),
         lambda: storage.list(),
     ):
-        with pytest.raises(DataError, match="no-such-bucket.*the bucket does not exist"):
+        with pytest.raises(DataError, match=r"no-such-bucket.*the bucket does not exist"):
             call()
 
 

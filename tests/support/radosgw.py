@@ -1,6 +1,6 @@
 """A real S3 server for tests: Ceph's gateway with one monitor and one in-memory disk, on loopback.
 
-    apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd ceph-common
+apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd ceph-common
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
+PROGRAMS = (
+    "radosgw",
+    "radosgw-admin",
+    "ceph",
+    "ceph-mon",
+    "ceph-osd",
+    "ceph-authtool",
+    "monmaptool",
+)
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"  # of a server that lives for one test session, on loopback
 _START_SECONDS = 90

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import tarfile
@@ -96,7 +97,7 @@ def test_impossible_orientation_counts_as_none(value: int) -> None:
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_truncated_image_names_the_sample(image_format: str) -> None:
     data = encode(Image.fromarray(PIXELS), image_format)
-    with pytest.raises(DataError, match="shard-000000.tar: sample 'a': cannot decode"):
+    with pytest.raises(DataError, match=r"shard-000000.tar: sample 'a': cannot decode"):
         decode(data[: len(data) // 2])
 
 
@@ -120,10 +121,8 @@ def test_damaged_bytes_give_an_image_or_a_data_error(
     data = bytearray(encode(Image.fromarray(PIXELS[:16, :16].copy()), image_format))
     start = place % len(data)
     data[start : start + len(noise)] = noise
-    try:
-        decode(bytes(data))
-    except DataError as error:
-        assert "sample 'a'" in str(error)
+    with contextlib.suppress(DataError):
+        assert decode(bytes(data)).dtype == np.uint8
 
 
 def test_pixel_limit_holds_before_decoding() -> None:

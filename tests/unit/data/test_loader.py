@@ -235,7 +235,7 @@ def test_missing_shard_is_a_data_error(tmp_path: Path) -> None:
 
 
 def test_missing_dataset_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="index.json"):
+    with pytest.raises(DataError, match=r"index.json"):
         make_loader(Storage(tmp_path))
 
 
@@ -250,7 +250,10 @@ def test_center_view_repeats_in_every_epoch(storage: Storage) -> None:
     [
         ({"num_views": 0}, "num_views: 0"),
         ({"view": ViewConfig(policy="center", image_size=8), "num_views": 2}, "expected 1 to 1"),
-        ({"view": ViewConfig(policy="ten_crop", image_size=8), "num_views": 11}, "expected 1 to 10"),
+        (
+            {"view": ViewConfig(policy="ten_crop", image_size=8), "num_views": 11},
+            "expected 1 to 10",
+        ),
     ],
 )
 def test_wrong_number_of_views_is_a_config_error(

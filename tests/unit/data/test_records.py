@@ -123,7 +123,7 @@ def write_features(storage: Storage) -> FeatureStore:
 
 
 def test_features_of_another_shard_are_refused(storage: Storage) -> None:
-    with pytest.raises(DataError, match="shard sha256 is '1111.*expected '3333"):
+    with pytest.raises(DataError, match=r"shard sha256 is '1111.*expected '3333"):
         write_features(storage).read(make_entry(sha="3"), 0, KEYS)
 
 
@@ -138,7 +138,7 @@ def test_features_of_other_weights_are_refused(storage: Storage) -> None:
 
 @pytest.mark.parametrize("keys", [KEYS[:2], [*KEYS, "d"], KEYS[::-1]])
 def test_features_of_other_keys_are_refused(storage: Storage, keys: list[str]) -> None:
-    with pytest.raises(DataError, match="keys or views are not those of 'shard-000007.tar'"):
+    with pytest.raises(DataError, match=r"keys or views are not those of 'shard-000007.tar'"):
         write_features(storage).read(make_entry(), 0, keys)
 
 
@@ -156,7 +156,7 @@ def test_codes_of_other_keys_are_refused(storage: Storage, keys: list[str]) -> N
     codes = np.zeros((3, 2, 1, 2, 2), np.int64)
     crops = [make_crops(2) for _ in KEYS]
     store.write(make_entry(), keys=KEYS, crops=crops, codes=codes, codebooks=["visual"])
-    with pytest.raises(DataError, match="keys or views are not those of 'shard-000007.tar'"):
+    with pytest.raises(DataError, match=r"keys or views are not those of 'shard-000007.tar'"):
         store.read(make_entry(), keys)
 
 
@@ -233,12 +233,11 @@ def test_codebook_of_more_than_sixteen_bits_is_a_config_error() -> None:
 
 
 def test_unsafe_names_are_refused(storage: Storage) -> None:
-    with pytest.raises(ValueError, match="fingerprint '../x'"):
+    with pytest.raises(ValueError, match=r"fingerprint '../x'"):
         FeatureStore(storage, "features", "../x")
     with pytest.raises(ValueError, match="view 128"):
         FeatureStore(storage, "features", FINGERPRINT).path(make_entry(), 128)
+    columns = {"key": np.ones((3, 1), np.float16)}
+    table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
     with pytest.raises(ValueError, match="column 'key'"):
-        write_table = RecordTable(
-            KEYS, np.zeros(3, np.int8), make_crops(3), {"key": np.ones((3, 1), np.float16)}
-        )
-        encode_records(write_table, fingerprint=FINGERPRINT, shard_sha256="1")
+        encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1")

@@ -1,4 +1,4 @@
-"""What the S3 storage does when the server throttles, breaks off or is gone: a server that does so."""
+"""What the S3 storage does when the server throttles, breaks off or loses its answer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class FaultyServer:
 
 def make_handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # clients wait for "100 Continue" before a body
+
         def log_message(self, format: str, *args: object) -> None:
             """Be silent."""
 

@@ -64,7 +64,7 @@ def test_dataset_may_be_the_root(storage: Storage) -> None:
 
 class Trap:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (open, ("/nonexistent/unpickled", ))  # type: ignore[return-value]
+        return (open, ("/nonexistent/unpickled",))  # type: ignore[return-value]
 
 
 def test_members_outside_the_whitelist_are_never_decoded(storage: Storage) -> None:

@@ -14,8 +14,14 @@ from pydantic import ValidationError
 from skimage import data as photographs
 from torchvision.transforms import functional
 
-from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view, cut, num_views
-from fqgan_dist.data.views import resize_short_side
+from fqgan_dist.data.views import (
+    CropRecord,
+    ViewConfig,
+    apply_view,
+    cut,
+    num_views,
+    resize_short_side,
+)
 from fqgan_dist.errors import DataError
 
 POLICIES = ("random_crop_flip", "ten_crop", "center")
@@ -88,9 +94,7 @@ def test_crop_record_tells_how_to_make_the_view(
 def test_random_views_have_the_distribution_of_the_reference() -> None:
     config = ViewConfig(policy="random_crop_flip", image_size=16)
     image = make_noise(40, 30)
-    crops = [
-        apply_view(image, config, seed=1, key=str(key), view=0)[1] for key in range(2000)
-    ]
+    crops = [apply_view(image, config, seed=1, key=str(key), view=0)[1] for key in range(2000)]
     sizes, counts = np.unique([crop.resized_height for crop in crops], return_counts=True)
     assert sizes.tolist() == [16, 17, 18, 19, 20]
     assert counts.min() > 330  # 400 expected, four standard deviations are 72
@@ -177,7 +181,9 @@ def test_image_that_is_not_rgb_is_refused() -> None:
 
 
 def test_setting_without_effect_is_an_error() -> None:
-    with pytest.raises(ValidationError, match="crop_ratio: 1.2 has no effect with policy 'center'"):
+    with pytest.raises(
+        ValidationError, match=r"crop_ratio: 1.2 has no effect with policy 'center'"
+    ):
         ViewConfig(policy="center", image_size=8, crop_ratio=1.2)
     assert ViewConfig(policy="ten_crop", image_size=8, crop_ratio=1.2).crop_ratio == 1.2
 

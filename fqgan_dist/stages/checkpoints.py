@@ -1,0 +1,256 @@
+"""Looking after a run's checkpoints: list, verify, export, prune (`fqgan checkpoints`)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from fqgan_dist.autoregressive import published as published_autoregressive
+from fqgan_dist.config import Config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import CheckpointError, ConfigError
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.tokenizer import published as published_tokenizer
+from fqgan_dist.tokenizer.config import TokenizerConfig
+from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
+
+Action = Literal["list", "verify", "export", "prune"]
+TrainedStage = Literal["tokenizer", "autoregressive"]
+
+_SUFFIXES = {"ours": ".safetensors", "published": ".pt"}
+_OPTIONS: dict[Action, tuple[str, ...]] = {
+    "list": (),
+    "verify": ("step",),
+    "export": ("to", "format", "step"),
+    "prune": (),
+}
+"""Which options an action takes; another one has no effect, and is an error."""
+
+
+class CheckpointTarget(Config):
+    """What an action works on, beside the run's own settings."""
+
+    to: str | None = None
+    """File to export to, a path or `s3://` URI; None outside `export`."""
+    format: Literal["ours", "published"] = "ours"
+    """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the
+    released code loads."""
+    step: int | None = Field(default=None, ge=0)
+    """Checkpoint of this step; None takes the newest good one, or, for `verify`, all."""
+
+
+@dataclass(frozen=True)
+class ActionResult:
+    """What an action found or did."""
+
+    report: dict[str, Any]
+    """For machines; JSON-able."""
+    text: str
+    """For people."""
+    is_damaged: bool = False
+    """Whether verification found damage."""
+
+
+def run_checkpoint_action(
+    action: Action,
+    config: RunConfig,
+    stage: TrainedStage,
+    target: CheckpointTarget | None = None,
+) -> ActionResult:
+    """Carry out one `fqgan checkpoints` command.
+
+    Args:
+        action: what to do.
+        config: of the run, for its storage root and retention.
+        stage: whose checkpoints.
+        target: what to work on; None for the defaults.
+
+    Raises:
+        ConfigError: an option is missing, wrong or without effect.
+        CheckpointError: there are no checkpoints, or none that is good.
+    """
+    target = target or CheckpointTarget()
+    for name in target.model_fields_set - set(_OPTIONS[action]):
+        takes = ", ".join(_OPTIONS[action]) or "none"
+        raise ConfigError(
+            f"{name}: has no effect on `checkpoints {action}`, whose options are: {takes}"
+        )
+    store = _open_store(config, stage)
+    match action:
+        case "list":
+            return _list(store)
+        case "verify":
+            return _verify(store, target.step)
+        case "export":
+            return _export(store, stage, target)
+        case "prune":
+            return _prune(store, config, stage)
+
+
+def _open_store(config: RunConfig, stage: TrainedStage) -> CheckpointStore:
+    prefix = f"{stage}/checkpoints"
+    storage = Storage(config.storage.root)
+    if not storage.list(f"{prefix}/commits"):
+        raise CheckpointError(
+            f"{storage.uri(prefix)}: there are no checkpoints of the {stage}; check storage.root, "
+            f"or train first (fqgan train CONFIG)"
+        )
+    return CheckpointStore(storage, prefix)
+
+
+def _list(store: CheckpointStore) -> ActionResult:
+    rows = [_describe(store, commit) for commit in store.list_commits()]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("step", "size", "written", "state"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    table.add_column("metrics")
+    for row in rows:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+        size = f"{row['bytes'] / 2**20:,.1f} MiB"
+        cells = (str(row["step"]), size, row["written_at"], row["problem"] or "ok", metrics)
+        table.add_row(*(Text(cell) for cell in cells))
+    text = _render(table) if rows else f"{store}: all checkpoints were given up"
+    return ActionResult({"checkpoints": rows}, text)
+
+
+def _describe(store: CheckpointStore, commit: CommitRecord) -> dict[str, Any]:
+    """Describe a checkpoint by its manifest; its files are not read."""
+    row: dict[str, Any] = {
+        "step": commit.step,
+        "commit": commit.number,
+        "attempt": commit.attempt,
+        "written_at": commit.written_at,
+        "problem": None,
+        "bytes": 0,
+        "metrics": {},
+    }
+    try:
+        loaded = store.load(commit.number)
+    except CheckpointError as error:
+        return row | {"problem": str(error)}
+    size = sum(file.bytes for file in loaded.manifest.files)
+    return row | {"bytes": size, "metrics": loaded.metrics}
+
+
+def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
+    problems = store.verify(step)
+    steps = [commit.step for commit in store.list_commits() if step in (None, commit.step)]
+    report = {"steps": steps, "problems": problems}
+    if problems:
+        lines = "\n  ".join(problems)
+        text = f"{store}: {len(problems)} problem(s)\n  {lines}\nA run steps over damaged ones"
+        return ActionResult(report, text, is_damaged=True)
+    shown = ", ".join(str(each) for each in steps)
+    return ActionResult(report, f"{store}: every byte of steps {shown} is as it was written")
+
+
+def _prune(store: CheckpointStore, config: RunConfig, stage: TrainedStage) -> ActionResult:
+    section = config.tokenizer if stage == "tokenizer" else config.autoregressive
+    removed = [commit.step for commit in store.prune(section.training.checkpoint.retention)]
+    kept = [commit.step for commit in store.list_commits()]
+    text = f"{store}: deleted steps {removed or 'none'}, kept {kept}"
+    return ActionResult({"removed": removed, "kept": kept}, text)
+
+
+def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarget) -> ActionResult:
+    folder, name = _check_file(target)
+    loaded = store.load_latest(step=target.step)
+    if loaded is None:
+        raise CheckpointError(f"{store}: no checkpoint was ever committed; train first")
+    ema = f"{stage}_ema"
+    has_ema = ema in loaded.part_names
+    # An average covers parameters, not buffers.
+    weights = loaded.read(stage) | (loaded.read(ema) if has_ema else {})
+    if target.format == "published":
+        data = _encode_published(stage, weights, loaded)
+    else:
+        data = safetensors.torch.save(
+            {key: value.contiguous() for key, value in weights.items()}, metadata={"format": "pt"}
+        )
+    report = {
+        "file": folder.uri(name),
+        "format": target.format,
+        "stage": stage,
+        "step": loaded.step,
+        "is_ema": has_ema,
+        "parameters": sum(value.numel() for value in weights.values()),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "config": loaded.config,
+        "dataset_id": loaded.dataset_id,
+        "state": loaded.state,
+        "metrics": loaded.metrics,
+    }
+    folder.write_bytes(name, data)
+    # The description comes last: a weights file without one is half an export.
+    folder.write_bytes(_description_name(name), json.dumps(report, indent=1).encode())
+    text = (
+        f"{folder.uri(name)}: {'averaged ' if has_ema else ''}weights of the {stage} at step "
+        f"{loaded.step}, {len(data) / 2**20:,.1f} MiB; described in {_description_name(name)}"
+    )
+    return ActionResult(report, text)
+
+
+def _check_file(target: CheckpointTarget) -> tuple[Storage, str]:
+    """Split the file to export to into folder and name.
+
+    Raises:
+        ConfigError: none is given, it has another suffix, or it is there.
+    """
+    suffix = _SUFFIXES[target.format]
+    if target.to is None:
+        raise ConfigError(f"to: required by `checkpoints export`; name a file: to=FILE{suffix}")
+    if not target.to.endswith(suffix):
+        raise ConfigError(
+            f"to: {target.to!r} does not end in {suffix}, as files of format={target.format} do"
+        )
+    head, _, name = target.to.rpartition("/")
+    folder = Storage(head or ("/" if target.to.startswith("/") else "."))
+    for each in (name, _description_name(name)):
+        if folder.exists(each):
+            raise ConfigError(f"to: {folder.uri(each)} is there already; name another file")
+    return folder, name
+
+
+def _description_name(name: str) -> str:
+    return f"{PurePosixPath(name).stem}.json"
+
+
+def _encode_published(
+    stage: TrainedStage, weights: Mapping[str, Tensor], loaded: LoadedCheckpoint
+) -> bytes:
+    """Encode weights by the released names, as the dict that the released code loads.
+
+    Raises:
+        ConfigError: the released code has no such architecture.
+    """
+    if stage == "tokenizer":
+        config = TokenizerConfig.model_validate(loaded.config)
+        state = published_tokenizer.to_published_state_dict(weights, config)
+    else:
+        try:
+            state = published_autoregressive.to_published_state_dict(weights)
+        except ValueError as error:
+            raise ConfigError(f"format: 'published': {error}; use format=ours") from error
+    buffer = io.BytesIO()
+    torch.save({"model": state}, buffer)
+    return buffer.getvalue()
+
+
+def _render(table: Table) -> str:
+    output = io.StringIO()
+    Console(file=output, width=120, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())

@@ -1,0 +1,113 @@
+"""Running one stage: what every driver does, in one process, under torchrun or on a cluster.
+
+All ranks call these functions; what is written once is written by the main rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fqgan_dist.config import dump_config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
+from fqgan_dist.stages.stage import RunChunks, RunContext, Stage, select_device
+from fqgan_dist.stages.summary import load_summary
+from fqgan_dist.telemetry.environment import collect_environment
+from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(config: RunConfig, world: World) -> RunContext:
+    """Prepare this process for a run: storage, logging, device, threads.
+
+    Raises:
+        DataError: the storage root cannot be written.
+        ConfigError: the device is not there.
+    """
+    storage = Storage(config.storage.root)
+    probe = f"probes/rank-{world.rank}"
+    storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
+    storage.delete(probe)
+    configure_logging(world, storage.local_path("logs"))
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = select_device(config.device, world)
+    return RunContext(config=config, storage=storage, world=world, device=device)
+
+
+def check_static_inputs(stage: Stage, context: RunContext) -> None:
+    """Compare a stage's settings with its record, before any work starts.
+
+    Raises:
+        DataError: the stage was made from other settings.
+    """
+    check_inputs(context.storage, stage.name, _static_inputs(stage))
+
+
+def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
+    """Run a stage unless it is done, and write its record last.
+
+    Raises:
+        DataError: an earlier stage has not finished, or this one was made from other inputs.
+    """
+    storage, world = context.storage, context.world
+    inputs = _static_inputs(stage) | flatten({"upstream": stage.upstream()})
+    record = check_inputs(storage, stage.name, inputs)
+    # The main rank changes the record below: all must have read the same one before.
+    wait_for_ranks(world)
+    if record is not None and record.state == "done":
+        logger.info("%s: already done from the same inputs, skipped", stage.name)
+        return
+    logger.info("%s: %s", stage.name, "continues" if record else "starts")
+    if record is None and world.is_main:
+        save_record(storage, StageRecord(stage=stage.name, state="started", inputs=inputs))
+    start = time.perf_counter()
+    outcome = stage.run(run_chunks)
+    seconds = time.perf_counter() - start
+    if world.is_main:
+        save_record(
+            storage,
+            StageRecord(
+                stage=stage.name,
+                state="done",
+                inputs=inputs,
+                outputs=dict(outcome.outputs),
+                metrics=dict(outcome.metrics),
+                seconds=seconds,
+            ),
+        )
+    # Nobody reports success, or goes on to a stage that reads the record, before it is there.
+    wait_for_ranks(world)
+    logger.info("%s: done in %.0f s", stage.name, seconds)
+
+
+def wait_for_ranks(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.world_size > 1:
+        dist.barrier()
+
+
+def write_run_files(context: RunContext) -> None:
+    """Write what the run is made of: its resolved config and its environment."""
+    storage = context.storage
+    storage.write_bytes("config.yaml", dump_config(context.config).encode())
+    environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
+    storage.write_bytes("environment.json", environment.encode())
+
+
+def write_summary(storage: Storage) -> None:
+    """Write `summary.json` from the stages' records."""
+    storage.write_bytes("summary.json", json.dumps(load_summary(storage), indent=1).encode())
+
+
+def _static_inputs(stage: Stage) -> dict[str, Any]:
+    return flatten({"settings": stage.settings()})
