@@ -18,13 +18,13 @@ quickstart: $(STAMP)
 	$(BIN)/fqgan run configs/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(BIN)/codespell fqgan_dist data_tools tests configs docs README.md CONTRIBUTING.md
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell fqgan_dist data_tools tests configs README.md CONTRIBUTING.md
 
 format: $(STAMP)
 	$(BIN)/ruff format .

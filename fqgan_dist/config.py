@@ -91,14 +91,35 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Value]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file; name an existing YAML file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
-    return values
+    return _unshare(values)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a setting that is given twice, of which YAML silently takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.MarkedYAMLError(
+                problem=f"{', '.join(twice)} is given twice", problem_mark=node.start_mark
+            )
+        return node
+
+
+def _unshare(value: Value) -> Value:
+    """Copy a tree, giving every YAML alias a copy of its own: an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _unshare(item) for key, item in value.items()}
+    return [_unshare(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(base: dict[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
@@ -169,7 +190,8 @@ def _describe(problem: Any, config_type: type[Config]) -> str:
 
 def _is_of_unused_member(problem: Any) -> bool:
     # A group given where a name or a group may stand: that it is no name tells the user nothing.
-    return problem["type"] == "string_type" and problem["loc"][-1] == "str"
+    is_group = isinstance(problem["input"], dict)
+    return problem["type"] == "string_type" and problem["loc"][-1] == "str" and is_group
 
 
 def _locate(config_type: type[Config], location: Sequence[int | str]) -> tuple[list[Any], list[str]]:

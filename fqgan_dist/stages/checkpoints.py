@@ -106,8 +106,8 @@ def _open_store(config: RunConfig, stage: TrainedStage) -> CheckpointStore:
     storage = Storage(config.storage.root)
     if not storage.list(f"{prefix}/commits"):
         raise CheckpointError(
-            f"{storage.uri(prefix)}: there are no checkpoints of the {stage}; check storage.root, "
-            f"or train first (fqgan train CONFIG)"
+            f"{storage.uri(prefix)}: no checkpoints of stage {stage!r}; check storage.root, or "
+            f"train first (fqgan train CONFIG)"
         )
     return CheckpointStore(storage, prefix)
 
@@ -253,4 +253,4 @@ def _encode_published(
 def _render(table: Table) -> str:
     output = io.StringIO()
     Console(file=output, width=120, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")

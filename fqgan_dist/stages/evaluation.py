@@ -21,6 +21,7 @@ from fqgan_dist.evaluation.moments import Moments, compute_moments, fold_ordered
 from fqgan_dist.evaluation.precision_recall import compute_precision_recall
 from fqgan_dist.evaluation.reference import FidKind, FidScore, ReferenceStatistics, compute_fid
 from fqgan_dist.stages.evaluation_work import (
+    EvaluationModels,
     ImageWork,
     ReconstructionWork,
     ReferenceWork,
@@ -58,13 +59,14 @@ class EvaluationStage:
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Compute what is missing, then fold."""
-        reconstruction = ReconstructionWork(self.context)
-        reference = ReferenceWork(self.context)
-        samples = SampleFeatureWork(self.context)
+        models = EvaluationModels(self.context)
+        reconstruction = ReconstructionWork(self.context, models)
+        reference = ReferenceWork(self.context, models)
+        samples = SampleFeatureWork(self.context, models)
         for work in (reconstruction, reference, samples):
             run_chunks(work)
         if self.context.world.is_main:
-            build_figures(self.context)
+            build_figures(self.context, models.tokenizer)
         metrics = self._judge_reconstructions(reconstruction)
         metrics |= self._judge_samples(reference, samples)
         return StageOutcome(metrics=metrics)
@@ -86,6 +88,8 @@ class EvaluationStage:
             "psnr_mean_image": _mean(chunks, "psnr_mean_image"),
             "ssim": _mean(chunks, "ssim"),
             "rfid": fid.value,
+            "rfid_evaluator": fid.evaluator_id,
+            "rfid_reference": fid.reference_id,
             "inception_score": _score(chunks, "reconstruction_logits"),
             "usage": _by_name(names, histogram.usage),
             "perplexity": _by_name(names, histogram.perplexity),
@@ -114,6 +118,8 @@ class EvaluationStage:
         )
         results: dict[str, Any] = {
             "gfid": fid.value,
+            "gfid_evaluator": fid.evaluator_id,
+            "gfid_reference": fid.reference_id,
             "inception_score": _score(chunks, "logits"),
             "precision": quality.precision,
             "recall": quality.recall,

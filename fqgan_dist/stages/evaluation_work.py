@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,40 @@ SAMPLES_PER_CLASS = 4
 MAX_FIGURE_CLASSES = 20
 
 
-class ImageWork:
+class EvaluationModels:
+    """The networks that the evaluation needs, each built at its first use in a process."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+
+    @functools.cached_property
+    def inception(self) -> InceptionFeatures:
+        """The feature network."""
+        config = self.context.config.evaluation.inception
+        path = resolve_weights(config.weights)
+        return build_inception(config, device=self.context.device, weights_path=path)
+
+    @functools.cached_property
+    def tokenizer(self) -> FactorizedTokenizer:
+        """The finished tokenizer."""
+        return load_tokenizer(self.context)
+
+    @functools.cached_property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teachers by name."""
+        return load_teachers(self.context.config, self.context.device)
+
+
+class ImageWork(ABC):
     """Base of work on ranges of `count` ids that needs the tokenizer and Inception."""
 
     unit = "images"
 
-    def __init__(self, context: RunContext, name: str, count: int, chunk_size: int) -> None:
+    def __init__(
+        self, context: RunContext, models: EvaluationModels, name: str, count: int, chunk_size: int
+    ) -> None:
         self.context = context
+        self.models = models
         self.count = count
         self.chunk_size = chunk_size
         self.description = f"evaluating {name}"
@@ -56,9 +84,13 @@ class ImageWork:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.files = TensorFiles(context.storage, f"evaluation/{name}", digest[:32])
 
+    @abstractmethod
     def identity(self) -> Mapping[str, Any]:
         """Name the images that are worked on."""
-        raise NotImplementedError  # every work below says what its images are
+
+    @abstractmethod
+    def process(self, chunk: int) -> None:
+        """Make and commit the chunk's output."""
 
     def chunks(self) -> Sequence[int]:
         """All ranges of ids."""
@@ -79,19 +111,7 @@ class ImageWork:
     @property
     def evaluator_id(self) -> str:
         """What computed the features."""
-        return self.inception.evaluator_id
-
-    @functools.cached_property
-    def inception(self) -> InceptionFeatures:
-        """The feature network, built at first use."""
-        config = self.context.config.evaluation.inception
-        path = resolve_weights(config.weights)
-        return build_inception(config, device=self.context.device, weights_path=path)
-
-    @functools.cached_property
-    def tokenizer(self) -> FactorizedTokenizer:
-        """The finished tokenizer, loaded at first use."""
-        return load_tokenizer(self.context)
+        return self.models.inception.evaluator_id
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +121,7 @@ class ImageWork:
         for batch in images.split(batch_size):
             padding = batch[-1:].expand(batch_size - len(batch), -1, -1, -1)
             padded = torch.cat([batch, padding]).to(self.context.device)
-            feature, logit = self.inception(padded)
+            feature, logit = self.models.inception(padded)
             features.append(feature[: len(batch)].cpu())
             logits.append(logit[: len(batch)].cpu())
         return torch.cat(features), torch.cat(logits)
@@ -110,13 +130,13 @@ class ImageWork:
 class ReconstructionWork(ImageWork):
     """Validation images against their reconstructions."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, models: EvaluationModels) -> None:
         self.index = context.load_dataset("val")
         config = context.config
         # Whole InfoNCE groups: a chunk holds a multiple of the micro-batch size.
         group = config.tokenizer.training.micro_batch_size
         chunk_size = -(-config.evaluation.chunk_size // group) * group
-        super().__init__(context, "reconstruction", self.index.num_samples, chunk_size)
+        super().__init__(context, models, "reconstruction", self.index.num_samples, chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
         """Validation images and tokenizer."""
@@ -124,7 +144,7 @@ class ReconstructionWork(ImageWork):
             "dataset": self.index.dataset_id,
             "train": self.context.require("shards").outputs["train"],
             "tokenizer": self.context.require("tokenizer").outputs["weights"],
-            "teachers": {name: teacher.fingerprint for name, teacher in self.teachers.items()},
+            "teachers": {name: teacher.fingerprint for name, teacher in self.models.teachers.items()},
         }
 
     @torch.inference_mode()
@@ -142,11 +162,11 @@ class ReconstructionWork(ImageWork):
         reconstructions, codes = [], []
         info_nce: dict[str, list[Tensor]] = {}
         for batch in images.split(group):
-            output = self.tokenizer(to_float(batch.to(context.device)))
+            output = self.models.tokenizer(to_float(batch.to(context.device)))
             reconstructions.append(to_uint8(output.reconstruction).cpu())
             codes.append(output.codes.cpu())
             if len(batch) == group:  # a smaller group has fewer negatives: another loss
-                targets = compute_features(self.teachers, batch.to(context.device))
+                targets = compute_features(self.models.teachers, batch.to(context.device))
                 for book in context.config.tokenizer.model.codebooks:
                     if book.teacher:
                         loss = info_nce_loss(
@@ -177,11 +197,6 @@ class ReconstructionWork(ImageWork):
         )
 
     @functools.cached_property
-    def teachers(self) -> dict[str, Teacher]:
-        """The teachers, built at first use."""
-        return load_teachers(self.context.config, self.context.device)
-
-    @functools.cached_property
     def mean_image(self) -> Tensor:
         """The mean of (up to 1024) training images, (3, H, W) uint8: the baseline of PSNR."""
         index = self.context.load_dataset("train")
@@ -195,11 +210,11 @@ class ReconstructionWork(ImageWork):
 class ReferenceWork(ImageWork):
     """Inception features of training images: what gFID compares samples with."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, models: EvaluationModels) -> None:
         self.index = context.load_dataset("train")
         evaluation = context.config.evaluation
         count = min(evaluation.reference_samples or self.index.num_samples, self.index.num_samples)
-        super().__init__(context, "reference", count, evaluation.chunk_size)
+        super().__init__(context, models, "reference", count, evaluation.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
         """Training images."""
@@ -222,10 +237,10 @@ class ReferenceWork(ImageWork):
 class SampleFeatureWork(ImageWork):
     """Inception features of generated images; its chunks are the samples' chunks."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, models: EvaluationModels) -> None:
         self.samples = sample_files(context)
         samples = context.config.samples
-        super().__init__(context, "samples", samples.count, samples.chunk_size)
+        super().__init__(context, models, "samples", samples.count, samples.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
         """Samples and the tokenizer that decodes them."""
@@ -238,7 +253,7 @@ class SampleFeatureWork(ImageWork):
         """Decode and extract one range of samples."""
         codes, _ = read_samples(self.samples, chunk)
         batch_size = self.context.config.evaluation.batch_size
-        images = decode_in_batches(self.tokenizer, codes, self.context.device, batch_size)
+        images = decode_in_batches(self.models.tokenizer, codes, self.context.device, batch_size)
         features, logits = self.extract(images)
         self.files.write(chunk, {"features": features, "logits": logits})
 
@@ -261,9 +276,8 @@ def decode_in_batches(
 
 
 @torch.inference_mode()
-def build_figures(context: RunContext) -> None:
+def build_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> None:
     """Store the images of the report: originals, reconstructions, single codebooks, samples."""
-    tokenizer = load_tokenizer(context)
     index = context.load_dataset("val")
     rows = range(min(NUM_FIGURE_IMAGES, index.num_samples))
     prefix = context.dataset_prefix("val")

@@ -75,7 +75,8 @@ def find_clip_sizes(architecture: str | ClipArchitecture) -> ClipArchitecture:
             f"architecture: {architecture!r} uses plain GELU - expected QuickGELU, which OpenAI's "
             f"weights were trained with - try '{architecture}-quickgelu'"
         )
-    if set(vision) - {"image_size", "layers", "width", "patch_size", "head_width"}:
+    plain = {"image_size", "layers", "width", "patch_size", "head_width"}
+    if set(vision) - plain or not isinstance(vision["layers"], int):
         raise ConfigError(
             f"architecture: {architecture!r} is not a plain vision transformer - expected one like "
             "'ViT-B-16-quickgelu' - choose another teacher"

@@ -125,6 +125,11 @@ def build_perceptual_loss(
     return PerceptualLoss(network).train()
 
 
+def build_unfilled_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss:
+    """Build the loss without the configured weights: for its sizes, never for its values."""
+    return PerceptualLoss(_build_network(config, pretrained=False)).train()
+
+
 def _normalize(features: Tensor) -> Tensor:
     features = features.float()
     # lpips takes a square root, whose gradient is NaN where all channels of a position are 0.

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fqgan_dist.randomness import (
+    derive_seed,
+    keyed_torch_rng,
+    numpy_generator,
+    torch_generator,
+)
+
+CPU = torch.device("cpu")
+KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=4)), min_size=1, max_size=3)
+
+
+def test_seeds_are_what_they_were() -> None:
+    # Written down: another value would give every stored crop, order and sample another meaning.
+    assert derive_seed(0, "view", "n01440764_18", 3) == 7838313436028744562
+    assert derive_seed(0) == 4113093120439158735
+
+
+def test_seeds_do_not_depend_on_the_process() -> None:
+    # Python's own hash() of a string differs from process to process.
+    code = "from fqgan_dist.randomness import derive_seed; print(derive_seed(7, 'tokenizer', 2))"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert int(result.stdout) == derive_seed(7, "tokenizer", 2)
+
+
+@given(first=KEYS, second=KEYS)
+def test_different_keys_have_different_seeds(
+    first: list[int | str], second: list[int | str]
+) -> None:
+    same_types = [type(part) for part in first] == [type(part) for part in second]
+    assert (derive_seed(*first) == derive_seed(*second)) == (first == second and same_types)
+
+
+@given(KEYS)
+def test_seeds_fit_a_signed_64_bit_integer(key: list[int | str]) -> None:
+    assert 0 <= derive_seed(*key) < 2**63
+
+
+def test_a_number_and_its_text_are_different_keys() -> None:
+    assert derive_seed(1) != derive_seed("1")
+    assert derive_seed("a", "b") != derive_seed("ab")
+    assert derive_seed("a\x1fstr:b") != derive_seed("a", "b")
+
+
+def test_an_integer_from_numpy_is_the_same_key() -> None:
+    assert derive_seed(np.int32(3), np.uint8(4)) == derive_seed(3, 4)
+
+
+@pytest.mark.parametrize("part", [1.0, None, True, b"x"])
+def test_other_keys_are_refused(part: object) -> None:
+    with pytest.raises(TypeError, match="expected int or str"):
+        derive_seed(part)  # pyright: ignore[reportArgumentType] the point
+
+
+def test_generators_repeat_their_key_s_numbers() -> None:
+    assert np.array_equal(numpy_generator(1, "a").random(5), numpy_generator(1, "a").random(5))
+    assert not np.array_equal(numpy_generator(1, "a").random(5), numpy_generator(1, "b").random(5))
+    first = torch.rand(5, generator=torch_generator(1, "a"))
+    assert torch.equal(first, torch.rand(5, generator=torch_generator(1, "a")))
+    assert not torch.equal(first, torch.rand(5, generator=torch_generator(2, "a")))
+
+
+def test_a_keyed_block_draws_the_same_whatever_was_drawn_before() -> None:
+    with keyed_torch_rng(3, "dropout", device=CPU):
+        first = torch.rand(4)
+    torch.rand(7)
+    with keyed_torch_rng(3, "dropout", device=CPU):
+        assert torch.equal(torch.rand(4), first)
+
+
+def test_a_keyed_block_leaves_the_default_generator_as_it_was() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    with keyed_torch_rng(3, device=CPU):
+        torch.rand(100)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_error_in_a_keyed_block_restores_the_generator_too() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    with pytest.raises(RuntimeError, match="inside"), keyed_torch_rng(3, device=CPU):
+        torch.rand(100)
+        raise RuntimeError("inside")
+    assert torch.equal(torch.rand(3), expected)
