@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 from fqgan_dist.config import load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
-from fqgan_dist.stages.config import RunConfig, StageName
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.names import StageName
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ def _run(options: argparse.Namespace) -> int:
         stages = STAGES_OF_COMMAND[options.command]
         config = config.model_copy(update={"stages": stages})
     if options.dry_run:
-        from fqgan_dist.stages.plan import plan_run, render_plan
+        from fqgan_dist.stages.plan import plan_run
+        from fqgan_dist.stages.plan_rendering import render_plan
 
         plan = plan_run(config)
         print(json.dumps(plan, indent=1) if options.json else render_plan(plan))
@@ -122,8 +124,14 @@ def _run(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from fqgan_dist.stages.checkpoints import CheckpointTarget, run_checkpoint_action
 
-    own = {name: text for text in options.overrides if (name := text.partition("=")[0]) in CHECKPOINT_OPTIONS}
-    config_overrides = [text for text in options.overrides if text.partition("=")[0] not in CHECKPOINT_OPTIONS]
+    own = {
+        name: text
+        for text in options.overrides
+        if (name := text.partition("=")[0]) in CHECKPOINT_OPTIONS
+    }
+    config_overrides = [
+        text for text in options.overrides if text.partition("=")[0] not in CHECKPOINT_OPTIONS
+    ]
     config = load_config(options.config, config_overrides, RunConfig)
     values = {name: text.partition("=")[2] for name, text in own.items()}
     target = parse_config(values, CheckpointTarget, source="command line")

@@ -52,7 +52,13 @@ def load_config(path: Path | str, overrides: Sequence[str], config_type: type[Co
 
 
 def read_config_file(path: Path) -> dict[str, Value]:
-    """Read a YAML mapping; a `base:` file beside it is read first and the differences are laid over it."""
+    """Read a YAML mapping; the differences to a `base:` file beside it are laid over that.
+
+    Groups are merged, but a group of another `kind` replaces the former whole, as do lists.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, or the base names a base itself.
+    """
     values = _read_yaml(path)
     base_name = values.pop("base", None)
     if base_name is None:
@@ -125,11 +131,17 @@ def _unshare(value: Value) -> Value:
 def _merge(base: dict[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
     merged = dict(base)
     for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        former = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(former, dict) and _same_kind(former, value):
+            merged[key] = _merge(former, value)
         else:
             merged[key] = value
     return merged
+
+
+def _same_kind(former: Mapping[str, Value], change: Mapping[str, Value]) -> bool:
+    """Whether a group stays what it is: one of another `kind` has other settings altogether."""
+    return "kind" not in change or change["kind"] == former.get("kind")
 
 
 def _apply_override(values: dict[str, Value], override: str) -> None:
@@ -194,7 +206,9 @@ def _is_of_unused_member(problem: Any) -> bool:
     return problem["type"] == "string_type" and problem["loc"][-1] == "str" and is_group
 
 
-def _locate(config_type: type[Config], location: Sequence[int | str]) -> tuple[list[Any], list[str]]:
+def _locate(
+    config_type: type[Config], location: Sequence[int | str]
+) -> tuple[list[Any], list[str]]:
     """Turn pydantic's location of a problem into the one that users write.
 
     Returns:
@@ -233,7 +247,9 @@ def _union_members(annotation: Any) -> list[Any]:
         return _union_members(inner[0])
     if origin in (typing.Union, types.UnionType):
         # Absence is no member: pydantic writes nothing for it.
-        return [member for each in inner if each is not type(None) for member in _union_members(each)]
+        return [
+            member for each in inner if each is not type(None) for member in _union_members(each)
+        ]
     return [annotation]
 
 

@@ -1,4 +1,4 @@
-"""Exception types of the library; every message says what is wrong, what was expected, what to change."""
+"""Exception types; every message says what is wrong, what was expected, what to change."""
 
 from __future__ import annotations
 

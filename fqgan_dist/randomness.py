@@ -1,7 +1,7 @@
 """Randomness keyed by what it is for, never by rank, worker or time.
 
 A step's randomness is keyed by (seed, step, micro-batch), a sample's by (seed, key, view), so that
-any layout of processes draws the same numbers (design.md section 3, "Micro-batches and loss groups").
+any layout of processes draws the same numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import torch
 
 Key = int | str
 
+_SEPARATOR = "\x1f"
+
 
 def derive_seed(*key: Key) -> int:
-    """Hash a key to 63 bits; equal on every machine, Python version and process."""
-    # The type is part of the text: derive_seed(1) and derive_seed("1") are different streams.
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    """Hash a key to 63 bits; equal on every machine, Python version and process.
+
+    Raises:
+        TypeError: a part is neither an int nor a str.
+    """
+    text = _SEPARATOR.join(_describe(part) for part in key)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -42,3 +47,12 @@ def keyed_torch_rng(*key: Key, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(*key))
         yield
+
+
+def _describe(part: Key) -> str:
+    # The type is part of the text: derive_seed(1) and derive_seed("1") are different streams.
+    if isinstance(part, str):
+        return f"str:{part.replace(_SEPARATOR, 2 * _SEPARATOR)}"
+    if isinstance(part, bool) or not isinstance(part, int | np.integer):
+        raise TypeError(f"key part {part!r} is a {type(part).__name__}: expected int or str")
+    return f"int:{part}"  # of NumPy's integers too: a row number is the same key from any source

@@ -39,7 +39,7 @@ _COPY_BLOCK_BYTES = 4 * 2**20
 class Progress(Protocol):
     """Told about work as it is done."""
 
-    def __call__(self, description: str, done: int, total: int) -> None:
+    def __call__(self, description: str, done: int, total: int, /) -> None:
         """Report `done` of `total` units; a `total` of 0 is not known."""
         ...
 

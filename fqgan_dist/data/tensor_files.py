@@ -1,6 +1,6 @@
 """Chunks of named tensors as safetensors files below a fingerprint, written whole or not at all.
 
-    <prefix>/<fingerprint>/chunk-NNNNNN.safetensors
+<prefix>/<fingerprint>/chunk-NNNNNN.safetensors
 """
 
 from __future__ import annotations

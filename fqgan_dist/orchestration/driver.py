@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 
 from fqgan_dist.orchestration.registry import build_stage
-from fqgan_dist.stages.config import STAGE_NAMES, RunConfig
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.names import STAGE_NAMES
 from fqgan_dist.stages.run import (
     check_static_inputs,
     open_run,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from fqgan_dist.report.stage import ReportStage
 from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.codes import CodesStage
-from fqgan_dist.stages.config import StageName
 from fqgan_dist.stages.evaluation import EvaluationStage
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.samples import SamplesStage
 from fqgan_dist.stages.shards import ShardsStage
 from fqgan_dist.stages.stage import RunContext, Stage

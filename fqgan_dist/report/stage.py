@@ -14,20 +14,21 @@ from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
 from fqgan_dist.report.page import build_report
-from fqgan_dist.stages.config import STAGE_NAMES, RunConfig
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation_work import FIGURES_PATH
 from fqgan_dist.stages.manifest import load_record
+from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
-STAGE = "report"
+STAGE: StageName = "report"
 
 
 class ReportStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context

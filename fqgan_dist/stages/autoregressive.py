@@ -16,6 +16,7 @@ from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
 from fqgan_dist.stages.codes import code_store, read_all_codes
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.training import (
     load_weights,
@@ -30,7 +31,7 @@ from fqgan_dist.training.micro_batches import assign_slots
 class AutoregressiveStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -66,6 +67,7 @@ class AutoregressiveStage:
             metrics={
                 f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
                 for name, value in result.metrics.items()
+                if name.startswith(f"{STAGE}/validation/")
             },
         )
 

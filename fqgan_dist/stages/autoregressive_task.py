@@ -12,6 +12,8 @@ from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeBatch
 from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.stages.names import StageName
+from fqgan_dist.training.autocast import autocast
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import Engine, accumulate
@@ -19,7 +21,7 @@ from fqgan_dist.training.micro_batches import Slot, assign_slots
 from fqgan_dist.training.schedule import compute_lr
 from fqgan_dist.training.task import Parts
 
-STAGE = "autoregressive"
+STAGE: StageName = "autoregressive"
 
 
 class AutoregressiveTask:
@@ -71,7 +73,7 @@ class AutoregressiveTask:
         def loss_fn(slot: Slot, batch: CodeBatch) -> tuple[Tensor, Tensor]:
             codes, labels = batch.codes.to(device), batch.labels.to(device)
             key = (self.training.seed, STAGE, step, slot.micro_batch)
-            with keyed_torch_rng(*key, device=device), self._autocast():
+            with keyed_torch_rng(*key, device=device), autocast(self.training.precision, device):
                 losses = compute_code_losses(self.engine.forward(codes, labels), codes)
             # The paper's loss is the mean over codebooks of token-mean cross-entropies.
             return losses.mean(), losses.detach()
@@ -130,10 +132,3 @@ class AutoregressiveTask:
         )
         if self.ema is not None:
             self.ema.load_state_dict(parts["autoregressive_ema"])
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.engine.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.training.precision == "bf16",
-        )

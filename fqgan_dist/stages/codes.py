@@ -20,17 +20,18 @@ from fqgan_dist.data.records import CodeStore, check_codebook_size
 from fqgan_dist.data.views import CropRecord, ViewConfig, num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.images import center_view, read_shard
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.tokenizer import encode_images, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
-STAGE = "codes"
+STAGE: StageName = "codes"
 
 
 class CodesStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -74,7 +75,7 @@ class CodeWork:
         self.description = f"{split} codes"
         self.index = context.load_dataset(split)
         self.view = context.config.codes.views if split == "train" else center_view(context)
-        self.views = range(_count_views(self.view))
+        self.views = range(count_code_views(self.view))
         self.store = CodeStore(context.storage, STAGE, self._fingerprint())
 
     def chunks(self) -> Sequence[int]:
@@ -155,7 +156,12 @@ def read_all_codes(
     return torch.from_numpy(np.concatenate(codes)), torch.from_numpy(np.concatenate(labels))
 
 
-def _count_views(view: ViewConfig) -> int:
+def count_code_views(view: ViewConfig) -> int:
+    """Count the crops that codes are made of.
+
+    Raises:
+        ConfigError: the policy has no fixed number of them.
+    """
     count = num_views(view.policy)
     if count is None:
         raise ConfigError(

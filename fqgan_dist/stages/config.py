@@ -11,34 +11,13 @@ from fqgan_dist.autoregressive.sampling import SamplingConfig
 from fqgan_dist.config import Config
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import InceptionConfig
+from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig
 from fqgan_dist.teachers.config import TeacherConfig
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.discriminator import DiscriminatorConfig
 from fqgan_dist.tokenizer.perceptual import PerceptualConfig
 from fqgan_dist.training.config import TrainingConfig
-
-StageName = Literal[
-    "shards",
-    "teachers",
-    "tokenizer",
-    "codes",
-    "autoregressive",
-    "samples",
-    "evaluation",
-    "report",
-]
-STAGE_NAMES: tuple[StageName, ...] = (
-    "shards",
-    "teachers",
-    "tokenizer",
-    "codes",
-    "autoregressive",
-    "samples",
-    "evaluation",
-    "report",
-)
-"""Stages in the order in which they run."""
 
 
 class StorageConfig(Config):

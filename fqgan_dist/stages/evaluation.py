@@ -28,17 +28,18 @@ from fqgan_dist.stages.evaluation_work import (
     SampleFeatureWork,
     build_figures,
 )
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 
 logger = logging.getLogger(__name__)
 
-STAGE = "evaluation"
+STAGE: StageName = "evaluation"
 
 
 class EvaluationStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context

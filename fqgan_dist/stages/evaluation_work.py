@@ -144,7 +144,9 @@ class ReconstructionWork(ImageWork):
             "dataset": self.index.dataset_id,
             "train": self.context.require("shards").outputs["train"],
             "tokenizer": self.context.require("tokenizer").outputs["weights"],
-            "teachers": {name: teacher.fingerprint for name, teacher in self.models.teachers.items()},
+            "teachers": {
+                name: teacher.fingerprint for name, teacher in self.models.teachers.items()
+            },
         }
 
     @torch.inference_mode()

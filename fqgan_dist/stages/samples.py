@@ -20,15 +20,16 @@ from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.stages.autoregressive import load_model
 from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 
-STAGE = "samples"
+STAGE: StageName = "samples"
 
 
 class SamplesStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context

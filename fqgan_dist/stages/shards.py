@@ -16,12 +16,13 @@ from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_datas
 from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS, open_source
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.telemetry.progress import track
 
 logger = logging.getLogger(__name__)
 
-STAGE = "shards"
+STAGE: StageName = "shards"
 SPLITS = ("train", "val")
 PHOTOGRAPHS_VAL_SHARE = 4
 """Validation crops per photograph are the training crops' number divided by this."""
@@ -30,7 +31,7 @@ PHOTOGRAPHS_VAL_SHARE = 4
 class ShardsStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -80,7 +81,7 @@ class ShardsStage:
         with track(len(source), f"{split} shards", "images") as bar:
             done = 0
 
-            def advance(_: str, now: int, __: int) -> None:
+            def advance(description: str, now: int, total: int, /) -> None:  # noqa: ARG001
                 nonlocal done
                 bar.advance(now - done)
                 done = now

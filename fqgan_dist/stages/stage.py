@@ -16,8 +16,9 @@ import torch
 from fqgan_dist.data.index import DatasetIndex, load_index
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.stages.config import RunConfig, StageName
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, load_record
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.world import World
 
 

@@ -20,18 +20,19 @@ from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
 from fqgan_dist.stages.weights import resolve_weights
-from fqgan_dist.teachers.teacher import Teacher, build_teacher
+from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
 
-STAGE = "teachers"
+STAGE: StageName = "teachers"
 
 
 class TeachersStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -143,6 +144,27 @@ class TeacherWork:
         return view, self.index.shards[shard]
 
 
+def check_feature_dims(config: RunConfig) -> None:
+    """Compare the codebooks' feature sizes with those of the teachers, without building these.
+
+    Raises:
+        ConfigError: a codebook would predict features of another size than its teacher gives.
+    """
+    wanted = {
+        book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
+    }
+    given = {teacher.name: find_feature_dim(teacher) for teacher in config.teachers.networks}
+    problems = [
+        f"feature_dim of teacher {name!r} is {wanted[name]}, but the network gives {size}"
+        for name, size in given.items()
+        if size != wanted[name]
+    ]
+    if problems:
+        raise ConfigError(
+            f"tokenizer.model.codebooks: {'; '.join(problems)}; set feature_dim to that"
+        )
+
+
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
     """Build the configured teachers.
 
@@ -150,21 +172,13 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
         ConfigError: a teacher's feature size is not the one that its codebook predicts.
         DataError: weights are missing or of another network.
     """
-    wanted = {
-        book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
+    check_feature_dims(config)
+    return {
+        settings.name: build_teacher(
+            settings, device=device, weights_path=resolve_weights(settings.weights)
+        )
+        for settings in config.teachers.networks
     }
-    teachers = {}
-    for settings in config.teachers.networks:
-        name = settings.name
-        path = resolve_weights(settings.weights)
-        teacher = build_teacher(settings, device=device, weights_path=path)
-        if teacher.feature_dim != wanted[name]:
-            raise ConfigError(
-                f"tokenizer.model.codebooks: feature_dim of teacher {name!r} is {wanted[name]}, "
-                f"but the network gives {teacher.feature_dim}; set feature_dim to that"
-            )
-        teachers[name] = teacher
-    return teachers
 
 
 @torch.inference_mode()

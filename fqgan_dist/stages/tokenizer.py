@@ -13,6 +13,7 @@ from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch, ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.images import HeldOutImages
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.teachers import build_online_teachers, feature_store
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
@@ -32,7 +33,7 @@ from fqgan_dist.training.micro_batches import assign_slots
 class TokenizerStage:
     """Implements `fqgan_dist.stages.stage.Stage`."""
 
-    name = STAGE
+    name: StageName = STAGE
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -75,7 +76,14 @@ class TokenizerStage:
             return loader.batches(first_step, [slot.micro_batch for slot in slots])
 
         result = run_training(context, STAGE, task, batches, context.config.tokenizer.training)
-        return StageOutcome(outputs=trained_outputs(context, STAGE, result))
+        metrics = {
+            f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
+            f"{STAGE}/training_usage": {
+                book.name: result.metrics[f"{STAGE}/codebook_usage/{book.name}"]
+                for book in context.config.tokenizer.model.codebooks
+            },
+        }
+        return StageOutcome(outputs=trained_outputs(context, STAGE, result), metrics=metrics)
 
 
 def build_tokenizer_task(context: RunContext) -> TokenizerTask:

@@ -17,6 +17,7 @@ from fqgan_dist.config import Config
 from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch
 from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.losses import (
@@ -27,6 +28,7 @@ from fqgan_dist.tokenizer.losses import (
 )
 from fqgan_dist.tokenizer.model import FactorizedTokenizer, TokenizerOutput
 from fqgan_dist.tokenizer.usage import CodeUsageWindow
+from fqgan_dist.training.autocast import autocast
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import Engine, accumulate
@@ -35,7 +37,7 @@ from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.schedule import compute_lr
 from fqgan_dist.training.task import Parts
 
-STAGE = "tokenizer"
+STAGE: StageName = "tokenizer"
 TeacherFeatures = Callable[[Tensor], dict[str, Tensor]]
 """Maps images (B, 3, H, W) in [-1, 1] to features (B, F) by teacher name."""
 
@@ -150,7 +152,10 @@ class TokenizerTask:
 
         def tokenizer_loss(slot: Slot, batch: ImageBatch) -> tuple[Tensor, Tensor]:
             images = self._to_device(batch.images)
-            with self._randomness(step, slot, STAGE), self._autocast():
+            with (
+                self._randomness(step, slot, STAGE),
+                autocast(self.training.precision, self.engine.device),
+            ):
                 output: TokenizerOutput = self.engine.forward(
                     images, compute_entropy=self.losses.entropy_weight > 0
                 )
@@ -280,7 +285,7 @@ class TokenizerTask:
         position = iter(range(len(self.slots)))
 
         def discriminator_loss(_: Slot, batch: ImageBatch) -> tuple[Tensor, Tensor]:
-            with self._autocast():
+            with autocast(self.training.precision, self.engine.device):
                 real, fake = self.discriminator_engine.forward(
                     self._to_device(batch.images), reconstructions[next(position)]
                 )
@@ -338,10 +343,3 @@ class TokenizerTask:
     def _randomness(self, step: int, slot: Slot, purpose: str) -> AbstractContextManager[None]:
         key = (self.training.seed, purpose, step, slot.micro_batch)
         return keyed_torch_rng(*key, device=self.engine.device)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(
-            self.engine.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.training.precision == "bf16",
-        )

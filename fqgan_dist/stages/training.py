@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.stages.config import StageName
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.telemetry.metrics import MetricsWriter

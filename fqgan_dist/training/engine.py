@@ -106,7 +106,7 @@ def accumulate(
         engine: whose gradients are summed.
         slots: this rank's passes.
         micro_batches: the batch of each slot.
-        loss_fn: maps slot and batch to (loss, metrics): a scalar and a vector (n,) without gradient.
+        loss_fn: maps slot and batch to a scalar loss and metrics (n,) without gradient.
         num_micro_batches: M.
 
     Returns:

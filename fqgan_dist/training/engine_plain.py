@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class PlainEngine:
             self._wrapped = DistributedDataParallel(
                 self.module,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # what is stateful is folded in micro-batch order by the task
+                broadcast_buffers=False,  # the task folds what is stateful, in micro-batch order
                 gradient_as_bucket_view=True,
             )
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -76,8 +76,10 @@ class PlainEngine:
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """Enclose one slot; DDP reduces gradients in the last one only."""
         wrapped = self._wrapped
-        hold = isinstance(wrapped, DistributedDataParallel) and not is_last
-        with wrapped.no_sync() if hold else nullcontext():
+        if isinstance(wrapped, DistributedDataParallel) and not is_last:
+            with wrapped.no_sync():
+                yield
+        else:
             yield
 
     def backward(self, loss: Tensor, slot: Slot) -> None:

@@ -1,7 +1,7 @@
 """Which rank runs which micro-batch, and putting their results back in order.
 
 A global batch is M fixed micro-batches; N ranks share them. Everything that a step reports or keeps
-is gathered in micro-batch order first, so that it does not depend on N (design.md section 3).
+is gathered in micro-batch order first, so that it does not depend on N.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def assign_slots(num_micro_batches: int, world: World) -> list[Slot]:
     """List the passes of a rank: slot s of rank r runs micro-batch s * N + r.
 
     Where N does not divide M, the last slot of some ranks reruns the rank's first micro-batch with
-    zero weight: every rank then takes part in every collective (required by ZeRO-2 and 3, systems.md E).
+    zero weight: every rank then takes part in every collective, which ZeRO-2 and 3 require.
 
     Raises:
         ConfigError: more ranks than micro-batches.

@@ -52,7 +52,7 @@ class Task(Protocol, Generic[BatchT]):
         ...
 
     def state_dict(self) -> Parts:
-        """Return everything that training continues from, as named parts (references, not copies)."""
+        """Return all that training continues from, as named parts (references, not copies)."""
         ...
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:

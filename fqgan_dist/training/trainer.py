@@ -35,7 +35,7 @@ class TrainingResult:
     step: int
     """Optimizer steps done."""
     metrics: dict[str, float]
-    """Held-out metrics of the last evaluation."""
+    """Training and held-out metrics of the last step."""
 
 
 class Trainer(Generic[BatchT]):
@@ -65,7 +65,7 @@ class Trainer(Generic[BatchT]):
             world: rank geometry.
             open_metrics: on the main rank, opens the metrics file as it was after a step; None on
                 the others.
-            publish_metrics: brings the metrics file to the run's storage, at every checkpoint.
+            publish_metrics: brings the metrics file to the run's storage, before every checkpoint.
             progress: bar that is advanced once a step.
         """
         self.task = task
@@ -108,21 +108,24 @@ class Trainer(Generic[BatchT]):
     def _run_steps(self, first_step: int, attempt: Attempt | None) -> TrainingResult:
         batches = self.batches(first_step)
         clock = _Clock()
-        evaluation: dict[str, float] = {}
+        results: dict[str, float] = {}
         for step in range(first_step + 1, self.config.steps + 1):
+            if attempt:
+                # A save that failed, or a newer attempt that took over, ends this one now.
+                attempt.raise_pending()
             with clock.waiting():
                 micro_batches = next(batches)
             values = self.task.train_step(micro_batches, step)
             self.progress.advance()
-            evaluation = {}  # a checkpoint names the metrics of its own step only
+            results = {}  # a checkpoint names the metrics of its own step only
             is_last = step == self.config.steps
             if is_last or step % self.config.log_every == 0:
-                self._log(step, values, clock)
+                results |= self._log(step, values, clock)
             if is_last or step % self.config.evaluate_every == 0:
-                evaluation = self._evaluate(step)
+                results |= self._evaluate(step)
             if is_last or step % self.config.checkpoint.every == 0:
-                self._save(attempt, step, evaluation)
-        return TrainingResult(step=self.config.steps, metrics=evaluation)
+                self._save(attempt, step, results)
+        return TrainingResult(step=self.config.steps, metrics=results)
 
     def _load(self) -> LoadedCheckpoint | None:
         """Load the newest good checkpoint: the main rank finds it, all load that one."""
@@ -147,21 +150,22 @@ class Trainer(Generic[BatchT]):
             )
         if loaded.dataset_id != self.dataset_id:
             raise CheckpointError(
-                f"{self.store}: step {loaded.step} was trained on dataset {loaded.dataset_id[:12]}, "
-                f"not {self.dataset_id[:12]}; use its data, or another storage.root"
+                f"{self.store}: step {loaded.step} was trained on dataset "
+                f"{loaded.dataset_id[:12]}, not {self.dataset_id[:12]}; use its data, or another "
+                f"storage.root"
             )
         self.task.load_state_dict({name: loaded.read(name) for name in loaded.part_names})
         logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
         return loaded.step
 
-    def _log(self, step: int, values: Mapping[str, Tensor], clock: _Clock) -> None:
+    def _log(self, step: int, values: Mapping[str, Tensor], clock: _Clock) -> dict[str, float]:
         self.task.raise_if_not_finite()
         numbers = {name: value.item() for name, value in values.items()}
         bad = [name for name, number in numbers.items() if not math.isfinite(number)]
         if bad:
             raise NumericsError(f"step {step}: {', '.join(bad)} is not finite")
-        numbers |= clock.rates(step, self.config.global_batch_size)
-        self._write(step, numbers)
+        self._write(step, numbers | clock.rates(step, self.config.global_batch_size))
+        return numbers
 
     def _evaluate(self, step: int) -> dict[str, float]:
         values = self.task.evaluate(step)
@@ -187,6 +191,8 @@ class Trainer(Generic[BatchT]):
             # All randomness is keyed by (seed, step, micro-batch), so the seed is the RNG state.
             "seed": self.config.seed,
         }
+        # Before the commit: no checkpoint then has records missing that led to it.
+        self.publish_metrics()
         attempt.save(
             step,
             tensors=self.task.state_dict(),
@@ -195,7 +201,6 @@ class Trainer(Generic[BatchT]):
             config=self.task.architecture.model_dump(mode="json"),
             dataset_id=self.dataset_id,
         )
-        self.publish_metrics()
 
 
 class _Clock:

@@ -1,6 +1,6 @@
 """Check a quickstart's summary against what it must reach.
 
-python -m tests.support.quickstart_targets runs/quickstart/summary.json
+python tests/support/quickstart_targets.py runs/quickstart/summary.json
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def find_misses(summary: dict[str, Any]) -> list[str]:
             "FAR's validation loss <= 0.9 x unigram entropy",
             generator["validation_loss"] <= 0.9 * generator["unigram_entropy"],
         ),
-        ("discriminator has started, finite", math.isfinite(tokenizer["discriminator_loss"])),
+        ("discriminator has started, finite", _is_finite(tokenizer["discriminator_loss"])),
         ("gFID is finite", math.isfinite(summary["samples"]["metrics"]["gfid"])),
     ]
     checks += [
@@ -37,8 +37,14 @@ def find_misses(summary: dict[str, Any]) -> list[str]:
         (f"InfoNCE of {name} <= chance - 0.05", value <= tokenizer["info_nce_chance"] - 0.05)
         for name, value in tokenizer["info_nce"].items()
     ]
-    checks += [(f"stage {name} is done", stage["state"] == "done") for name, stage in summary.items()]
+    checks += [
+        (f"stage {name} is done", stage["state"] == "done") for name, stage in summary.items()
+    ]
     return [what for what, holds in checks if not holds]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def main() -> int:

