@@ -1,6 +1,7 @@
 # make quickstart   environment, then the whole pipeline on bundled photographs
 # make test         environment if needed, then the tests
 # make check        format, lint, types
+# make golden       write the recorded values anew; look at the difference before committing it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,6 +30,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+golden: $(STAMP)
+	$(BIN)/python tests/golden/write_configs.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -41,7 +41,9 @@ CHECKPOINT_OPTIONS = ("to", "format", "step")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    options = _build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # argparse takes settings before or after a flag, but not both: flags go last.
+    options = _build_parser().parse_args(sorted(given, key=lambda text: text.startswith("--")))
     try:
         return int(options.command_fn(options))
     except ConfigError as error:

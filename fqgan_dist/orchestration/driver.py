@@ -11,6 +11,7 @@ import logging
 from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.names import STAGE_NAMES
+from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
     check_static_inputs,
     open_run,
@@ -36,6 +37,7 @@ def run_pipeline(config: RunConfig, world: World | None = None) -> Summary:
     world = world or World()
     context = open_run(config, world)
     stages = [build_stage(name, context) for name in STAGE_NAMES if name in config.stages]
+    check_run(context)
     for stage in stages:
         check_static_inputs(stage, context)
     write_run_files(context)

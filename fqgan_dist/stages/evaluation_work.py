@@ -46,7 +46,7 @@ class EvaluationModels:
     def inception(self) -> InceptionFeatures:
         """The feature network."""
         config = self.context.config.evaluation.inception
-        path = resolve_weights(config.weights)
+        path = resolve_weights(config.weights, field="evaluation.inception.weights")
         return build_inception(config, device=self.context.device, weights_path=path)
 
     @functools.cached_property

@@ -13,7 +13,6 @@ from torch import nn
 
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.data.records import check_codebook_size
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.codes import count_code_views
@@ -21,7 +20,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.footprint import META, MeasuringEngine, imitated_gpu
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES
-from fqgan_dist.stages.teachers import check_feature_dims
+from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
@@ -44,8 +43,7 @@ def plan_run(config: RunConfig) -> Plan:
     Raises:
         ConfigError: settings that only show their conflict when models or stores are built.
     """
-    check_feature_dims(config)
-    check_codebook_size(config.tokenizer.model.codebook_size)
+    check_settings(config)
     num_images, images_source = _count_images(config)
     return {
         "name": config.name,
@@ -263,4 +261,5 @@ def _collect_notes(config: RunConfig) -> list[str]:
         notes.append("The teachers run in the training step; their memory is not counted.")
     if config.tokenizer.losses.discriminator_start_step > config.tokenizer.training.steps:
         notes.append("The discriminator never starts: its start step is after the last step.")
+    notes += [f"Not here yet: {problem}." for _, problem in find_missing_files(config)]
     return notes

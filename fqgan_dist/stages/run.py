@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from fqgan_dist.config import dump_config
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
+from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, Stage, select_device
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.telemetry.environment import collect_environment
@@ -50,7 +52,7 @@ def check_static_inputs(stage: Stage, context: RunContext) -> None:
     Raises:
         DataError: the stage was made from other settings.
     """
-    check_inputs(context.storage, stage.name, _static_inputs(stage))
+    _find_record(stage, context, _static_inputs(stage))
 
 
 def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
@@ -61,7 +63,7 @@ def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
     """
     storage, world = context.storage, context.world
     inputs = _static_inputs(stage) | flatten({"upstream": stage.upstream()})
-    record = check_inputs(storage, stage.name, inputs)
+    record = _find_record(stage, context, inputs)
     # The main rank changes the record below: all must have read the same one before.
     wait_for_ranks(world)
     if record is not None and record.state == "done":
@@ -107,6 +109,36 @@ def write_run_files(context: RunContext) -> None:
 def write_summary(storage: Storage) -> None:
     """Write `summary.json` from the stages' records."""
     storage.write_bytes("summary.json", json.dumps(load_summary(storage), indent=1).encode())
+
+
+def _find_record(
+    stage: Stage, context: RunContext, inputs: Mapping[str, Any]
+) -> StageRecord | None:
+    """Read a stage's record and compare inputs with it.
+
+    A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
+    and goes on.
+    """
+    record = load_record(context.storage, stage.name)
+    if record is None or (record.state == "started" and not _has_output(stage.name, context)):
+        return None
+    return check_inputs(context.storage, stage.name, inputs)
+
+
+def _has_output(stage: StageName, context: RunContext) -> bool:
+    match stage:
+        case "shards":
+            return bool(context.storage.list(f"data/{context.config.data.name}"))
+        case "teachers":
+            return bool(context.storage.list("features"))
+        case "tokenizer" | "autoregressive":
+            # A log of attempts alone is no checkpoint.
+            names = context.storage.list(f"{stage}/checkpoints")
+            return any(name.startswith("step-") for name in names)
+        case "codes" | "samples" | "evaluation":
+            return bool(context.storage.list(stage))
+        case "report":
+            return context.storage.exists("report.html")
 
 
 def _static_inputs(stage: Stage) -> dict[str, Any]:

@@ -173,12 +173,11 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
         DataError: weights are missing or of another network.
     """
     check_feature_dims(config)
-    return {
-        settings.name: build_teacher(
-            settings, device=device, weights_path=resolve_weights(settings.weights)
-        )
-        for settings in config.teachers.networks
-    }
+    teachers = {}
+    for index, settings in enumerate(config.teachers.networks):
+        path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")
+        teachers[settings.name] = build_teacher(settings, device=device, weights_path=path)
+    return teachers
 
 
 @torch.inference_mode()

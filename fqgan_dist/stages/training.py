@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,23 +109,26 @@ def _weights_part(stage: str, training: TrainingConfig) -> str:
     return f"{stage}_ema" if training.ema_decay else stage
 
 
-class _MetricsFile:
+class _MetricsFile(ExitStack):
     """A metrics file that is appended to locally and published to the run's storage."""
 
     def __init__(self, storage: Storage, path: str) -> None:
+        super().__init__()
         self.storage = storage
         self.path = path
         local = storage.local_path(path)
-        self._folder = None if local else tempfile.TemporaryDirectory(prefix="fqgan-metrics-")
-        self.local = local or Path(self._folder.name) / "metrics.jsonl"  # pyright: ignore[reportOptionalMemberAccess] one of the two exists
+        self._is_remote = local is None
+        if local is None:
+            local = Path(self.enter_context(tempfile.TemporaryDirectory())) / "metrics.jsonl"
+        self.local = local
 
     def open(self, resumed_step: int) -> MetricsWriter:
         """Open the file as it was after a step."""
-        if self._folder is not None and resumed_step and self.storage.exists(self.path):
+        if self._is_remote and resumed_step and self.storage.exists(self.path):
             self.local.write_bytes(self.storage.read_bytes(self.path))
         return MetricsWriter(self.local, resumed_step=resumed_step, tensorboard=True)
 
     def publish(self) -> None:
         """Bring the file to the storage, where it is not there already."""
-        if self._folder is not None:
+        if self._is_remote:
             self.storage.write_bytes(self.path, self.local.read_bytes())

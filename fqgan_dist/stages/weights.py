@@ -11,10 +11,14 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.weights import WeightsConfig
 
 
-def resolve_weights(config: WeightsConfig) -> Path | None:
+def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
     """Return a local file with the configured weights, None for `hub` and `random`.
 
     A file in object storage is copied to the user's cache once, under the hash of its bytes.
+
+    Args:
+        config: settings of the weights.
+        field: where they stand in the run's config, for messages.
 
     Raises:
         ConfigError: there is no such file.
@@ -26,7 +30,7 @@ def resolve_weights(config: WeightsConfig) -> Path | None:
         path = Path(config.source)
         if not path.is_file():
             raise ConfigError(
-                f"weights.source: {config.source!r}: no such file; expected 'hub', 'random', or a "
+                f"{field}.source: {config.source!r}: no such file; expected 'hub', 'random', or a "
                 f"safetensors file (path or s3:// URI)"
             )
         return path
@@ -34,7 +38,7 @@ def resolve_weights(config: WeightsConfig) -> Path | None:
     try:
         data = Storage(folder).read_bytes(name)
     except FileNotFoundError as error:
-        raise ConfigError(f"weights.source: {config.source!r}: no such object") from error
+        raise ConfigError(f"{field}.source: {config.source!r}: no such object") from error
     cache = Storage(_cache_folder())
     cached = f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if not cache.exists(cached):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,16 +53,10 @@ class PlainEngine:
         self.device = device
         self.config = config
         self.name = name
-        # DDP averages over ranks, and the loss is a mean over micro-batches.
-        self._slot_weight = world.world_size / num_micro_batches
+        self._slot_weight = 1 / num_micro_batches
         self._wrapped: nn.Module = self.module
         if world.world_size > 1:
-            self._wrapped = DistributedDataParallel(
-                self.module,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # the task folds what is stateful, in micro-batch order
-                gradient_as_bucket_view=True,
-            )
+            self._wrapped = _wrap(self.module, device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = _build_optimizer(
             parameter_groups or [{"params": self._parameters}], config
@@ -131,6 +127,8 @@ class PlainEngine:
     def advance(self, num_steps: int) -> None:
         """Put the optimizer where `num_steps` steps of zero gradient would have put it.
 
+        Weight decay, if there is any, begins with the first real step.
+
         FQGAN's discriminator takes 20,000 such steps before it starts: its moments stay zero, but
         Adam's bias correction fades. Skipping them is exact when the count is advanced.
         """
@@ -159,6 +157,29 @@ class PlainEngine:
         """Restore weights and optimizer state."""
         copy_named_tensors(parts["weights"], self.module.state_dict(), what=self.name)
         load_named_optimizer_state(self.module, self.optimizer, parts["optimizer"])
+
+
+def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    # The task folds what is stateful, in micro-batch order. torch 2.15 renames the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{option: False},
+    )
+    # By itself DDP averages over ranks. The factor that undoes it (N / M of the loss) rounds each
+    # micro-batch's gradient differently for every N; a sum leaves nothing but the order of addends.
+    # DDP inspects a hook's annotations, and takes no postponed ones: hence the lambda.
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum_over_ranks(bucket))
+    return wrapped
+
+
+def _sum_over_ranks(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None, "an asynchronous collective returns its work"
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def _build_optimizer(groups: ParameterGroups, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
     check_static_inputs,
     open_run,
@@ -69,7 +70,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
         raise ConfigError(f"arguments {list(arguments)!r} name no config file; {USAGE}")
     if len(stages) != 1 or stages[0] not in ("tokenizer", "autoregressive"):
         raise ConfigError(f"stage: {stages!r}: exactly one must be named; {USAGE}")
-    return load_config(rest[0], rest[1:], RunConfig), stages[0]
+    config = load_config(rest[0], rest[1:], RunConfig)
+    return config.model_copy(update={"stages": (stages[0],)}), stages[0]
 
 
 def run_training_stage(config: RunConfig, stage_name: str, world: World) -> None:
@@ -80,6 +82,7 @@ def run_training_stage(config: RunConfig, stage_name: str, world: World) -> None
     """
     with process_group(config, world):
         context = open_run(config, world)
+        check_run(context)
         stage = build_training_stage(stage_name, context)
         check_static_inputs(stage, context)
         if world.is_main:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import s3fs
 import torch
 from support.datasets import build_photographs
-from support.radosgw import Gateway, missing_programs, run_gateway
+from support.radosgw import S3_BUCKET
 
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.storage import Storage
@@ -21,37 +19,12 @@ from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_programs()),
-    reason="no S3 server: install radosgw ceph-mon ceph-osd ceph-common; S3 is untested",
-)
-
-BUCKET = "test-bucket"
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with run_gateway(tmp_path_factory.mktemp("radosgw")) as gateway:
-        s3fs.S3FileSystem(
-            endpoint_url=gateway.endpoint, key=gateway.access_key, secret=gateway.secret_key
-        ).mkdir(BUCKET)
-        yield gateway
-
-
-@pytest.fixture(autouse=True)
-def credentials(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", gateway.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", gateway.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", gateway.secret_key)
-    # Neither the user's own files nor an instance's role.
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+pytestmark = pytest.mark.usefixtures("s3_credentials")
 
 
 @pytest.fixture
 def storage(request: pytest.FixtureRequest) -> Storage:
-    return Storage(f"s3://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}")
+    return Storage(f"s3://{S3_BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}")
 
 
 def test_written_bytes_are_read_back(storage: Storage) -> None:

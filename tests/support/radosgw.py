@@ -29,6 +29,7 @@ PROGRAMS = (
     "ceph-authtool",
     "monmaptool",
 )
+S3_BUCKET = "test-bucket"
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"  # of a server that lives for one test session, on loopback
 _START_SECONDS = 90

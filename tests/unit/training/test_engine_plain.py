@@ -55,9 +55,7 @@ def add_gradients(engine: PlainEngine, seed: int, *, factor: float = 1.0) -> Ten
         return loss, loss.detach().reshape(1)
 
     slots = assign_slots(NUM_MICRO_BATCHES, engine.world)
-    return accumulate(
-        engine, slots, draw(seed), loss_fn, num_micro_batches=NUM_MICRO_BATCHES
-    )
+    return accumulate(engine, slots, draw(seed), loss_fn, num_micro_batches=NUM_MICRO_BATCHES)
 
 
 def train(engine: PlainEngine, seeds: range) -> None:
@@ -242,9 +240,7 @@ def test_advancing_matters() -> None:
     advanced.advance(5)
     train(fresh, range(1))
     train(advanced, range(1))
-    assert not torch.equal(
-        fresh.module.layers[0].weight, advanced.module.layers[0].weight
-    )
+    assert not torch.equal(fresh.module.layers[0].weight, advanced.module.layers[0].weight)
 
 
 def test_training_continues_from_its_state_bit_for_bit() -> None:

@@ -336,8 +336,10 @@ def test_an_attempt_that_was_superseded_stops_and_commits_nothing_more(tmp_path:
 
     with pytest.raises(CheckpointError, match="newer attempt"):
         run.fit(task=Overtaken(run.config, ToyConfig()))
-    assert [commit.step for commit in run.store.list_commits()] == [3, 6, 8]
-    assert len({commit.attempt for commit in run.store.list_commits()}) == 2
+    commits = run.store.list_commits()
+    assert [commit.step for commit in commits] == [3, 6, 8]
+    # Whether step 3 was committed before the other came is a matter of time; nothing after it was.
+    assert commits[1].attempt == commits[2].attempt
 
 
 def test_a_failed_save_ends_the_run_long_before_the_next_save(tmp_path: Path) -> None:

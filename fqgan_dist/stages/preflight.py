@@ -1,0 +1,99 @@
+"""What can be known to be wrong before any work starts, all of it at once.
+
+The config's own validators see one section at a time and no files; here sections are compared with
+the networks that they name, and the files that pending stages will read are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fqgan_dist.data.records import check_codebook_size
+from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.codes import count_code_views
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.manifest import load_record
+from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.teachers import check_feature_dims
+
+
+def check_settings(config: RunConfig) -> None:
+    """Check what needs no file.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    problems: list[str] = []
+    for check in (
+        lambda: check_feature_dims(config),
+        lambda: check_codebook_size(config.tokenizer.model.codebook_size),
+        lambda: count_code_views(config.codes.views),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    _raise(problems)
+
+
+def check_run(context: RunContext) -> None:
+    """Check settings, and the files that the pending stages of a run will read.
+
+    Raises:
+        ConfigError: every problem, one line each.
+    """
+    check_settings(context.config)
+    pending = {stage for stage in context.config.stages if not _is_done(context, stage)}
+    _raise([problem for stage, problem in find_missing_files(context.config) if stage in pending])
+
+
+def find_missing_files(config: RunConfig) -> Iterator[tuple[StageName, str]]:
+    """Look for local files that the config names; objects in buckets are left to their readers.
+
+    Yields:
+        The stage that reads a missing file, and a message that names the setting.
+    """
+    for field in ("source", "validation_source"):
+        source = getattr(config.data, field)
+        if source not in (None, BUILTIN_PHOTOGRAPHS) and _is_missing(source):
+            yield (
+                "shards",
+                f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
+                f"folders, a tar file or {BUILTIN_PHOTOGRAPHS}",
+            )
+    reader: StageName = "teachers" if config.teachers.precompute else "tokenizer"
+    weights: list[tuple[StageName, str, str]] = [
+        (reader, f"teachers.networks.{index}.weights.source", teacher.weights.source)
+        for index, teacher in enumerate(config.teachers.networks)
+        if teacher.weights.is_file
+    ]
+    perceptual = config.tokenizer.perceptual.weights
+    if perceptual not in ("torchvision", "random"):
+        weights.append(("tokenizer", "tokenizer.perceptual.weights", perceptual))
+    inception = config.evaluation.inception.weights
+    if inception.is_file:
+        weights.append(("evaluation", "evaluation.inception.weights.source", inception.source))
+    for stage, field, source in weights:
+        if _is_missing(source):
+            yield (
+                stage,
+                f"{field}: {source!r}: no such file; expected a .safetensors file (a path or "
+                f"s3:// URI), or 'random' for a trial",
+            )
+
+
+def _is_missing(source: str) -> bool:
+    return "://" not in source and not Path(source).exists()
+
+
+def _is_done(context: RunContext, stage: StageName) -> bool:
+    record = load_record(context.storage, stage)
+    return record is not None and record.state == "done"
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n  ".join(problems))

@@ -1,0 +1,150 @@
+"""`python -m fqgan_dist.training.run`, alone and under torchrun, without Ray and DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from fqgan_dist.cli import main as fqgan
+from fqgan_dist.config import load_config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.run import DONE, FAILED, WRONG_USAGE, main
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "support" / "tiny.yaml"
+
+HIDE_AND_RUN = """
+import sys
+sys.modules["ray"] = sys.modules["deepspeed"] = None  # imports of these fail
+from fqgan_dist.training.run import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prepared")
+    assert fqgan(["run", str(TINY), f"storage.root={root}", "stages=[shards, teachers]"]) == DONE
+    return root
+
+
+@pytest.fixture
+def root(prepared_root: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "run"
+    shutil.copytree(prepared_root, copy)
+    return copy
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def torchrun(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    module = ["-m", "fqgan_dist.training.run", str(TINY), f"storage.root={root}", *arguments]
+    return launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *module)
+
+
+def record_of(root: Path, stage: str) -> dict[str, object]:
+    return json.loads((root / "manifests" / f"{stage}.json").read_text())
+
+
+def last_weights(root: Path) -> dict[str, torch.Tensor]:
+    loaded = CheckpointStore(Storage(root), "tokenizer/checkpoints").load_latest(step=6)
+    assert loaded is not None
+    return loaded.read("tokenizer")
+
+
+def test_two_ranks_train_a_stage_and_fqgan_run_takes_it_as_done(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = torchrun(root, "stage=tokenizer")
+    assert result.returncode == DONE, result.stderr
+    record = record_of(root, "tokenizer")
+    assert record["state"] == "done"
+    assert json.loads((root / "summary.json").read_text())["tokenizer"]["state"] == "done"
+    assert (root / "logs" / "rank-00001.log").exists()
+    lines = (root / "tokenizer" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    with caplog.at_level(logging.INFO):
+        assert fqgan(["run", str(TINY), f"storage.root={root}", "stages=[tokenizer]"]) == DONE
+    assert "tokenizer: already done from the same inputs, skipped" in caplog.text
+    assert record_of(root, "tokenizer") == record
+
+
+def test_two_ranks_continue_what_one_process_began(root: Path) -> None:
+    # As after a kill at step 4: no record of the end, no checkpoint of step 6.
+    assert main([str(TINY), f"storage.root={root}", "stage=tokenizer"]) == DONE
+    alone = last_weights(root)
+    record = record_of(root, "tokenizer") | {"state": "started", "outputs": {}, "metrics": {}}
+    (root / "manifests" / "tokenizer.json").write_text(json.dumps(record))
+    for part in root.glob("tokenizer/checkpoints/step-00000006/*/*.safetensors"):
+        part.unlink()
+    result = torchrun(root, "stage=tokenizer")
+    assert result.returncode == DONE, result.stderr
+    assert "resumed at step 4 of 6" in result.stderr
+    together = last_weights(root)
+    # Gradients are summed in another order; two Adam steps of 1e-3 on weights of order 0.1.
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=5e-3)
+
+
+def test_it_runs_without_ray_and_deepspeed(root: Path) -> None:
+    result = launch("-c", HIDE_AND_RUN, str(TINY), f"storage.root={root}", "stage=tokenizer")
+    assert result.returncode == DONE, result.stderr
+    assert record_of(root, "tokenizer")["state"] == "done"
+
+
+def test_an_error_under_torchrun_names_its_rank_and_marks_nothing_done(root: Path) -> None:
+    result = torchrun(root, "stage=autoregressive")
+    assert result.returncode != DONE
+    assert "[rank 0/2 node0]" in result.stderr
+    assert "stage 'codes' has not finished" in result.stderr
+    assert not (root / "manifests" / "autoregressive.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["stage=tokenizer"], WRONG_USAGE, "name no config file"),
+        ([str(TINY)], WRONG_USAGE, "exactly one must be named"),
+        ([str(TINY), "stage=codes"], WRONG_USAGE, "stage=tokenizer|autoregressive"),
+        ([str(TINY), "stage=tokenizer", "nmae=x"], WRONG_USAGE, "did you mean 'name'?"),
+        ([str(TINY), "stage=tokenizer"], FAILED, "stage 'shards' has not finished"),
+    ],
+)
+def test_wrong_usage_is_explained(
+    arguments: Sequence[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    overrides = [f"storage.root={tmp_path / 'run'}"] if str(TINY) in arguments else []
+    assert main([*arguments, *overrides]) == code
+    assert message in caplog.text
+
+
+def test_the_test_config_trains_in_two_micro_batches() -> None:
+    # Two ranks need two.
+    config = load_config(TINY, [], RunConfig)
+    assert config.tokenizer.training.micro_batches_per_step == 2

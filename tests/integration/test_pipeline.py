@@ -1,0 +1,146 @@
+"""The whole pipeline in this process: on bundled photographs, on S3, on real ImageNet images."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.radosgw import S3_BUCKET, SECRET_KEY
+
+from fqgan_dist.config import load_config
+from fqgan_dist.data.index import load_index
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.orchestration.driver import run_pipeline
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.manifest import load_record
+from fqgan_dist.stages.names import STAGE_NAMES
+from fqgan_dist.stages.summary import Summary
+
+TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch's event files are left to the garbage collector by tensorboard's own queue thread.
+    "ignore:unclosed file:ResourceWarning"
+)
+
+
+def _run(root: str, *overrides: str) -> Summary:
+    config = load_config(TINY, [f"storage.root={root}", *overrides], RunConfig)
+    return run_pipeline(config)
+
+
+def _metrics(summary: Summary) -> dict[str, dict[str, Any]]:
+    return {name: stage["metrics"] for name, stage in summary.items()}
+
+
+@pytest.fixture(scope="module")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    root = tmp_path_factory.mktemp("local") / "run"
+    return root, _run(str(root))
+
+
+def test_every_stage_is_done_and_measured(local_run: tuple[Path, Summary]) -> None:
+    root, summary = local_run
+    assert list(summary) == list(STAGE_NAMES)
+    assert {stage["state"] for stage in summary.values()} == {"done"}
+    tokenizer = summary["tokenizer"]["metrics"]
+    assert tokenizer["psnr"] > 0
+    assert set(tokenizer["perplexity"]) == {"visual", "semantic_mid", "semantic_high"}
+    assert set(tokenizer["info_nce"]) == {"semantic_mid", "semantic_high"}
+    assert np.isfinite(tokenizer["discriminator_loss"])
+    assert np.isfinite(summary["samples"]["metrics"]["gfid"])
+    assert json.loads((root / "summary.json").read_text()) == summary
+    assert "<html" in (root / "report.html").read_text()
+
+
+def test_results_name_evaluator_reference_and_weights(local_run: tuple[Path, Summary]) -> None:
+    root, _ = local_run
+    storage = Storage(root)
+    shards = load_record(storage, "shards")
+    tokenizer = load_record(storage, "tokenizer")
+    assert shards is not None
+    assert tokenizer is not None
+    for name, split in (("reconstruction", "val"), ("samples", "train")):
+        document = json.loads((root / "evaluation" / f"{name}.json").read_text())
+        assert document["reference"] == f"{split}:{shards.outputs[split]}"
+        assert "random" in document["evaluator"]
+        assert document["tokenizer_weights"] == tokenizer.outputs["weights"]
+        assert document["results"]["images"] > 0
+
+
+def test_finished_run_is_not_run_again(local_run: tuple[Path, Summary]) -> None:
+    root, summary = local_run
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    assert _run(str(root)) == summary
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
+
+
+def test_changed_setting_is_refused_before_anything_runs(local_run: tuple[Path, Summary]) -> None:
+    root, _ = local_run
+    before = (root / "config.yaml").read_bytes()
+    with pytest.raises(DataError, match=r"settings\.losses\.entropy_weight: was 0\.03, now 0\.5"):
+        _run(str(root), "tokenizer.losses.entropy_weight=0.5")
+    assert (root / "config.yaml").read_bytes() == before
+
+
+def test_run_on_s3_gives_the_bits_of_the_local_run(
+    local_run: tuple[Path, Summary], s3_credentials: None
+) -> None:
+    root = f"s3://{S3_BUCKET}/tiny"
+    summary = _run(root)
+    assert _metrics(summary) == _metrics(local_run[1])
+    storage = Storage(root)
+    for name in ("config.yaml", "environment.json", "summary.json", "report.html"):
+        assert SECRET_KEY.encode() not in storage.read_bytes(name)
+
+
+@pytest.mark.data
+def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -> None:
+    source = test_data_dir / "tiny-imagenet-20"
+    for split, per_class in (("train", 3), ("val", 2)):
+        _copy_some(source / f"{split}.tar.gz", tmp_path / f"{split}.tar.gz", per_class)
+    root = tmp_path / "run"
+    summary = _run(str(root), f"data.source={tmp_path / 'train.tar.gz'}")
+    assert summary["shards"]["metrics"] == {
+        "train_images": 60,
+        "train_problems": 0,
+        "val_images": 40,
+        "val_problems": 0,
+        "classes": 20,
+    }
+    index = load_index(Storage(root), "data/photographs/train")
+    assert index.classes[0] == "n01443537"
+    assert np.isfinite(summary["tokenizer"]["metrics"]["rfid"])
+
+
+@pytest.mark.data
+def test_original_imagenet_files_of_every_kind_become_shards(
+    test_data_dir: Path, tmp_path: Path
+) -> None:
+    # Grayscale files, 68 to 2400 pixels; 150 photographs, hundreds of kilobytes each.
+    source = test_data_dir / "imagenet-sample" / "train.tar.gz"
+    root = tmp_path / "run"
+    summary = _run(str(root), f"data.source={source}", "stages=[shards, teachers]")
+    with tarfile.open(source) as tar:
+        files = [member for member in tar if member.isfile()]
+    found = summary["shards"]["metrics"]
+    assert found["train_images"] + found["train_problems"] == len(files)
+    assert found["train_problems"] == 0
+    assert summary["teachers"]["metrics"]["features"] == 2 * found["train_images"]
+
+
+def _copy_some(source: Path, target: Path, per_class: int) -> None:
+    """Copy the first images of each class into another archive."""
+    copied: Counter[str] = Counter()
+    with tarfile.open(source) as tar, tarfile.open(target, "w:gz") as out:
+        for member in tar:
+            name = member.name.split("/")[0]
+            if member.isfile() and copied[name] < per_class:
+                copied[name] += 1
+                out.addfile(member, tar.extractfile(member))
