@@ -1,7 +1,7 @@
 """Strict configuration: frozen pydantic models, YAML files, `key.sub=value` overrides.
 
-A config file is complete, or names one `base:` file and lists only its differences. Every problem is
-reported at once, each with its dotted location and, for an unknown key, the nearest known one.
+A config file is complete, or names one `base:` file and lists only its differences. Every problem
+is reported at once, each with its dotted location and, for an unknown key, the nearest known one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _unshare(value: Value) -> Value:
-    """Copy a tree, giving every YAML alias a copy of its own: an override changes one place only."""
+    """Copy a tree, giving every YAML alias its own copy: an override changes one place only."""
     if isinstance(value, dict):
         return {key: _unshare(item) for key, item in value.items()}
     return [_unshare(item) for item in value] if isinstance(value, list) else value
@@ -237,8 +237,9 @@ def _enter(annotation: Any, part: int | str) -> list[Any]:
     inner = [each for each in typing.get_args(annotation) if each is not ...]
     if not inner:
         return []
-    is_fixed_tuple = isinstance(part, int) and part < len(inner)
-    return _union_members(inner[part] if is_fixed_tuple else inner[-1])
+    if isinstance(part, int) and part < len(inner):  # a tuple of fixed length, or the first item
+        return _union_members(inner[part])
+    return _union_members(inner[-1])
 
 
 def _union_members(annotation: Any) -> list[Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-Key = int | str
+Key = int | str | np.integer[Any]
 
 _SEPARATOR = "\x1f"
 

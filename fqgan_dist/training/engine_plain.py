@@ -163,11 +163,12 @@ def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     # The task folds what is stateful, in micro-batch order. torch 2.15 renames the option.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
     wrapped = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{option: False},
+        **options,
     )
     # By itself DDP averages over ranks. The factor that undoes it (N / M of the loss) rounds each
     # micro-batch's gradient differently for every N; a sum leaves nothing but the order of addends.
@@ -176,7 +177,7 @@ def _wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     return wrapped
 
 
-def _sum_over_ranks(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_over_ranks(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage] the documented name
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None, "an asynchronous collective returns its work"
     return work.get_future().then(lambda future: future.value()[0])

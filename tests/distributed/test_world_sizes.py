@@ -55,7 +55,9 @@ def test_losses_of_each_micro_batch_are_equal_to_the_bit(
 ) -> None:
     one, several = results[task, 1], results[task, world_size]
     for name in names(one, state, "/losses"):
-        assert len(torch.unique(one[name], dim=0)) == len(one[name])  # no two are the same batch
+        # The generator starts at chance, log V, on all batches; else no two rows are alike.
+        is_at_chance = task == "autoregressive" and state == "fresh"
+        assert is_at_chance or len(torch.unique(one[name], dim=0)) == len(one[name])
         assert torch.equal(several[name], one[name])
 
 

@@ -116,8 +116,10 @@ def compare_steps(comparison: Comparison, world: World, folder: Path) -> Results
         task = comparison.new_task(world)
         task.load_state_dict(load_parts(folder / f"{comparison.name}-{state}.safetensors"))
         results |= prefixed(state, comparison.record_step(task, steps + 1))
+    late = load_parts(folder / f"{comparison.name}-late.safetensors")
     task = comparison.new_task(world, prepare=make_double)
-    results |= prefixed("double", comparison.record_step(task, 4))
+    task.engine.module.load_state_dict(late[comparison.name])
+    results |= prefixed("double", comparison.record_step(task, STATES["late"] + 1))
     return results
 
 

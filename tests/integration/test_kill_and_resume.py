@@ -1,9 +1,9 @@
 """A run that is killed in the middle of every stage ends with the results of one that never was.
 
 The unbroken run is the command as users give it. The other gives the same command again and again;
-each session is killed (SIGKILL, no clean-up) after the stage in question has committed something and
-before it has committed all. Everything that stages hand on is compared byte by byte; of what holds
-times (records, metrics, report), all but the times.
+each session is killed (SIGKILL, no clean-up) after the stage in question has committed something
+and before it has committed all. Everything that stages hand on is compared byte by byte; of what
+holds times (records, metrics), all but the times.
 """
 
 from __future__ import annotations

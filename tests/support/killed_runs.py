@@ -2,10 +2,10 @@
 
     python tests/support/killed_runs.py KILL_POINTS_JSON fqgan-argument ...
 
-A session is a fork of this process, which has imported the library and nothing else: a real process
-that really dies of SIGKILL, without the seconds that a new interpreter spends on imports. A point is
-[fragment, count]: the session dies when it is about to write, for the count-th time, an object whose
-URI holds the fragment. What it wrote before stays, what it was about to write never comes.
+A session is a fork of this process, which has imported the library and nothing else: a process
+that really dies of SIGKILL, without the seconds that a new interpreter spends on imports. A point
+is [fragment, count]: the session dies when it is about to write, for the count-th time, an object
+whose URI holds the fragment. What it wrote before stays, what was to come never does.
 """
 
 from __future__ import annotations

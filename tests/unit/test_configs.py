@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.plan import plan_run
+from fqgan_dist.stages.footprint import META
+from fqgan_dist.stages.plan import count_parameters, plan_run
+from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,13 +75,16 @@ def test_first_lines_say_command_hardware_hours_and_expected_scores(path: Path) 
 def test_presets_have_the_published_sizes(
     name: str, tokenizer: tuple[str, str], far: tuple[str, int]
 ) -> None:
-    plan = plan_run(with_micro_batches_of_one(load(name)))
-    counts = plan["tokenizer"]["parameters"]
-    assert (counts["tokenizer"], counts["tokenizer_without_feature_heads"]) == TOKENIZER[tokenizer]
-    assert counts["discriminator"] == 2_765_633
-    counts = plan["autoregressive"]["parameters"]
-    found = (counts["autoregressive"], counts["autoregressive_without_aggregation"])
-    assert found == FAR[far]
+    config = load(name)
+    with META:
+        model = FactorizedTokenizer(config.tokenizer.model)
+        discriminator = PatchDiscriminator(config.tokenizer.discriminator)
+        transformer = FactorizedTransformer(config.autoregressive.model)
+    total, heads = count_parameters(model), count_parameters(model.feature_heads)
+    assert (total, total - heads) == TOKENIZER[tokenizer]
+    assert count_parameters(discriminator) == 2_765_633
+    total = count_parameters(transformer)
+    assert (total, total - count_parameters(transformer.aggregation)) == FAR[far]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +92,10 @@ def test_presets_have_the_published_sizes(
 )
 def test_the_baseline_is_llamagens_tokenizer(name: str, total: int) -> None:
     # LlamaGen's VQ-16 is the 72M model; the second codebook size adds 16384 x 8.
-    plan = plan_run(with_micro_batches_of_one(load(name)))
-    assert plan["tokenizer"]["parameters"]["tokenizer"] == total
-    assert plan["stored"]["features_bytes"] == 0
+    with META:
+        model = FactorizedTokenizer(load(name).tokenizer.model)
+    assert count_parameters(model) == total
+    assert not model.feature_heads
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "presets"])
@@ -111,6 +119,8 @@ def test_presets_follow_the_released_recipe(path: Path) -> None:
 
 def test_a_full_size_plan_takes_seconds_and_knows_the_epochs() -> None:
     plan = plan_run(load("triple_f16_far_large"))
+    assert plan["tokenizer"]["parameters"]["tokenizer"] == 159_295_515
+    assert plan["autoregressive"]["parameters"]["autoregressive_without_aggregation"] == 939_860_480
     training = plan["tokenizer"]["training"]
     assert (training["images_seen"], training["epochs_of_imagenet"]) == (51_200_000, 39.96)
     assert plan["autoregressive"]["training"]["epochs_of_imagenet"] == 299.73
@@ -131,11 +141,3 @@ def test_a_group_of_another_kind_replaces_the_bases() -> None:
         "kind": "autoregressive",
         "num_layers": 3,
     }
-
-
-def with_micro_batches_of_one(config: RunConfig) -> RunConfig:
-    """Sizes do not depend on the micro-batch, but the time of planning does."""
-    values = config.model_dump()
-    for section in ("tokenizer", "autoregressive"):
-        values[section]["training"]["micro_batch_size"] = 1
-    return RunConfig.model_validate(values)

@@ -94,6 +94,5 @@ def test_an_error_in_a_keyed_block_restores_the_generator_too() -> None:
     expected = torch.rand(3)
     torch.manual_seed(11)
     with pytest.raises(RuntimeError, match="inside"), keyed_torch_rng(3, device=CPU):
-        torch.rand(100)
-        raise RuntimeError("inside")
+        raise RuntimeError(f"inside, at {torch.rand(1)}")
     assert torch.equal(torch.rand(3), expected)

@@ -139,5 +139,5 @@ def test_nothing_moves_when_a_gradient_is_not_finite() -> None:
 def test_a_state_without_the_average_is_refused(task: AutoregressiveTask) -> None:
     state = snapshot(task)
     state["autoregressive_ema"].popitem()
-    with pytest.raises(CheckpointError, match="averaged weights: .*missing"):
+    with pytest.raises(CheckpointError, match=r"averaged weights: .*missing"):
         task.load_state_dict(state)

@@ -254,7 +254,9 @@ def test_metrics_are_published_before_the_checkpoint_that_they_lead_to(
     run, _, _ = unbroken
     newest = [records[-1]["step"] for _, records in run.published]
     assert newest == [3, 6, 8]
-    assert all(step not in committed for step, (committed, _) in zip(newest, run.published))
+    assert all(
+        step not in committed for step, (committed, _) in zip(newest, run.published, strict=True)
+    )
 
 
 def test_another_architecture_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_a_failed_save_ends_the_run_long_before_the_next_save(tmp_path: Path) ->
             super().write_bytes(path, data)
 
         def child(self, path: str) -> FullDisk:
-            return FullDisk(self.local_path(path))
+            return FullDisk(super().child(path).root)
 
     class Patient(ToyTask):
         def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:

@@ -40,5 +40,5 @@ def test_a_global_batch_that_is_no_multiple_names_the_nearest() -> None:
 
 
 def test_a_global_batch_below_one_micro_batch_names_the_one_value_above() -> None:
-    with pytest.raises(ConfigError, match="nearest valid values are 32$"):
+    with pytest.raises(ConfigError, match=r"nearest valid values are 32$"):
         parse(global_batch_size=2, micro_batch_size=32)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fqgan_dist.data.listing import SourceListing
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.shards import _hold_out, _locate_splits
+
+
+class _NoReader:
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        raise AssertionError(f"{name} was read while listing")
+
+
+def _listing(count: int) -> SourceListing:
+    return SourceListing(
+        uri="memory",
+        names=[f"class/{row:03d}.jpg" for row in range(count)],
+        offsets=np.arange(count),
+        sizes=np.full(count, 10),
+        problems=[],
+        reader=_NoReader(),
+    )
+
+
+def test_folder_with_train_and_val_gives_both(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert _locate_splits(str(tmp_path), None) == (str(tmp_path / "train"), str(tmp_path / "val"))
+
+
+def test_archive_finds_the_validation_archive_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "val.tar.gz").touch()
+    train = str(tmp_path / "train.tar.gz")
+    assert _locate_splits(train, None) == (train, str(tmp_path / "val.tar.gz"))
+
+
+def test_source_without_validation_images_has_none(tmp_path: Path) -> None:
+    assert _locate_splits(str(tmp_path / "photos"), None) == (str(tmp_path / "photos"), None)
+    assert _locate_splits(str(tmp_path / "train"), None)[1] is None
+
+
+def test_named_validation_source_wins(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert _locate_splits(str(tmp_path), "elsewhere")[1] == "elsewhere"
+
+
+def test_held_out_share_is_disjoint_and_complete() -> None:
+    source = _listing(40)
+    train = _hold_out(source, "train", 0.25, seed=3)
+    val = _hold_out(source, "val", 0.25, seed=3)
+    assert len(val) == 10
+    assert sorted(train.names + val.names) == source.names
+    assert val.names == sorted(val.names)
+    assert _hold_out(source, "val", 0.25, seed=4).names != val.names
+
+
+def test_empty_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"validation_fraction: 0\.01 of the 3 images"):
+        _hold_out(_listing(3), "val", 0.01, seed=0)
