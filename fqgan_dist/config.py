@@ -110,7 +110,7 @@ def _read_yaml(path: Path) -> dict[str, Value]:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a setting that is given twice, of which YAML silently takes the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = sorted({key for key in keys if keys.count(key) > 1})

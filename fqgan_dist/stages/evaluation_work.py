@@ -278,7 +278,9 @@ def decode_in_batches(
 
 
 @torch.inference_mode()
-def build_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> None:
+def build_figures(
+    context: RunContext, tokenizer: FactorizedTokenizer, *, with_samples: bool
+) -> None:
     """Store the images of the report: originals, reconstructions, single codebooks, samples."""
     index = context.load_dataset("val")
     rows = range(min(NUM_FIGURE_IMAGES, index.num_samples))
@@ -291,7 +293,8 @@ def build_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> None:
     figures = {"originals": images, "reconstructions": decode()}
     for position, book in enumerate(context.config.tokenizer.model.codebooks):
         figures[f"single/{book.name}"] = decode(keep=[position])
-    figures |= _sample_figures(context, tokenizer)
+    if with_samples:
+        figures |= _sample_figures(context, tokenizer)
     TensorFiles(context.storage, FIGURES_PATH, "report").write(0, figures)
 
 

@@ -75,7 +75,8 @@ def check_inputs(storage: Storage, stage: str, inputs: Mapping[str, Any]) -> Sta
         inputs: flattened; groups (first part of the name) that are absent here are not compared.
 
     Returns:
-        The record, or None if the stage never started.
+        The record, or None if the stage never started. An upstream input that was absent (null) and
+        is there now extends the stage: the record is returned as not done.
 
     Raises:
         DataError: an input changed; every change is listed.
@@ -84,6 +85,14 @@ def check_inputs(storage: Storage, stage: str, inputs: Mapping[str, Any]) -> Sta
     if record is None:
         return None
     current = json.loads(json.dumps(dict(inputs)))
+    added = [
+        name
+        for name, value in current.items()
+        if name.startswith("upstream.") and value is not None and record.inputs.get(name) is None
+    ]
+    if added:
+        record = record.model_copy(update={"state": "started"})
+        current = {name: value for name, value in current.items() if name not in added}
     changes = [
         f"{name}: was {record.inputs[name]!r}, now {value!r}"
         for name, value in current.items()
@@ -93,7 +102,7 @@ def check_inputs(storage: Storage, stage: str, inputs: Mapping[str, Any]) -> Sta
     groups = {name.split(".")[0] for name in current}
     changes += [
         f"{name}: was {record.inputs[name]!r}, now absent"
-        for name in record.inputs.keys() - current
+        for name in record.inputs.keys() - current.keys() - set(added)
         if name.split(".")[0] in groups
     ]
     if changes:

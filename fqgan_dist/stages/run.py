@@ -70,7 +70,7 @@ def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
         logger.info("%s: already done from the same inputs, skipped", stage.name)
         return
     logger.info("%s: %s", stage.name, "continues" if record else "starts")
-    if record is None and world.is_main:
+    if (record is None or record.inputs != inputs) and world.is_main:
         save_record(storage, StageRecord(stage=stage.name, state="started", inputs=inputs))
     start = time.perf_counter()
     outcome = stage.run(run_chunks)
