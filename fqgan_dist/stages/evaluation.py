@@ -28,8 +28,8 @@ from fqgan_dist.stages.evaluation_work import (
     SampleFeatureWork,
     build_figures,
 )
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.manifest import load_record
+from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 
 logger = logging.getLogger(__name__)
