@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 from fqgan_dist.errors import DataError
 
 _TEMPORARY_MARK = ".writing-"
+_COPY_BYTES = 8 * 2**20
 
 
 class LocalBackend:
@@ -46,13 +48,16 @@ class LocalBackend:
 
     def write(self, uri: str, data: bytes) -> None:
         """Replace a file."""
-        with _temporary_file(uri, data) as temporary:
-            os.replace(temporary, uri)
-        _sync_directory(os.path.dirname(uri))
+        self._replace(uri, [data])
+
+    def write_file(self, uri: str, source: Path) -> None:
+        """Replace a file by a copy of another one."""
+        with source.open("rb") as file:
+            self._replace(uri, iter(lambda: file.read(_COPY_BYTES), b""))
 
     def create(self, uri: str, data: bytes) -> None:
         """Make a new file; FileExistsError where the name is taken."""
-        with _temporary_file(uri, data) as temporary:
+        with _temporary_file(uri, [data]) as temporary:
             # Unlike a rename, a link fails where the name is taken, on NFS too.
             os.link(temporary, uri)
         _sync_directory(os.path.dirname(uri))
@@ -69,16 +74,22 @@ class LocalBackend:
             return
         _sync_directory(os.path.dirname(uri))
 
+    def _replace(self, uri: str, chunks: Iterable[bytes]) -> None:
+        with _temporary_file(uri, chunks) as temporary:
+            os.replace(temporary, uri)
+        _sync_directory(os.path.dirname(uri))
+
 
 @contextmanager
-def _temporary_file(uri: str, data: bytes) -> Iterator[str]:
+def _temporary_file(uri: str, chunks: Iterable[bytes]) -> Iterator[str]:
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     _make_directory(folder)
     temporary = os.path.join(folder, f".{name[:100]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

@@ -140,6 +140,12 @@ class Storage:
         with _clear_errors(uri):
             self._backend.write(uri, data)
 
+    def write_file(self, path: str, source: Path) -> None:
+        """Write a whole object as `write_bytes` does, from a local file of any size."""
+        uri = self.uri(path)
+        with _clear_errors(uri):
+            self._backend.write_file(uri, source)
+
     def create_bytes(self, path: str, data: bytes) -> None:
         """Write a whole object only if there is none of that name; of several writers one wins.
 
@@ -239,6 +245,7 @@ class _Backend(Protocol):
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]: ...
     def open_read(self, uri: str) -> BinaryIO: ...
     def write(self, uri: str, data: bytes) -> None: ...
+    def write_file(self, uri: str, source: Path) -> None: ...
     def create(self, uri: str, data: bytes) -> None: ...
     def names(self, uri: str) -> list[str]: ...
     def delete(self, uri: str) -> None: ...
@@ -293,6 +300,10 @@ class _S3Backend:
 
     def write(self, uri: str, data: bytes) -> None:
         self._put(uri, data, mode="overwrite")
+
+    def write_file(self, uri: str, source: Path) -> None:
+        with _client_errors():
+            self._filesystem.put_file(str(source), uri, chunksize=_PART_BYTES)
 
     def create(self, uri: str, data: bytes) -> None:
         try:

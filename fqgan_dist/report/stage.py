@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,16 +57,20 @@ def collect_inputs(context: RunContext) -> ReportInputs:
     """Read what the report shows from a run's storage."""
     storage = context.storage
     figures = TensorFiles(storage, FIGURES_PATH, "report").read(0)
+    summary = load_summary(storage)
+    summary.pop(STAGE, None)  # it is being written
     return ReportInputs(
         run_name=context.config.name,
-        summary=load_summary(storage),
+        summary=summary,
         config_yaml=storage.read_bytes("config.yaml").decode(),
         environment=json.loads(storage.read_bytes("environment.json")),
         metrics=_read_metrics(storage),
         originals=_to_pixels(figures["originals"]),
         reconstructions=_to_pixels(figures["reconstructions"]),
-        single_codebook=_group(figures, "single/"),
-        samples=_group(figures, "samples/"),
+        single_codebook=_group(
+            figures, "single/", [book.name for book in context.config.tokenizer.model.codebooks]
+        ),
+        samples=_group(figures, "samples/", context.load_dataset("train").classes),
         notes=_collect_notes(context.config, storage),
     )
 
@@ -80,12 +84,11 @@ def _read_metrics(storage: Storage) -> dict[str, list[Record]]:
     }
 
 
-def _group(figures: Mapping[str, Tensor], prefix: str) -> dict[str, np.ndarray]:
-    return {
-        name.removeprefix(prefix): _to_pixels(images)
-        for name, images in figures.items()
-        if name.startswith(prefix)
-    }
+def _group(
+    figures: Mapping[str, Tensor], prefix: str, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Select the figures of a group, in the order of its names (files keep none)."""
+    return {name: _to_pixels(figures[prefix + name]) for name in names if prefix + name in figures}
 
 
 def _to_pixels(images: Tensor) -> np.ndarray:

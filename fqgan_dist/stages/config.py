@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -103,6 +103,13 @@ class SamplesConfig(Config):
     seed: int = 0
     """Key of every sample's random numbers, with its id."""
     sampling: SamplingConfig
+    export: Literal["none", "npz", "png", "webdataset"] = "none"
+    """Images to write besides the codes, with their labels, under `samples/exports/`; it moves no
+    sample, so it may be asked for at any time."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the samples."""
+        return self.model_dump(mode="json", exclude={"export"})
 
 
 class EvaluationConfig(Config):

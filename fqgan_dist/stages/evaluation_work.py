@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fqgan_dist.data.decoding import to_float, to_uint8
+from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
 from fqgan_dist.evaluation.reconstruction import compute_psnr, compute_ssim
@@ -24,7 +25,7 @@ from fqgan_dist.stages.images import center_view, chunk_range, count_chunks, rea
 from fqgan_dist.stages.samples import read_samples, sample_files
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import compute_features, load_teachers
-from fqgan_dist.stages.tokenizer import load_tokenizer
+from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
 from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher
 from fqgan_dist.tokenizer.losses import info_nce_loss
@@ -261,31 +262,20 @@ class SampleFeatureWork(ImageWork):
 
 
 @torch.inference_mode()
-def decode_in_batches(
-    tokenizer: FactorizedTokenizer,
-    codes: Tensor,
-    device: torch.device,
-    batch_size: int,
-    keep: Sequence[int] | None = None,
-) -> Tensor:
-    """Decode codes (n, K, h, w) to uint8 images (n, 3, H, W) on the CPU."""
-    return torch.cat(
-        [
-            to_uint8(tokenizer.decode_codes(batch.to(device), keep=keep)).cpu()
-            for batch in codes.split(batch_size)
-        ]
-    )
-
-
-@torch.inference_mode()
 def build_figures(
     context: RunContext, tokenizer: FactorizedTokenizer, *, with_samples: bool
 ) -> None:
     """Store the images of the report: originals, reconstructions, single codebooks, samples."""
     index = context.load_dataset("val")
-    rows = range(min(NUM_FIGURE_IMAGES, index.num_samples))
     prefix = context.dataset_prefix("val")
-    images = read_rows(context.storage, prefix, index, rows, center_view(context)).images
+    images = torch.cat(
+        [
+            read_rows(
+                context.storage, prefix, index, range(row, row + 1), center_view(context)
+            ).images
+            for row in _choose_figure_rows(context, index)
+        ]
+    )
     codes = tokenizer.encode_codes(to_float(images.to(context.device)))
     decode = functools.partial(
         decode_in_batches, tokenizer, codes.cpu(), context.device, len(images)
@@ -296,6 +286,19 @@ def build_figures(
     if with_samples:
         figures |= _sample_figures(context, tokenizer)
     TensorFiles(context.storage, FIGURES_PATH, "report").write(0, figures)
+
+
+def _choose_figure_rows(context: RunContext, index: DatasetIndex) -> list[int]:
+    """Choose validation images to show: the first of each class, then the first of all."""
+    labels: list[int] = []
+    for entry in index.shards:
+        table = load_samples(context.storage, context.dataset_prefix("val"), entry)
+        labels += table.labels.tolist()
+        if len(set(labels)) >= min(NUM_FIGURE_IMAGES, index.num_classes):
+            break
+    first_of_class = [row for row, label in enumerate(labels) if label not in labels[:row]]
+    others = [row for row in range(len(labels)) if row not in set(first_of_class)]
+    return sorted([*first_of_class, *others][:NUM_FIGURE_IMAGES])
 
 
 def _sample_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> dict[str, Tensor]:

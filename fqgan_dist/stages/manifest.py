@@ -62,7 +62,7 @@ def load_record(storage: Storage, stage: str) -> StageRecord | None:
 
 def save_record(storage: Storage, record: StageRecord) -> None:
     """Replace a stage's record."""
-    text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True)
+    text = json.dumps(record.model_dump(mode="json"), indent=1)
     storage.write_bytes(_path(record.stage), text.encode())
 
 

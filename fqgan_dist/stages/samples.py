@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,12 @@ from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.stages.autoregressive import load_model
 from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+
+logger = logging.getLogger(__name__)
 
 STAGE: StageName = "samples"
 
@@ -36,23 +41,42 @@ class SamplesStage:
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the samples, besides the generator."""
-        return self.context.config.samples.model_dump(mode="json")
+        return self.context.config.samples.identity()
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the generator's weights, and the dataset for its classes."""
+        """Return the generator's weights, the dataset for its classes, and the exports."""
         return {
             "autoregressive": self.context.require("autoregressive").outputs["weights"],
             "train": self.context.require("shards").outputs["train"],
+            "exports": dict.fromkeys(self._export_formats(), True),
         }
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Draw the samples that are missing."""
+        """Draw the samples that are missing, and export them where that is asked for."""
         work = SampleWork(self.context)
         run_chunks(work)
+        exports = {
+            name: export_samples(self.context, work.files, name, run_chunks)
+            for name in self._export_formats()
+        }
+        for name, path in exports.items():
+            logger.info("samples as %s: %s", name, self.context.storage.uri(path))
         return StageOutcome(
-            outputs={"fingerprint": work.files.fingerprint},
+            outputs={"fingerprint": work.files.fingerprint, "exports": exports},
             metrics={f"{STAGE}/count": self.context.config.samples.count},
         )
+
+    def _export_formats(self) -> list[ExportFormat]:
+        """List the format that is asked for and those of the record.
+
+        So asking for another one extends a finished stage, and asking for none changes nothing.
+        """
+        record = load_record(self.context.storage, STAGE)
+        known = record.inputs if record else {}
+        wanted = self.context.config.samples.export
+        return [
+            name for name in EXPORT_FORMATS if name == wanted or f"upstream.exports.{name}" in known
+        ]
 
 
 class SampleWork:
@@ -110,7 +134,7 @@ def sample_files(context: RunContext) -> TensorFiles:
     """Open the chunks of samples of a run whose generator has finished."""
     identity = {
         "weights": context.require("autoregressive").outputs["weights"],
-        "samples": context.config.samples.model_dump(mode="json"),
+        "samples": context.config.samples.identity(),
         "num_classes": context.load_dataset("train").num_classes,
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqgan_dist.data.decoding import to_float
+from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.loader import ImageBatch, ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.images import HeldOutImages
@@ -151,3 +151,20 @@ def load_tokenizer(context: RunContext) -> FactorizedTokenizer:
 def encode_images(tokenizer: FactorizedTokenizer, images: Tensor, device: torch.device) -> Tensor:
     """Encode uint8 images (B, 3, H, W) to codes (B, K, h, w) on the CPU."""
     return tokenizer.encode_codes(to_float(images.to(device))).cpu()
+
+
+@torch.inference_mode()
+def decode_in_batches(
+    tokenizer: FactorizedTokenizer,
+    codes: Tensor,
+    device: torch.device,
+    batch_size: int,
+    keep: Sequence[int] | None = None,
+) -> Tensor:
+    """Decode codes (n, K, h, w) to uint8 images (n, 3, H, W) on the CPU."""
+    return torch.cat(
+        [
+            to_uint8(tokenizer.decode_codes(batch.to(device), keep=keep)).cpu()
+            for batch in codes.split(batch_size)
+        ]
+    )

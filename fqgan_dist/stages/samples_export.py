@@ -1,0 +1,201 @@
+"""Samples as files that other tools read: one `.npz`, PNG files, or WebDataset shards.
+
+    samples/exports/<fingerprint>/
+      samples.npz                    arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64 labels, by id
+      png/NNNNNNNN.png               by id; the labels are in png/chunk-NNNNNN.csv
+      webdataset/shard-NNNNNN.tar    <id>.cls and <id>.png
+
+`samples.npz` is what ADM's evaluator takes. The images are those that the evaluation judges. One
+chunk of samples is in memory at a time, and a killed export goes on at the chunk that it was at.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.stage import RunChunks, RunContext
+from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
+
+ExportFormat = Literal["npz", "png", "webdataset"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = ("npz", "png", "webdataset")
+NamedSample = tuple[str, NDArray[np.uint8], int]
+"""Name, image (H, W, 3) and label."""
+
+NPZ_NAME = "samples.npz"
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""The earliest that a zip can hold: equal samples give equal bytes."""
+
+
+def export_samples(
+    context: RunContext, samples: TensorFiles, export_format: ExportFormat, run_chunks: RunChunks
+) -> str:
+    """Write all samples in a format; what is there already is not made again.
+
+    Args:
+        context: of the run, whose tokenizer has finished.
+        samples: codes and labels of every chunk.
+        export_format: what to write.
+        run_chunks: processes the chunks that are not done.
+
+    Returns:
+        Where the files are, below the storage root.
+    """
+    work = ExportWork(context, samples, export_format)
+    if export_format != "npz":
+        run_chunks(work)
+        return work.folder
+    path = f"{work.folder}/{NPZ_NAME}"
+    if not context.storage.exists(path):
+        run_chunks(work)
+        if context.world.is_main:
+            _join_npz(work, path)
+    if context.world.is_main:
+        for chunk in work.chunks():  # also those that a kill has left behind
+            context.storage.delete(work.commit_path(chunk))
+    return path
+
+
+class ExportWork:
+    """Decoding of samples to files; its chunks are the samples' chunks."""
+
+    unit = "samples"
+
+    def __init__(
+        self, context: RunContext, samples: TensorFiles, export_format: ExportFormat
+    ) -> None:
+        self.context = context
+        self.samples = samples
+        self.format = export_format
+        self.description = f"exporting samples as {export_format}"
+        identity = {
+            "samples": samples.fingerprint,
+            "tokenizer": context.require("tokenizer").outputs["weights"],
+            "batch_size": context.config.evaluation.batch_size,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        exports = f"samples/exports/{digest[:32]}"
+        self.folder = exports if export_format == "npz" else f"{exports}/{export_format}"
+
+    def chunks(self) -> Sequence[int]:
+        """All ranges of ids."""
+        samples = self.context.config.samples
+        return range(count_chunks(samples.count, samples.chunk_size))
+
+    def size(self, chunk: int) -> int:
+        """Ids in the range."""
+        return len(self._ids(chunk))
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether the chunk's last file is there."""
+        return self.context.storage.exists(self.commit_path(chunk))
+
+    def commit_path(self, chunk: int) -> str:
+        """Name the file that is written last of a chunk."""
+        match self.format:
+            case "npz":
+                return f"{self.folder}/parts/chunk-{chunk:06d}.npz"
+            case "png":
+                return f"{self.folder}/chunk-{chunk:06d}.csv"
+            case "webdataset":
+                return f"{self.folder}/shard-{chunk:06d}.tar"
+
+    def process(self, chunk: int) -> None:
+        """Decode one range of samples and write it."""
+        images, labels = self._decode(chunk)
+        names = [f"{sample:08d}" for sample in self._ids(chunk)]
+        named = list(zip(names, images, labels.tolist(), strict=True))
+        match self.format:
+            case "npz":
+                file = io.BytesIO()
+                np.savez(file, images=images, labels=labels)
+                data = file.getvalue()
+            case "png":
+                for name, image, _ in named:
+                    path = f"{self.folder}/{name}.png"
+                    self.context.storage.write_bytes(path, _encode_png(image))
+                rows = "".join(f"{name}.png,{label}\n" for name, _, label in named)
+                data = f"file,label\n{rows}".encode()
+            case "webdataset":
+                data = _pack_shard(named)
+        self.context.storage.write_bytes(self.commit_path(chunk), data)
+
+    def _decode(self, chunk: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Give the images (n, H, W, 3) and labels (n,) of a chunk."""
+        tensors = self.samples.read(chunk)
+        batch_size = self.context.config.evaluation.batch_size
+        codes = tensors["codes"].long()
+        images = decode_in_batches(self._tokenizer, codes, self.context.device, batch_size)
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        return pixels, tensors["labels"].numpy()
+
+    @functools.cached_property
+    def _tokenizer(self) -> FactorizedTokenizer:
+        return load_tokenizer(self.context)
+
+    def _ids(self, chunk: int) -> range:
+        samples = self.context.config.samples
+        return chunk_range(chunk, samples.chunk_size, samples.count)
+
+
+def _join_npz(work: ExportWork, path: str) -> None:
+    """Write the chunks as one `.npz`, with one chunk in memory at a time."""
+    storage, config = work.context.storage, work.context.config
+    count, side = config.samples.count, config.tokenizer.model.image_size
+    labels: list[NDArray[np.int64]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / NPZ_NAME
+        with zipfile.ZipFile(local, "w") as archive:
+            with archive.open(_npy_member("arr_0"), "w", force_zip64=True) as member:
+                _write_npy_header(member, (count, side, side, 3), np.dtype(np.uint8))
+                for chunk in work.chunks():
+                    data = storage.read_bytes(work.commit_path(chunk))
+                    with np.load(io.BytesIO(data), allow_pickle=False) as part:
+                        member.write(part["images"].tobytes())
+                        labels.append(part["labels"])
+            with archive.open(_npy_member("arr_1"), "w") as member:
+                _write_npy_header(member, (count,), np.dtype(np.int64))
+                member.write(np.concatenate(labels).tobytes())
+        storage.write_file(path, local)
+
+
+def _npy_member(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_TIME)
+
+
+def _write_npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _encode_png(image: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def _pack_shard(samples: Sequence[NamedSample]) -> bytes:
+    """Pack samples as a tar with fixed member metadata."""
+    file = io.BytesIO()
+    with TarWriter(
+        file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False
+    ) as writer:
+        for name, image, label in samples:
+            writer.write({"__key__": name, "cls": str(label).encode(), "png": _encode_png(image)})
+    return file.getvalue()
