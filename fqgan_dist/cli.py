@@ -106,6 +106,11 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, RunConfig)
     if options.command != "run":
+        if any(text.startswith("stages=") for text in options.overrides):
+            raise ConfigError(
+                f"stages: has no effect on `fqgan {options.command}`, which runs its own; "
+                f"use `fqgan run`"
+            )
         stages = STAGES_OF_COMMAND[options.command]
         config = config.model_copy(update={"stages": stages})
     if options.dry_run:

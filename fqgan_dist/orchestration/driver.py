@@ -38,8 +38,9 @@ def run_pipeline(config: RunConfig, world: World | None = None) -> Summary:
     context = open_run(config, world)
     stages = [build_stage(name, context) for name in STAGE_NAMES if name in config.stages]
     check_run(context)
-    for stage in stages:
-        check_static_inputs(stage, context)
+    for name in STAGE_NAMES:
+        # Also of stages that are not run now: their settings are part of what the others read.
+        check_static_inputs(build_stage(name, context), context)
     write_run_files(context)
     for stage in stages:
         run_stage(stage, context, run_chunks_here)

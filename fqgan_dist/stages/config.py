@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from fqgan_dist.autoregressive.config import AutoregressiveConfig
 from fqgan_dist.autoregressive.sampling import SamplingConfig
 from fqgan_dist.config import Config
+from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import InceptionConfig
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
@@ -54,6 +55,23 @@ class DataConfig(Config):
     """Shards whose samples are shuffled together."""
     loader_workers: int = Field(default=0, ge=0)
     """Decoding processes per train worker; 0 decodes in a thread."""
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> DataConfig:
+        if self.validation_source is None:
+            return self
+        if self.source == BUILTIN_PHOTOGRAPHS:
+            raise ValueError(
+                f"validation_source: {self.validation_source!r} has no effect with source: "
+                f"{self.source!r}, which brings its own; remove it"
+            )
+        default = type(self).model_fields["validation_fraction"].default
+        if self.validation_fraction != default:
+            raise ValueError(
+                f"validation_fraction: {self.validation_fraction} has no effect with "
+                f"validation_source: {self.validation_source!r}; remove one of them"
+            )
+        return self
 
 
 class TeachersConfig(Config):

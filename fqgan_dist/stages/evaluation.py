@@ -35,6 +35,9 @@ from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 logger = logging.getLogger(__name__)
 
 STAGE: StageName = "evaluation"
+MANIFOLD_REFERENCE_IMAGES = 10_000
+"""Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
+quadratic."""
 
 
 class EvaluationStage:
@@ -105,9 +108,11 @@ class EvaluationStage:
             "images": fid.num_samples,
         }
         semantic = [book.name for book in model.codebooks if book.teacher]
-        if semantic:
-            # Groups of the training micro-batch's size: InfoNCE depends on the number of negatives.
-            size = context.config.tokenizer.training.micro_batch_size
+        # Groups of the training micro-batch's size: InfoNCE depends on the number of negatives.
+        size = context.config.tokenizer.training.micro_batch_size
+        if semantic and work.count < size:
+            logger.warning("%d validation images: too few for InfoNCE of %d", work.count, size)
+        elif semantic:
             results["info_nce_chance"] = math.log(size)
             results["info_nce"] = {
                 name: float(torch.cat([chunk[f"info_nce/{name}"] for chunk in chunks]).mean())
@@ -120,9 +125,9 @@ class EvaluationStage:
         """Score samples against the training images' statistics."""
         fid = self._compute_fid("gfid", (work, "features"), (reference, "features"), "train")
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
+        nearest = _read_first(reference, "features", MANIFOLD_REFERENCE_IMAGES)
         quality = compute_precision_recall(
-            torch.cat([reference.files.read(chunk)["features"] for chunk in reference.chunks()]),
-            torch.cat([chunk["features"] for chunk in chunks]),
+            nearest, torch.cat([chunk["features"] for chunk in chunks])
         )
         results: dict[str, Any] = {
             "gfid": fid.value,
@@ -131,6 +136,7 @@ class EvaluationStage:
             "inception_score": _score(chunks, "logits"),
             "precision": quality.precision,
             "recall": quality.recall,
+            "precision_recall_reference_images": len(nearest),
             "images": fid.num_samples,
             "reference_images": fid.num_reference_samples,
         }
@@ -174,6 +180,16 @@ class EvaluationStage:
 def _fold(work: ImageWork, name: str) -> Moments:
     """Fold the moments of one feature set in chunk order."""
     return fold_ordered(compute_moments(work.files.read(chunk)[name]) for chunk in work.chunks())
+
+
+def _read_first(work: ImageWork, name: str, count: int) -> Tensor:
+    """Read a tensor of the first `count` images; shards are class-mixed, so they are a fair few."""
+    parts: list[Tensor] = []
+    for chunk in work.chunks():
+        parts.append(work.files.read(chunk)[name])
+        if sum(map(len, parts)) >= count:
+            break
+    return torch.cat(parts)[:count]
 
 
 def _mean(chunks: list[dict[str, Tensor]], name: str) -> float:

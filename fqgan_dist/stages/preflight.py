@@ -70,9 +70,9 @@ def find_missing_files(config: RunConfig) -> Iterator[tuple[StageName, str]]:
         for index, teacher in enumerate(config.teachers.networks)
         if teacher.weights.is_file
     ]
-    perceptual = config.tokenizer.perceptual.weights
-    if perceptual not in ("torchvision", "random"):
-        weights.append(("tokenizer", "tokenizer.perceptual.weights", perceptual))
+    perceptual = config.tokenizer.perceptual
+    if perceptual.is_file:
+        weights.append(("tokenizer", "tokenizer.perceptual.weights", perceptual.weights))
     inception = config.evaluation.inception.weights
     if inception.is_file:
         weights.append(("evaluation", "evaluation.inception.weights.source", inception.source))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -36,12 +37,15 @@ def open_run(config: RunConfig, world: World) -> RunContext:
         ConfigError: the device is not there.
     """
     storage = Storage(config.storage.root)
-    probe = f"probes/rank-{world.rank}"
+    probe = f"probe-rank-{world.rank}"
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
     configure_logging(world, storage.local_path("logs"))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
+        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = select_device(config.device, world)
     return RunContext(config=config, storage=storage, world=world, device=device)
 

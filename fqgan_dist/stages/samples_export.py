@@ -81,7 +81,7 @@ class ExportWork:
     ) -> None:
         self.context = context
         self.samples = samples
-        self.format = export_format
+        self.format: ExportFormat = export_format
         self.description = f"exporting samples as {export_format}"
         identity = {
             "samples": samples.fingerprint,

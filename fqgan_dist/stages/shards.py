@@ -14,6 +14,7 @@ from fqgan_dist.data.listing import SourceListing
 from fqgan_dist.data.photographs import PhotographsConfig
 from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_dataset
 from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS, open_source
+from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.names import StageName
@@ -121,6 +122,7 @@ def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
 
 def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
     """Find the training and validation images of a source; None: there is no validation source."""
+    source = source.rstrip("/")  # `DIR/train/` is called `train` too
     folder = Path(source)
     train = str(folder / "train") if "://" not in source and (folder / "train").is_dir() else source
     if validation_source is not None:
@@ -129,7 +131,14 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
     if not name.startswith("train"):
         return train, None
     val = f"{head}/val{name.removeprefix('train')}" if head else f"val{name.removeprefix('train')}"
-    return train, val if "://" not in val and Path(val).exists() else None
+    return train, val if _exists(val) else None
+
+
+def _exists(uri: str) -> bool:
+    if "://" not in uri:
+        return Path(uri).exists()
+    folder, _, name = uri.rpartition("/")
+    return Storage(folder).exists(name)
 
 
 def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:

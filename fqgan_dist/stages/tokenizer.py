@@ -23,6 +23,7 @@ from fqgan_dist.stages.training import (
     trained_outputs,
     training_settings,
 )
+from fqgan_dist.stages.weights import bring_file
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
@@ -103,7 +104,13 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
         teachers = build_online_teachers(context)
-    perceptual = build_perceptual_loss(config.perceptual, seed=training.seed)
+    weights_path = None
+    if config.perceptual.is_file:
+        field = "tokenizer.perceptual.weights"
+        weights_path = bring_file(config.perceptual.weights, field=field)
+    perceptual = build_perceptual_loss(
+        config.perceptual, seed=training.seed, weights_path=weights_path
+    )
     val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
     return TokenizerTask(
         engine=build_engine(tokenizer, name="tokenizer"),

@@ -147,20 +147,20 @@ class TokenizerTask:
         self.tokenizer.train()
         self.discriminator.train()
         lr = compute_lr(self.training.schedule, step, self.training.steps)
-        reconstructions: dict[int, Tensor] = {}
+        reconstructions: list[Tensor] = []
         codes: list[Tensor] = []
 
         def tokenizer_loss(slot: Slot, batch: ImageBatch) -> tuple[Tensor, Tensor]:
             images = self._to_device(batch.images)
             with (
-                self._randomness(step, slot, STAGE),
+                self._randomness(step, slot),
                 autocast(self.training.precision, self.engine.device),
             ):
                 output: TokenizerOutput = self.engine.forward(
                     images, compute_entropy=self.losses.entropy_weight > 0
                 )
                 terms = self._tokenizer_terms(images, output, batch, has_discriminator)
-            reconstructions[len(reconstructions)] = output.reconstruction.detach()
+            reconstructions.append(output.reconstruction.detach())
             codes.append(output.codes.transpose(0, 1).flatten(1).to(torch.int32))
             total = terms["tokenizer/loss/total"]
             self._metric_names = list(terms)
@@ -280,14 +280,14 @@ class TokenizerTask:
         }
 
     def _discriminator_step(
-        self, micro_batches: Sequence[ImageBatch], reconstructions: dict[int, Tensor], lr: float
+        self, micro_batches: Sequence[ImageBatch], reconstructions: Sequence[Tensor], lr: float
     ) -> dict[str, Tensor]:
-        position = iter(range(len(self.slots)))
+        fakes = iter(reconstructions)  # one per slot, in order
 
         def discriminator_loss(_: Slot, batch: ImageBatch) -> tuple[Tensor, Tensor]:
             with autocast(self.training.precision, self.engine.device):
                 real, fake = self.discriminator_engine.forward(
-                    self._to_device(batch.images), reconstructions[next(position)]
+                    self._to_device(batch.images), next(fakes)
                 )
             loss = hinge_discriminator_loss(real, fake)
             report = torch.stack([loss, real.float().mean(), fake.float().mean()]).detach()
@@ -340,6 +340,6 @@ class TokenizerTask:
         """Normalise uint8 images to [-1, 1] on the device."""
         return to_float(images.to(self.engine.device, non_blocking=True))
 
-    def _randomness(self, step: int, slot: Slot, purpose: str) -> AbstractContextManager[None]:
-        key = (self.training.seed, purpose, step, slot.micro_batch)
+    def _randomness(self, step: int, slot: Slot) -> AbstractContextManager[None]:
+        key = (self.training.seed, STAGE, step, slot.micro_batch)
         return keyed_torch_rng(*key, device=self.engine.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,11 +54,13 @@ def run_training(
     training: TrainingConfig,
 ) -> TrainingResult:
     """Train a task from its newest checkpoint to the end; every rank calls it."""
-    torch.use_deterministic_algorithms(training.deterministic)
-    metrics = _MetricsFile(context.storage, f"{stage}/metrics.jsonl")
     # One bar is enough; the other ranks' progress goes to their log files.
     console = None if context.world.is_main else Console(file=io.StringIO())
-    with track(training.steps, f"training the {stage}", "steps", console=console) as bar:
+    with (
+        _deterministic_kernels(training.deterministic),
+        _MetricsFile(context.storage, f"{stage}/metrics.jsonl") as metrics,
+        track(training.steps, f"training the {stage}", "steps", console=console) as bar,
+    ):
         trainer = Trainer(
             task,
             batches,
@@ -103,6 +105,17 @@ def load_weights(
     part = _weights_part(stage, training)
     tensors = loaded.read(stage) | loaded.read(part)  # an average covers parameters, not buffers
     copy_named_tensors(tensors, module.state_dict(), what=f"{part} of step {step}")
+
+
+@contextmanager
+def _deterministic_kernels(is_wanted: bool) -> Iterator[None]:
+    """Choose torch's kernels for a block; sampling, for one, uses some that have no such twin."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(is_wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _weights_part(stage: str, training: TrainingConfig) -> str:

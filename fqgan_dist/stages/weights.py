@@ -24,21 +24,33 @@ def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
         ConfigError: there is no such file.
         DataError: it cannot be read.
     """
-    if config.source in ("hub", "random"):
-        return None
-    if "://" not in config.source:
-        path = Path(config.source)
+    return bring_file(config.source, field=f"{field}.source") if config.is_file else None
+
+
+def bring_file(source: str, *, field: str) -> Path:
+    """Return a local file with the bytes of a file or object.
+
+    Args:
+        source: path or URI.
+        field: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it cannot be read.
+    """
+    if "://" not in source:
+        path = Path(source)
         if not path.is_file():
             raise ConfigError(
-                f"{field}.source: {config.source!r}: no such file; expected 'hub', 'random', or a "
-                f"safetensors file (path or s3:// URI)"
+                f"{field}: {source!r}: no such file; expected a safetensors file (path or s3:// "
+                f"URI), or 'random' for a trial"
             )
         return path
-    folder, _, name = config.source.rpartition("/")
+    folder, _, name = source.rpartition("/")
     try:
         data = Storage(folder).read_bytes(name)
     except FileNotFoundError as error:
-        raise ConfigError(f"{field}.source: {config.source!r}: no such object") from error
+        raise ConfigError(f"{field}: {source!r}: no such object") from error
     cache = Storage(_cache_folder())
     cached = f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if not cache.exists(cached):

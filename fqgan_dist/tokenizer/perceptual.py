@@ -44,9 +44,14 @@ class PerceptualConfig(Config):
     dropout: bool = True
     """Whether half of the differences are dropped in train mode, as in the released training."""
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the weights are a safetensors file, local or remote."""
+        return self.weights not in ("torchvision", "random")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        is_file = self.weights not in ("torchvision", "random")
+        is_file = self.is_file
         if is_file and not self.weights.endswith(".safetensors"):
             raise ValueError(
                 f"weights: {self.weights!r} is no source of weights; expected 'torchvision', "

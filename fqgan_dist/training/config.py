@@ -46,7 +46,7 @@ class TrainingConfig(Config):
     micro_batch_size: int = Field(gt=0)
     """Images per forward pass: the loss group (design.md section 3)."""
     seed: int = 0
-    """Key of initial weights, sample order and all randomness in a step."""
+    """Key of initial weights and all randomness in a step; `data.seed` is the sample order's."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast dtype; parameters, code lookup and losses stay fp32."""
     optimizer: OptimizerConfig = OptimizerConfig()

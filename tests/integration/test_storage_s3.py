@@ -45,6 +45,14 @@ def test_objects_of_many_parts_are_read_back(storage: Storage) -> None:
     assert storage.read_bytes("large") == data
 
 
+def test_a_local_file_replaces_the_whole_object(storage: Storage, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for data in (b"short", os.urandom(2**20) * 110):
+        source.write_bytes(data)
+        storage.write_file("a/x", source)
+        assert storage.read_bytes("a/x") == data
+
+
 def test_range_beyond_the_end_is_an_error(storage: Storage) -> None:
     storage.write_bytes("x", b"0123")
     for offset in (2, 9):

@@ -217,6 +217,32 @@ def test_a_finished_stage_refuses_other_inputs(
     assert "Use another storage.root, or the former settings" in message
 
 
+def test_settings_of_finished_stages_bind_also_when_others_run(
+    prepared_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (prepared_root / "config.yaml").read_bytes()
+    assert run(prepared_root, "tokenizer.training.micro_batch_size=8", command="codes") == FAILED
+    assert "settings.training.micro_batch_size: was 4, now 8" in capsys.readouterr().err
+    assert (prepared_root / "config.yaml").read_bytes() == before
+
+
+def test_stages_of_a_command_that_names_its_own_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "stages=[codes]", command="shards") == WRONG_USAGE
+    assert "stages: has no effect on `fqgan shards`" in capsys.readouterr().err
+
+
+def test_validation_settings_without_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "data.validation_source=DIR") == WRONG_USAGE
+    assert "validation_source: 'DIR' has no effect" in capsys.readouterr().err
+    both = ("data.source=A", "data.validation_source=B", "data.validation_fraction=0.2")
+    assert run(tmp_path, *both) == WRONG_USAGE
+    assert "validation_fraction: 0.2 has no effect" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

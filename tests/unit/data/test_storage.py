@@ -35,6 +35,16 @@ def test_write_replaces_the_whole_object(storage: Storage) -> None:
     assert storage.read_bytes("x") == b"short"
 
 
+def test_a_local_file_replaces_the_whole_object(storage: Storage, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    data = os.urandom(2**20) * 9  # more than one piece of the copy
+    source.write_bytes(data)
+    storage.write_bytes("a/x", b"a former version")
+    storage.write_file("a/x", source)
+    assert storage.read_bytes("a/x") == data
+    assert storage.list("a") == ["x"]
+
+
 def test_ranges_are_read_in_the_order_asked_for(storage: Storage) -> None:
     storage.write_bytes("x", b"0123456789")
     storage.write_bytes("y", b"abc")

@@ -32,6 +32,13 @@ def test_folder_with_train_and_val_gives_both(tmp_path: Path) -> None:
     assert _locate_splits(str(tmp_path), None) == (str(tmp_path / "train"), str(tmp_path / "val"))
 
 
+def test_folder_called_train_finds_val_beside_it_with_any_spelling(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    for source in (f"{tmp_path}/train", f"{tmp_path}/train/"):
+        assert _locate_splits(source, None) == (f"{tmp_path}/train", f"{tmp_path}/val")
+
+
 def test_archive_finds_the_validation_archive_beside_it(tmp_path: Path) -> None:
     (tmp_path / "val.tar.gz").touch()
     train = str(tmp_path / "train.tar.gz")
