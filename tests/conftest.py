@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch or numpy is imported: their thread pools are sized then.
@@ -39,6 +40,19 @@ def test_data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"{_DATA_VARIABLE}={folder}: no such folder")
     return folder
+
+
+@pytest.fixture
+def without_root() -> Iterator[None]:
+    """Root may read and write everything: be somebody else from here to the end of the test."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)  # nobody
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

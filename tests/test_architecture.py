@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fqgan_dist.config import load_config
+from fqgan_dist.stages.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
@@ -271,14 +270,9 @@ def config_files() -> list[Path]:
     return sorted(path for path in (ROOT / "configs").rglob("*.y*ml"))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("fqgan_dist.stages.config") is None,
-    reason="fqgan_dist.stages.config is not written yet",
-)
 @pytest.mark.parametrize("path", config_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_loads(path: Path) -> None:
-    run_config = importlib.import_module("fqgan_dist.stages.config").RunConfig
-    load_config(path, [], run_config)
+    load_config(path, [], RunConfig)
 
 
 def test_source_files_stay_small() -> None:

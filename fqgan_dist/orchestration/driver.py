@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from fqgan_dist.errors import ConfigError
 from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.names import STAGE_NAMES
@@ -27,15 +28,21 @@ from fqgan_dist.world import World
 logger = logging.getLogger(__name__)
 
 
-def run_pipeline(config: RunConfig, world: World | None = None) -> Summary:
-    """Run the configured stages and return the summary.
+def run_pipeline(config: RunConfig) -> Summary:
+    """Run the configured stages in this process and return the summary.
 
     Raises:
+        ConfigError: a launcher started several processes of it.
         FqganError: an input is wrong, a stage was made from other inputs, or a stage failed; what
             was finished before stays.
     """
-    world = world or World()
-    context = open_run(config, world)
+    launched = World.from_environment()
+    if launched.world_size > 1:
+        raise ConfigError(
+            f"execution: 'local' runs in one process, and a launcher started "
+            f"{launched.world_size}; train with python -m fqgan_dist.training.run CONFIG stage=..."
+        )
+    context = open_run(config, World())
     stages = [build_stage(name, context) for name in STAGE_NAMES if name in config.stages]
     check_run(context)
     for name in STAGE_NAMES:

@@ -24,6 +24,7 @@ from fqgan_dist.stages.stage import RunChunks, RunContext, Stage, select_device
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.telemetry.environment import collect_environment
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.summary import format_number
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,17 @@ def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
         )
     # Nobody reports success, or goes on to a stage that reads the record, before it is there.
     wait_for_ranks(world)
-    logger.info("%s: done in %.0f s", stage.name, seconds)
+    logger.info("%s: done in %.0f s%s", stage.name, seconds, _describe_metrics(outcome.metrics))
+
+
+def _describe_metrics(metrics: Mapping[str, Any]) -> str:
+    """Write the numbers among a stage's metrics on one line."""
+    numbers = [
+        f"{name.partition('/')[2]} {format_number(value)}"
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+    ]
+    return f": {', '.join(numbers)}" if numbers else ""
 
 
 def wait_for_ranks(world: World) -> None:

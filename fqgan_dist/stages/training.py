@@ -6,7 +6,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
@@ -81,8 +81,11 @@ def run_training(
 def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> dict[str, Any]:
     """Name what a finished training hands on: a digest of the weights, equal for equal runs.
 
-    A checkpoint's own id is of no use here: it names the attempt, which differs between runs.
+    A checkpoint's own id is of no use here: it names the attempt, which differs between runs. Only
+    the main rank, which writes the record, reads the checkpoint.
     """
+    if not context.world.is_main:
+        return {}
     training = getattr(context.config, stage).training
     loaded = checkpoint_store(context, stage, training).load_latest(step=result.step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
@@ -142,6 +145,10 @@ class _MetricsFile(ExitStack):
         return MetricsWriter(self.local, resumed_step=resumed_step, tensorboard=True)
 
     def publish(self) -> None:
-        """Bring the file to the storage, where it is not there already."""
-        if self._is_remote:
-            self.storage.write_bytes(self.path, self.local.read_bytes())
+        """Bring the file and TensorBoard's to the storage, where they are not there already."""
+        if not self._is_remote:
+            return
+        folder = PurePosixPath(self.path).parent
+        for file in (self.local, *self.local.parent.glob("tensorboard/*")):
+            name = file.relative_to(self.local.parent).as_posix()
+            self.storage.write_bytes(f"{folder}/{name}", file.read_bytes())

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -121,10 +122,11 @@ class Trainer(Generic[BatchT]):
             is_last = step == self.config.steps
             if is_last or step % self.config.log_every == 0:
                 results |= self._log(step, values, clock)
-            if is_last or step % self.config.evaluate_every == 0:
-                results |= self._evaluate(step)
-            if is_last or step % self.config.checkpoint.every == 0:
-                self._save(attempt, step, results)
+            with clock.aside():
+                if is_last or step % self.config.evaluate_every == 0:
+                    results |= self._evaluate(step)
+                if is_last or step % self.config.checkpoint.every == 0:
+                    self._save(attempt, step, results)
         return TrainingResult(step=self.config.steps, metrics=results)
 
     def _load(self) -> LoadedCheckpoint | None:
@@ -210,32 +212,29 @@ class _Clock:
         self._since = time.perf_counter()
         self._last_step: int | None = None
         self._waited_s = 0.0
+        self._aside_s = 0.0
 
-    def waiting(self) -> _Waiting:
-        return _Waiting(self)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count a block as time in which the loader kept training waiting."""
+        start = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - start
 
-    def add_wait(self, seconds: float) -> None:
-        self._waited_s += seconds
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave a block (evaluation, saving) out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._aside_s += time.perf_counter() - start
 
     def rates(self, step: int, global_batch_size: int) -> dict[str, float]:
+        """Compute the rates since the last call and start anew."""
         now = time.perf_counter()
-        elapsed = now - self._since
-        steps = step - self._last_step if self._last_step is not None else 0
+        elapsed = now - self._since - self._aside_s
         rates = {"train/loader_wait_fraction": self._waited_s / elapsed}
-        if steps:
-            rates["train/images_per_s"] = steps * global_batch_size / elapsed
-        self._since, self._last_step, self._waited_s = now, step, 0.0
+        if self._last_step is not None:
+            rates["train/images_per_s"] = (step - self._last_step) * global_batch_size / elapsed
+        self._since, self._last_step = now, step
+        self._waited_s = self._aside_s = 0.0
         return rates
-
-
-class _Waiting:
-    """Time spent inside goes to the loader's account."""
-
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock.add_wait(time.perf_counter() - self._start)

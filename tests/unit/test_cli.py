@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -165,11 +164,11 @@ def test_a_root_below_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_root_without_permission_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     tmp_path.chmod(0o500)
+    request.getfixturevalue("without_root")
     assert run(tmp_path / "run", command="shards") == FAILED
     assert str(tmp_path) in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -207,23 +206,10 @@ def test_file_in_the_place_of_the_root_is_a_data_error(storage: Storage, tmp_pat
         storage.write_bytes("x", b"")
 
 
-@pytest.fixture
-def _without_root() -> Iterator[None]:
-    """Root may read everything: be somebody else for a test."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)  # nobody
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_unreadable_file_is_a_data_error(storage: Storage, request: pytest.FixtureRequest) -> None:
     storage.write_bytes("x", b"")
     os.chmod(storage.uri("x"), 0)
-    request.getfixturevalue("_without_root")
+    request.getfixturevalue("without_root")
     with pytest.raises(DataError, match="access is refused"):
         storage.read_bytes("x")
 
