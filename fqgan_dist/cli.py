@@ -3,6 +3,7 @@
     fqgan run CONFIG [key.sub=value ...] [--dry-run] [--json]
     fqgan shards|teachers|train|codes|sample|evaluate|report CONFIG [key.sub=value ...]
     fqgan checkpoints list|verify|export|prune CONFIG tokenizer|autoregressive [key=value ...]
+    fqgan weights fetch CONFIG to=DIR [key.sub=value ...] [--json]
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found damage.
 """
@@ -37,6 +38,9 @@ STAGES_OF_COMMAND: dict[str, tuple[StageName, ...]] = {
 
 CHECKPOINT_OPTIONS = ("to", "format", "step")
 """Options of `fqgan checkpoints` that are no settings of the run."""
+
+WEIGHTS_OPTIONS = ("to",)
+"""Options of `fqgan weights` that are no settings of the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +80,7 @@ def _build_parser() -> argparse.ArgumentParser:
         _add_config_arguments(command)
         command.set_defaults(command_fn=_run, command=name)
     _add_checkpoint_commands(commands)
+    _add_weights_commands(commands)
     return parser
 
 
@@ -101,6 +106,20 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         action.add_argument("overrides", metavar="key=value", nargs="*")
         action.add_argument("--json", action="store_true", help="print the result as JSON")
         action.set_defaults(command_fn=_checkpoints, action=name)
+
+
+def _add_weights_commands(commands: argparse._SubParsersAction) -> None:
+    weights = commands.add_parser("weights", help="get the weights of pretrained networks")
+    actions = weights.add_subparsers(required=True, metavar="ACTION")
+    fetch = actions.add_parser(
+        "fetch",
+        help="download the config's hub weights into a directory: to=DIR",
+        allow_abbrev=False,
+    )
+    fetch.add_argument("config", metavar="CONFIG")
+    fetch.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    fetch.add_argument("--json", action="store_true", help="print the result as JSON")
+    fetch.set_defaults(command_fn=_fetch_weights)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -131,20 +150,30 @@ def _run(options: argparse.Namespace) -> int:
 def _checkpoints(options: argparse.Namespace) -> int:
     from fqgan_dist.stages.checkpoints import CheckpointTarget, run_checkpoint_action
 
-    own = {
-        name: text
-        for text in options.overrides
-        if (name := text.partition("=")[0]) in CHECKPOINT_OPTIONS
-    }
-    config_overrides = [
-        text for text in options.overrides if text.partition("=")[0] not in CHECKPOINT_OPTIONS
-    ]
+    values, config_overrides = _split_options(options.overrides, CHECKPOINT_OPTIONS)
     config = load_config(options.config, config_overrides, RunConfig)
-    values = {name: text.partition("=")[2] for name, text in own.items()}
     target = parse_config(values, CheckpointTarget, source="command line")
     result = run_checkpoint_action(options.action, config, options.stage, target)
     print(json.dumps(result.report, indent=1) if options.json else result.text)
     return DAMAGE_FOUND if result.is_damaged else DONE
+
+
+def _fetch_weights(options: argparse.Namespace) -> int:
+    from fqgan_dist.stages.weights_fetch import FetchTarget, fetch_weights
+
+    values, config_overrides = _split_options(options.overrides, WEIGHTS_OPTIONS)
+    config = load_config(options.config, config_overrides, RunConfig)
+    result = fetch_weights(config, parse_config(values, FetchTarget, source="command line"))
+    print(json.dumps(result.report, indent=1) if options.json else result.text)
+    result.check()
+    return DONE
+
+
+def _split_options(texts: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Part a command's own options, by name, from the settings of the run."""
+    parted = [(text.partition("="), text) for text in texts]
+    own = {name: value for (name, _, value), _ in parted if name in names}
+    return own, [text for (name, _, _), text in parted if name not in names]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class WeightsConfig(Config):
         if not source.endswith(".safetensors"):
             raise ValueError(
                 f"{source!r} is no weights source - expected 'hub', 'random' or a path or URI that "
-                "ends in .safetensors - convert other files with `fqgan weights fetch`"
+                "ends in .safetensors - `fqgan weights fetch CONFIG to=DIR` makes such files of a "
+                "hub's weights"
             )
         if "@" in urlsplit(source).netloc:
             raise ValueError(
@@ -132,6 +133,33 @@ def load_torch_checked(path: Path, sha256: str | None = None) -> dict[str, Tenso
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: holds {type(state).__name__} - expected tensors by name")
     return dict(state)
+
+
+def download_torch_file(url: str, *, field: str) -> Path:
+    """Download a file into torch.hub's folder unless it is there; return it.
+
+    Args:
+        url: whose name ends in the first digits of the file's sha256, as torch.hub's do.
+        field: the setting that can name a file instead, for the error.
+
+    Raises:
+        DataError: the address cannot be reached, or the file is not the published one.
+    """
+    name = url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    hash_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{url}: cannot be downloaded ({error}) - expected access to the internet - run "
+            f"`fqgan weights fetch CONFIG to=DIR` where there is access, and set {field} to the "
+            "file it makes"
+        ) from error
+    return path
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

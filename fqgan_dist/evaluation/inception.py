@@ -22,10 +22,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 
 from fqgan_dist.config import Config
-from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.random_inception import fill_random_inception
 from fqgan_dist.weights import (
     WeightsConfig,
+    download_torch_file,
     hash_tensors,
     load_into,
     load_safetensors_checked,
@@ -35,6 +36,8 @@ from fqgan_dist.weights import (
 
 PUBLISHED_RESOLUTION = 299
 """Input side of the published network, pixels."""
+FEATURE_DIM = 2048
+"""Size of the features."""
 SMALLEST_RESOLUTION = 75
 """Below this the last blocks have no pixel left."""
 _SHORT_HASH = 16
@@ -151,18 +154,4 @@ def download_inception() -> Path:
     Raises:
         DataError: the address cannot be reached, or the file is not the published one.
     """
-    name = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.exists():
-        return path
-    # The published name ends in the first digits of the file's sha256.
-    hash_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{URL_INCEPTION_V3}: cannot be downloaded ({error}) - expected access to the internet "
-            "- set weights.source to a file made by `fqgan weights fetch`"
-        ) from error
-    return path
+    return download_torch_file(URL_INCEPTION_V3, field="weights.source")

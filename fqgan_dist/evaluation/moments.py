@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors.numpy
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -126,24 +127,39 @@ def fold_ordered(chunks: Iterable[Moments]) -> Moments:
     return total
 
 
-def load_adm_statistics(path: Path) -> Moments:
-    """Read the training-set statistics `mu` and `sigma` of an ADM reference file (.npz).
+def load_adm_statistics(file: BinaryIO, *, name: str) -> tuple[Moments, int | None]:
+    """Read the statistics `mu` and `sigma` of an ADM reference file (.npz).
 
-    The file does not say how many images they are of; the count returned is ImageNet's training set
-    and cancels out of every FID.
+    ADM's own files do not say how many images these are of (`arr_0` is a part of them only); one of
+    another maker may, as an integer `count`.
+
+    Args:
+        file: can seek; only the statistics are read of it.
+        name: what messages call it.
+
+    Returns:
+        The moments, and the number of images. Where this is None the moments have the count of
+        ImageNet's training set, which cancels out of every FID.
 
     Raises:
-        DataError: the file is missing, holds pickled objects, or has no such statistics.
+        DataError: the file holds pickled objects, or has no such statistics.
     Source: openai/guided-diffusion, evaluations; VIRTUAL_imagenet256_labeled.npz.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise ValueError("one array, not an archive of several")
+        with archive:
             mean = np.asarray(archive["mu"], np.float64)
             covariance = np.asarray(archive["sigma"], np.float64)
-        return Moments(_IMAGENET_TRAIN_IMAGES, mean, covariance * (_IMAGENET_TRAIN_IMAGES - 1))
-    except (OSError, KeyError, ValueError) as error:
+            known = int(archive["count"]) if "count" in archive else None
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("not all values are finite")
+        count = _IMAGENET_TRAIN_IMAGES if known is None else known
+        return Moments(count, mean, covariance * (count - 1)), known
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
         raise DataError(
-            f"{path}: no ADM reference statistics ({error}) - expected arrays 'mu' (d,) and "
+            f"{name}: no ADM reference statistics ({error}) - expected arrays 'mu' (d,) and "
             "'sigma' (d, d) - use an ADM reference file such as VIRTUAL_imagenet256_labeled.npz"
         ) from error
 

@@ -29,6 +29,8 @@ class ReferenceStatistics:
     """`InceptionFeatures.evaluator_id` of the network that computed them."""
     moments: Moments
     """Moments of the features."""
+    is_count_known: bool = True
+    """Whether `moments.count` is the number of images; ADM's files do not tell it."""
 
     def to_bytes(self) -> bytes:
         """Serialise: one JSON line, then the moments."""
@@ -36,6 +38,7 @@ class ReferenceStatistics:
             "kind": self.kind,
             "reference_id": self.reference_id,
             "evaluator_id": self.evaluator_id,
+            "is_count_known": self.is_count_known,
         }
         return json.dumps(header, sort_keys=True).encode() + b"\n" + self.moments.to_bytes()
 
@@ -50,7 +53,7 @@ class ReferenceStatistics:
         try:
             header = json.loads(line)
             kind, reference_id = header["kind"], header["reference_id"]
-            evaluator_id = header["evaluator_id"]
+            evaluator_id, is_count_known = header["evaluator_id"], header["is_count_known"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"reference statistics: cannot be read ({error}) - compute them again"
@@ -60,6 +63,7 @@ class ReferenceStatistics:
             reference_id=reference_id,
             evaluator_id=evaluator_id,
             moments=Moments.from_bytes(rest),
+            is_count_known=is_count_known,
         )
 
 
@@ -70,7 +74,8 @@ class FidScore:
     kind: FidKind
     value: float
     num_samples: int
-    num_reference_samples: int
+    num_reference_samples: int | None
+    """None: the reference does not tell."""
     reference_id: str
     evaluator_id: str
 
@@ -98,7 +103,7 @@ def compute_fid(
         kind=kind,
         value=frechet_distance(samples, reference.moments),
         num_samples=samples.count,
-        num_reference_samples=reference.moments.count,
+        num_reference_samples=reference.moments.count if reference.is_count_known else None,
         reference_id=reference.reference_id,
         evaluator_id=evaluator_id,
     )

@@ -11,7 +11,7 @@ from fqgan_dist.autoregressive.sampling import SamplingConfig
 from fqgan_dist.config import Config
 from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.views import ViewConfig
-from fqgan_dist.evaluation.inception import InceptionConfig
+from fqgan_dist.evaluation.inception import PUBLISHED_RESOLUTION, InceptionConfig
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig
 from fqgan_dist.teachers.config import TeacherConfig
@@ -115,11 +115,14 @@ class SamplesConfig(Config):
     """Images drawn from the generator."""
 
     count: int = Field(gt=0)
-    """Number of samples; sample i has class i mod num_classes."""
+    """Number of samples."""
     chunk_size: int = Field(gt=0)
     """Samples per unit of work; part of the fingerprint."""
     seed: int = 0
     """Key of every sample's random numbers, with its id."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """`balanced`: sample i has class i mod num_classes; `random`: each class is drawn uniformly by
+    (seed, id), as in the paper."""
     sampling: SamplingConfig
     export: Literal["none", "npz", "png", "webdataset"] = "none"
     """Images to write besides the codes, with their labels, under `samples/exports/`; it moves no
@@ -139,7 +142,29 @@ class EvaluationConfig(Config):
     batch_size: int = Field(gt=0)
     """Images per Inception pass; part of the fingerprint."""
     reference_samples: int | None = Field(default=None, gt=0)
-    """Training images (centre crops) that gFID is measured against; None takes all."""
+    """Training images (centre crops) that gFID, precision and recall are measured against (the last
+    two against 10,000 at most); None takes all."""
+    adm_reference: str | None = None
+    """ADM's .npz file (path or s3:// URI; `mu`, `sigma`) that gFID is measured against, as in the
+    paper; precision and recall stay against training images. None: the training images."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide features and per-image scores."""
+        return self.model_dump(mode="json", exclude={"adm_reference"})
+
+    @model_validator(mode="after")
+    def _check_adm_reference(self) -> EvaluationConfig:
+        if self.adm_reference is None:
+            return self
+        inception = self.inception
+        if inception.weights.source == "random" or inception.resolution != PUBLISHED_RESOLUTION:
+            raise ValueError(
+                f"adm_reference: {self.adm_reference!r} was made by the published Inception "
+                f"network at {PUBLISHED_RESOLUTION} pixels, but inception has weights.source "
+                f"{inception.weights.source!r} and resolution {inception.resolution}; use that "
+                "network, or adm_reference: null"
+            )
+        return self
 
 
 class RunConfig(Config):

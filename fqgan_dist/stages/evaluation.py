@@ -6,6 +6,7 @@ in chunk order, so the numbers are equal to the bit for any number of processes 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -15,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.evaluation.inception_score import compute_inception_score
 from fqgan_dist.evaluation.moments import Moments, compute_moments, fold_ordered
 from fqgan_dist.evaluation.precision_recall import compute_precision_recall
 from fqgan_dist.evaluation.reference import FidKind, FidScore, ReferenceStatistics, compute_fid
+from fqgan_dist.stages.adm_reference import hash_adm_reference, load_adm_reference
 from fqgan_dist.stages.evaluation_work import (
+    MANIFOLD_REFERENCE_IMAGES,
     EvaluationModels,
     ImageWork,
     ReconstructionWork,
@@ -35,9 +39,6 @@ from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 logger = logging.getLogger(__name__)
 
 STAGE: StageName = "evaluation"
-MANIFOLD_REFERENCE_IMAGES = 10_000
-"""Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
-quadratic."""
 
 
 class EvaluationStage:
@@ -49,38 +50,83 @@ class EvaluationStage:
         self.context = context
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the scores, besides images and weights."""
-        return self.context.config.evaluation.model_dump(mode="json")
+        """What decides the scores, besides images and weights.
+
+        ADM's reference file counts by its content, which is upstream: it may be moved, and is read
+        only when this stage runs.
+        """
+        evaluation = self.context.config.evaluation
+        return {
+            **evaluation.identity(),
+            "has_adm_reference": evaluation.adm_reference is not None,
+        }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the images, the tokenizer and, where there are any, the samples."""
+        """Return the images, the tokenizer and, where there are any, samples and ADM's file.
+
+        Raises:
+            DataError: an earlier stage has not finished, or no longer.
+            ConfigError: there is no such reference file.
+        """
         shards = self.context.require("shards").outputs
-        samples = load_record(self.context.storage, "samples")
-        has_samples = samples is not None and samples.state == "done"
         return {
             "train": shards["train"],
             "val": shards["val"],
             "tokenizer": self.context.require("tokenizer").outputs["weights"],
-            # A tokenizer is judged without a generator; samples that come later extend the stage.
-            "samples": samples.outputs["fingerprint"] if samples and has_samples else None,
+            "samples": self._find_samples(),
+            "adm_reference": self._adm_sha256,
         }
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Compute what is missing, then fold."""
         models = EvaluationModels(self.context)
+        has_samples = self._find_samples() is not None
+        # Before the features, which take hours: a wrong file is known at once.
+        adm = self._load_adm_reference(models) if has_samples else None
         reconstruction = ReconstructionWork(self.context, models)
         run_chunks(reconstruction)
         metrics = self._judge_reconstructions(reconstruction)
-        has_samples = self.upstream()["samples"] is not None
         if has_samples:
             reference = ReferenceWork(self.context, models)
             samples = SampleFeatureWork(self.context, models)
             for work in (reference, samples):
                 run_chunks(work)
-            metrics |= self._judge_samples(reference, samples)
+            metrics |= self._judge_samples(reference, samples, adm)
         if self.context.world.is_main:
             build_figures(self.context, models.tokenizer, with_samples=has_samples)
         return StageOutcome(metrics=metrics)
+
+    def _find_samples(self) -> str | None:
+        """Name the samples; None where there are none.
+
+        A tokenizer is judged without a generator; samples that come later extend the stage.
+
+        Raises:
+            DataError: samples were judged before, and their stage is at work again.
+        """
+        storage = self.context.storage
+        samples, judged = load_record(storage, "samples"), load_record(storage, STAGE)
+        if samples is not None and samples.state == "done":
+            return samples.outputs["fingerprint"]
+        if judged is not None and judged.inputs.get("upstream.samples") is not None:
+            raise DataError(
+                f"{storage.uri('manifests')}: stage {STAGE!r} has judged samples, but stage "
+                "'samples' is not done (an export that was added has not finished); run `fqgan "
+                "sample` with this config first, or set stages to include samples"
+            )
+        return None
+
+    @functools.cached_property
+    def _adm_sha256(self) -> str | None:
+        source = self.context.config.evaluation.adm_reference
+        return None if source is None else hash_adm_reference(source)
+
+    def _load_adm_reference(self, models: EvaluationModels) -> ReferenceStatistics | None:
+        source, sha256 = self.context.config.evaluation.adm_reference, self._adm_sha256
+        if source is None or sha256 is None:
+            return None
+        evaluator_id = models.inception.evaluator_id
+        return load_adm_reference(source, sha256=sha256, evaluator_id=evaluator_id)
 
     def _judge_reconstructions(self, work: ReconstructionWork) -> dict[str, Any]:
         """Score reconstructions against the same centre-cropped validation images."""
@@ -91,17 +137,22 @@ class EvaluationStage:
         for chunk in chunks:
             histogram.update(chunk["codes"].long())
         names = [book.name for book in model.codebooks]
-        fid = self._compute_fid(
-            "rfid", (work, "reconstruction_features"), (work, "original_features"), "val"
-        )
+        logits = _join(chunks, "reconstruction_logits")
+        by_class = torch.sort(_join(chunks, "labels"), stable=True).indices
+        reference = self._fold_reference("rfid", work, "original_features", "val")
+        fid = _compute_fid(work, "reconstruction_features", reference)
         results: dict[str, Any] = {
             "psnr": _mean(chunks, "psnr"),
             "psnr_mean_image": _mean(chunks, "psnr_mean_image"),
             "ssim": _mean(chunks, "ssim"),
+            # The paper's evaluation states twice the range of its images (fqgan.md 3.2).
+            "ssim_paper": _mean(chunks, "ssim_paper"),
             "rfid": fid.value,
             "rfid_evaluator": fid.evaluator_id,
             "rfid_reference": fid.reference_id,
-            "inception_score": _score(chunks, "reconstruction_logits"),
+            # Shards are shuffled; the paper's files are in class order, which reads far lower.
+            "inception_score": compute_inception_score(logits).mean,
+            "inception_score_class_order": compute_inception_score(logits[by_class]).mean,
             "usage": _by_name(names, histogram.usage),
             "perplexity": _by_name(names, histogram.perplexity),
             "codebook_size": model.codebook_size,
@@ -115,51 +166,55 @@ class EvaluationStage:
         elif semantic:
             results["info_nce_chance"] = math.log(size)
             results["info_nce"] = {
-                name: float(torch.cat([chunk[f"info_nce/{name}"] for chunk in chunks]).mean())
-                for name in semantic
+                name: float(_join(chunks, f"info_nce/{name}").mean()) for name in semantic
             }
         self._write("reconstruction", results, fid, work)
         return {f"tokenizer/{name}": value for name, value in results.items()}
 
-    def _judge_samples(self, reference: ReferenceWork, work: SampleFeatureWork) -> dict[str, Any]:
-        """Score samples against the training images' statistics."""
-        fid = self._compute_fid("gfid", (work, "features"), (reference, "features"), "train")
+    def _judge_samples(
+        self,
+        reference: ReferenceWork,
+        work: SampleFeatureWork,
+        adm: ReferenceStatistics | None,
+    ) -> dict[str, Any]:
+        """Score samples against ADM's or the training images' statistics.
+
+        Precision and recall need features, which ADM's file does not hold: training images'.
+        """
+        statistics = adm or self._fold_reference("gfid", reference, "features", "train")
+        fid = _compute_fid(work, "features", statistics)
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
         nearest = _read_first(reference, "features", MANIFOLD_REFERENCE_IMAGES)
-        quality = compute_precision_recall(
-            nearest, torch.cat([chunk["features"] for chunk in chunks])
-        )
+        quality = compute_precision_recall(nearest, _join(chunks, "features"))
         results: dict[str, Any] = {
             "gfid": fid.value,
             "gfid_evaluator": fid.evaluator_id,
             "gfid_reference": fid.reference_id,
-            "inception_score": _score(chunks, "logits"),
+            "inception_score": compute_inception_score(_join(chunks, "logits")).mean,
             "precision": quality.precision,
             "recall": quality.recall,
+            "precision_recall_reference": self._name_split("train"),
             "precision_recall_reference_images": len(nearest),
+            "labels": self.context.config.samples.labels,
             "images": fid.num_samples,
             "reference_images": fid.num_reference_samples,
         }
         self._write("samples", results, fid, work)
         return {f"samples/{name}": value for name, value in results.items()}
 
-    def _compute_fid(
-        self,
-        kind: FidKind,
-        samples: tuple[ImageWork, str],
-        reference: tuple[ImageWork, str],
-        split: str,
-    ) -> FidScore:
-        """Compare two feature sets; the reference is the centre crops of a split."""
-        statistics = ReferenceStatistics(
+    def _fold_reference(
+        self, kind: FidKind, work: ImageWork, name: str, split: str
+    ) -> ReferenceStatistics:
+        """Fold the features of the centre crops of a split."""
+        return ReferenceStatistics(
             kind=kind,
-            reference_id=f"{split}:{self.context.require('shards').outputs[split]}",
-            evaluator_id=reference[0].evaluator_id,
-            moments=_fold(*reference),
+            reference_id=self._name_split(split),
+            evaluator_id=work.evaluator_id,
+            moments=_fold(work, name),
         )
-        return compute_fid(
-            _fold(*samples), statistics, kind=kind, evaluator_id=samples[0].evaluator_id
-        )
+
+    def _name_split(self, split: str) -> str:
+        return f"{split}:{self.context.require('shards').outputs[split]}"
 
     def _write(self, name: str, results: Mapping[str, Any], fid: FidScore, work: ImageWork) -> None:
         """Write `evaluation/<name>.json`: the numbers with what they are to be compared by."""
@@ -175,6 +230,12 @@ class EvaluationStage:
         }
         data = json.dumps(document, indent=1, sort_keys=True).encode()
         self.context.storage.write_bytes(f"{STAGE}/{name}.json", data)
+
+
+def _compute_fid(work: ImageWork, name: str, reference: ReferenceStatistics) -> FidScore:
+    return compute_fid(
+        _fold(work, name), reference, kind=reference.kind, evaluator_id=work.evaluator_id
+    )
 
 
 def _fold(work: ImageWork, name: str) -> Moments:
@@ -193,11 +254,11 @@ def _read_first(work: ImageWork, name: str, count: int) -> Tensor:
 
 
 def _mean(chunks: list[dict[str, Tensor]], name: str) -> float:
-    return float(torch.cat([chunk[name] for chunk in chunks]).double().mean())
+    return float(_join(chunks, name).double().mean())
 
 
-def _score(chunks: list[dict[str, Tensor]], name: str) -> float:
-    return compute_inception_score(torch.cat([chunk[name] for chunk in chunks])).mean
+def _join(chunks: list[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.cat([chunk[name] for chunk in chunks])
 
 
 def _by_name(names: list[str], values: Tensor) -> dict[str, float]:

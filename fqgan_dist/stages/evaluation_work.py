@@ -20,7 +20,7 @@ from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
-from fqgan_dist.evaluation.reconstruction import compute_psnr, compute_ssim
+from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
 from fqgan_dist.stages.images import center_view, chunk_range, count_chunks, read_rows
 from fqgan_dist.stages.samples import read_samples, sample_files
 from fqgan_dist.stages.stage import RunContext
@@ -35,6 +35,9 @@ FIGURES_PATH = "evaluation/figures"
 NUM_FIGURE_IMAGES = 12
 SAMPLES_PER_CLASS = 4
 MAX_FIGURE_CLASSES = 20
+MANIFOLD_REFERENCE_IMAGES = 10_000
+"""Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
+quadratic."""
 
 
 class EvaluationModels:
@@ -76,7 +79,7 @@ class ImageWork(ABC):
         self.description = f"evaluating {name}"
         identity = {
             "work": name,
-            "evaluation": context.config.evaluation.model_dump(mode="json"),
+            "evaluation": context.config.evaluation.identity(),
             "evaluator": self.evaluator_id,
             "count": count,
             "chunk_size": chunk_size,
@@ -154,13 +157,14 @@ class ReconstructionWork(ImageWork):
     def process(self, chunk: int) -> None:
         """Score one range of images."""
         context = self.context
-        images = read_rows(
+        rows = read_rows(
             context.storage,
             context.dataset_prefix("val"),
             self.index,
             self.ids(chunk),
             center_view(context),
-        ).images
+        )
+        images = rows.images
         group = context.config.tokenizer.training.micro_batch_size
         reconstructions, codes = [], []
         info_nce: dict[str, list[Tensor]] = {}
@@ -185,6 +189,8 @@ class ReconstructionWork(ImageWork):
                 "psnr": compute_psnr(decoded, images),
                 "psnr_mean_image": compute_psnr(self.mean_image.expand_as(images), images),
                 "ssim": compute_ssim(decoded, images),
+                "ssim_paper": compute_ssim(decoded, images, data_range=PAPER_SSIM_RANGE),
+                "labels": rows.labels,
                 "codes": torch.cat(codes).to(torch.int32),
                 "original_features": original_features,
                 "reconstruction_features": features,
@@ -211,12 +217,14 @@ class ReconstructionWork(ImageWork):
 
 
 class ReferenceWork(ImageWork):
-    """Inception features of training images: what gFID compares samples with."""
+    """Inception features of training images, for gFID, precision and recall."""
 
     def __init__(self, context: RunContext, models: EvaluationModels) -> None:
         self.index = context.load_dataset("train")
         evaluation = context.config.evaluation
         count = min(evaluation.reference_samples or self.index.num_samples, self.index.num_samples)
+        if evaluation.adm_reference is not None:  # gFID needs none of them
+            count = min(count, MANIFOLD_REFERENCE_IMAGES)
         super().__init__(context, models, "reference", count, evaluation.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 StageName = Literal[
     "shards",
@@ -14,14 +14,5 @@ StageName = Literal[
     "evaluation",
     "report",
 ]
-STAGE_NAMES: tuple[StageName, ...] = (
-    "shards",
-    "teachers",
-    "tokenizer",
-    "codes",
-    "autoregressive",
-    "samples",
-    "evaluation",
-    "report",
-)
+STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 """Stages in the order in which they run."""

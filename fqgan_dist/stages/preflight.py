@@ -12,6 +12,7 @@ from pathlib import Path
 from fqgan_dist.data.records import check_codebook_size
 from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.adm_reference import describe_missing
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import load_record
@@ -47,39 +48,53 @@ def check_run(context: RunContext) -> None:
     """
     check_settings(context.config)
     pending = {stage for stage in context.config.stages if not _is_done(context, stage)}
-    _raise([problem for stage, problem in find_missing_files(context.config) if stage in pending])
+    _raise([problem for stages, problem in find_missing_files(context.config) if stages & pending])
 
 
-def find_missing_files(config: RunConfig) -> Iterator[tuple[StageName, str]]:
+def find_missing_files(config: RunConfig) -> Iterator[tuple[frozenset[StageName], str]]:
     """Look for local files that the config names; objects in buckets are left to their readers.
 
     Yields:
-        The stage that reads a missing file, and a message that names the setting.
+        The stages that read a missing file, and a message that names the setting.
     """
     for field in ("source", "validation_source"):
         source = getattr(config.data, field)
         if source not in (None, BUILTIN_PHOTOGRAPHS) and _is_missing(source):
             yield (
-                "shards",
+                frozenset({"shards"}),
                 f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
                 f"folders, a tar file or {BUILTIN_PHOTOGRAPHS}",
             )
+    yield from _find_missing_weights(config)
+    reference = config.evaluation.adm_reference
+    if reference is not None and _is_missing(reference):
+        yield frozenset({"evaluation"}), describe_missing(reference)
+
+
+def _find_missing_weights(config: RunConfig) -> Iterator[tuple[frozenset[StageName], str]]:
+    # The evaluation measures InfoNCE, for which it runs the teachers on validation images.
     reader: StageName = "teachers" if config.teachers.precompute else "tokenizer"
-    weights: list[tuple[StageName, str, str]] = [
-        (reader, f"teachers.networks.{index}.weights.source", teacher.weights.source)
+    weights: list[tuple[frozenset[StageName], str, str]] = [
+        (
+            frozenset({reader, "evaluation"}),
+            f"teachers.networks.{index}.weights.source",
+            teacher.weights.source,
+        )
         for index, teacher in enumerate(config.teachers.networks)
         if teacher.weights.is_file
     ]
     perceptual = config.tokenizer.perceptual
     if perceptual.is_file:
-        weights.append(("tokenizer", "tokenizer.perceptual.weights", perceptual.weights))
+        field = "tokenizer.perceptual.weights"
+        weights.append((frozenset({"tokenizer"}), field, perceptual.weights))
     inception = config.evaluation.inception.weights
     if inception.is_file:
-        weights.append(("evaluation", "evaluation.inception.weights.source", inception.source))
-    for stage, field, source in weights:
+        field = "evaluation.inception.weights.source"
+        weights.append((frozenset({"evaluation"}), field, inception.source))
+    for stages, field, source in weights:
         if _is_missing(source):
             yield (
-                stage,
+                stages,
                 f"{field}: {source!r}: no such file; expected a .safetensors file (a path or "
                 f"s3:// URI), or 'random' for a trial",
             )

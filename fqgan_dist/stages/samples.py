@@ -19,7 +19,9 @@ from torch import Tensor
 from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.autoregressive import load_model
+from fqgan_dist.stages.config import SamplesConfig
 from fqgan_dist.stages.images import chunk_range, count_chunks
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
@@ -108,7 +110,7 @@ class SampleWork:
         ids = self._ids(chunk)
         settings = self.context.config.samples
         model = self.context.config.autoregressive.model
-        labels = torch.tensor([sample % self.num_classes for sample in ids])
+        labels = choose_labels(ids, settings, self.num_classes)
         uniforms = draw_uniforms(
             ids,
             seed=settings.seed,
@@ -128,6 +130,19 @@ class SampleWork:
     def _ids(self, chunk: int) -> range:
         samples = self.context.config.samples
         return chunk_range(chunk, samples.chunk_size, samples.count)
+
+
+def choose_labels(ids: Sequence[int], settings: SamplesConfig, num_classes: int) -> Tensor:
+    """Choose the classes of samples, (n,) int64; each depends on its own id alone."""
+    match settings.labels:
+        case "balanced":
+            labels = [sample % num_classes for sample in ids]
+        case "random":
+            labels = [
+                int(numpy_generator(settings.seed, "label", sample).integers(num_classes))
+                for sample in ids
+            ]
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def sample_files(context: RunContext) -> TensorFiles:

@@ -46,6 +46,7 @@ class TeachersStage:
                 for teacher in config.teachers.networks
             },
             "precompute": config.teachers.precompute,
+            "batch_size": config.teachers.batch_size,
             "views": config.data.views.model_dump(mode="json"),
             "num_views": config.data.num_views,
             "data_seed": config.data.seed,

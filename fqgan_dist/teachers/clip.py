@@ -139,7 +139,8 @@ def download_clip(architecture: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{architecture}: open_clip cannot download the weights ({error}) - expected access to "
-            "the hub - set weights.source to a file made by `fqgan weights fetch`"
+            "the hub - run `fqgan weights fetch CONFIG to=DIR` where there is access, and set "
+            "weights.source to the file it makes"
         ) from error
 
 

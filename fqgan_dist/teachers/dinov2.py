@@ -63,7 +63,8 @@ def download_dinov2(architecture: str) -> Path:
     except OSError as error:
         raise DataError(
             f"{architecture}: transformers cannot download {_WEIGHTS_FILE} ({error}) - expected "
-            "access to the hub - set weights.source to a file made by `fqgan weights fetch`"
+            "access to the hub - run `fqgan weights fetch CONFIG to=DIR` where there is access, "
+            "and set weights.source to the file it makes"
         ) from error
     assert path is not None, "cached_file raises for a missing file unless it is told otherwise"
     return Path(path)

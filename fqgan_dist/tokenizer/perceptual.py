@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.error import URLError
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
-from fqgan_dist.errors import ConfigError
 from fqgan_dist.tokenizer.precision import full_precision
 from fqgan_dist.weights import (
+    download_torch_file,
     draw_normal,
     load_into,
     load_safetensors_checked,
+    load_torch_checked,
     warn_random_weights,
 )
 
@@ -116,23 +117,34 @@ def build_perceptual_loss(
         weights_path: local copy of `config.weights` where that names a file elsewhere.
 
     Raises:
-        ConfigError: torchvision's weights cannot be downloaded.
-        DataError: the file is missing, damaged or another network's.
+        DataError: the weights cannot be downloaded, or their file is missing, damaged or another
+            network's.
     """
+    network = _build_network(config)
     if config.weights == "torchvision":
-        return PerceptualLoss(_build_network(config, pretrained=True)).train()
-    network = _build_network(config, pretrained=False)
-    if config.weights == "random":
+        # lpips would load them through torch.hub, which unpickles whatever the file holds.
+        path = download_torch_file(_torchvision_url(config.network), field="perceptual.weights")
+        _fill(network.net, load_torch_checked(path), source=str(path))
+    elif config.weights == "random":
         warn_random_weights("perceptual loss", seed)
         _draw_weights(network.net, seed)
     else:
-        _load_weights(network.net, weights_path or Path(config.weights), config.weights_sha256)
+        path = weights_path or Path(config.weights)
+        stored = load_safetensors_checked(path, config.weights_sha256)
+        _fill(network.net, stored, source=str(path))
     return PerceptualLoss(network).train()
 
 
 def build_unfilled_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss:
     """Build the loss without the configured weights: for its sizes, never for its values."""
-    return PerceptualLoss(_build_network(config, pretrained=False)).train()
+    return PerceptualLoss(_build_network(config)).train()
+
+
+def copy_backbone_weights(loss: PerceptualLoss) -> dict[str, Tensor]:
+    """Return the backbone's weights by torchvision's names, as a weights file holds them."""
+    backbone = loss.network.net
+    names = _torchvision_names(backbone)
+    return {names[name]: tensor.clone() for name, tensor in backbone.state_dict().items()}
 
 
 def _normalize(features: Tensor) -> Tensor:
@@ -142,29 +154,29 @@ def _normalize(features: Tensor) -> Tensor:
     return features / (norm + _NORMALIZE_EPS)
 
 
-def _build_network(config: PerceptualConfig, *, pretrained: bool) -> Any:
+def _build_network(config: PerceptualConfig) -> Any:
     import lpips  # pulls in torchvision and scipy: more than a second
 
     with warnings.catch_warnings():
         # lpips asks torchvision with an argument that torchvision has renamed.
         warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
         warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
-        try:
-            # The constructor draws weights: no trace of that may stay in torch's generator.
-            with torch.random.fork_rng(devices=[]):
-                return lpips.LPIPS(
-                    net=config.network,
-                    pnet_rand=not pretrained,
-                    use_dropout=config.dropout,
-                    eval_mode=False,
-                    verbose=False,
-                )
-        except (URLError, OSError) as error:
-            raise ConfigError(
-                f"perceptual.weights: {config.weights!r}: cannot get torchvision's weights of "
-                f"{config.network} ({error}); give a .safetensors file of them, or "
-                "'random' for a trial"
-            ) from error
+        # The constructor draws weights: no trace of that may stay in torch's generator.
+        with torch.random.fork_rng(devices=[]):
+            return lpips.LPIPS(
+                net=config.network,
+                pnet_rand=True,
+                use_dropout=config.dropout,
+                eval_mode=False,
+                verbose=False,
+            )
+
+
+def _torchvision_url(network: str) -> str:
+    from torchvision.models import get_model_weights  # as lpips, more than a second
+
+    name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[network]
+    return str(get_model_weights(name)["IMAGENET1K_V1"].url)
 
 
 def _draw_weights(network: nn.Module, seed: int) -> None:
@@ -178,10 +190,13 @@ def _draw_weights(network: nn.Module, seed: int) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _load_weights(network: nn.Module, path: Path, sha256: str | None) -> None:
-    # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
-    names = {re.sub(r"^slice\d+\.", "features.", name): name for name in network.state_dict()}
-    stored = load_safetensors_checked(path, sha256)
+def _fill(network: nn.Module, stored: Mapping[str, Tensor], *, source: str) -> None:
+    names = {theirs: ours for ours, theirs in _torchvision_names(network).items()}
     # The classifier of a whole torchvision state dict is not part of the loss.
     kept = {names[name]: tensor for name, tensor in stored.items() if name in names}
-    load_into(network, kept, source=str(path))
+    load_into(network, kept, source=source)
+
+
+def _torchvision_names(network: nn.Module) -> dict[str, str]:
+    # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
+    return {name: re.sub(r"^slice\d+\.", "features.", name) for name in network.state_dict()}

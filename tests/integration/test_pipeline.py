@@ -54,7 +54,11 @@ def test_every_stage_is_done_and_measured(local_run: tuple[Path, Summary]) -> No
     assert set(tokenizer["perplexity"]) == {"visual", "semantic_mid", "semantic_high"}
     assert set(tokenizer["info_nce"]) == {"semantic_mid", "semantic_high"}
     assert np.isfinite(tokenizer["discriminator_loss"])
-    assert np.isfinite(summary["samples"]["metrics"]["gfid"])
+    assert tokenizer["ssim"] < tokenizer["ssim_paper"] <= 1
+    assert tokenizer["inception_score_class_order"] > 0
+    samples = summary["samples"]["metrics"]
+    assert np.isfinite(samples["gfid"])
+    assert samples["labels"] == "balanced"
     assert json.loads((root / "summary.json").read_text()) == summary
     assert "<html" in (root / "report.html").read_text()
 

@@ -207,7 +207,9 @@ def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(DataError, match=r"cannot be downloaded.*fqgan weights fetch"):
+    with pytest.raises(
+        DataError, match=r"cannot be downloaded.*fqgan weights fetch CONFIG to=DIR`"
+    ):
         build_inception(make_config("hub"), device="cpu")
 
 

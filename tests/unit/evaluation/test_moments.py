@@ -116,18 +116,44 @@ def test_chunks_of_different_width_are_refused():
         fold([(0, compute_moments(torch.rand(3, 4))), (1, compute_moments(torch.rand(3, 5)))])
 
 
+def load_reference(path: Path) -> tuple[Moments, int | None]:
+    with path.open("rb") as file:
+        return load_adm_statistics(file, name=path.name)
+
+
 def test_adm_reference_gives_its_mean_and_covariance(tmp_path: Path):
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
     np.savez(tmp_path / "reference.npz", mu=mean, sigma=covariance, arr_0=np.zeros((2, 4, 4, 3)))
-    moments = load_adm_statistics(tmp_path / "reference.npz")
+    moments, count = load_reference(tmp_path / "reference.npz")
+    assert count is None
     np.testing.assert_array_equal(moments.mean, mean)
     np.testing.assert_allclose(moments.covariance, covariance, rtol=1e-14)
+
+
+def test_adm_reference_that_tells_its_count_keeps_it(tmp_path: Path):
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2), sigma=np.eye(2), count=50)
+    moments, count = load_reference(tmp_path / "reference.npz")
+    assert (moments.count, count) == (50, 50)
+    np.testing.assert_allclose(moments.covariance, np.eye(2), rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["text", "broken zip", "empty", "one array", "nan"])
+def test_file_that_is_no_adm_reference_is_refused(tmp_path: Path, kind: str):
+    path = tmp_path / "reference.npz"
+    match kind:
+        case "one array":
+            with path.open("wb") as file:
+                np.save(file, np.eye(2))
+        case "nan":
+            np.savez(path, mu=np.full(2, np.nan), sigma=np.eye(2))
+        case _:
+            path.write_bytes({"text": b"mu", "broken zip": b"PK\x03\x04", "empty": b""}[kind])
+    with pytest.raises(DataError, match=r"reference\.npz: no ADM reference statistics"):
+        load_reference(path)
 
 
 def test_adm_reference_never_unpickles(tmp_path: Path):
     path = tmp_path / "hostile.npz"
     np.savez(path, mu=np.array([print], dtype=object), sigma=np.eye(1))
     with pytest.raises(DataError, match="no ADM reference statistics"):
-        load_adm_statistics(path)
-    with pytest.raises(DataError, match="no ADM reference statistics"):
-        load_adm_statistics(tmp_path / "absent.npz")
+        load_reference(path)

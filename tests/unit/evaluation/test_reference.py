@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,14 @@ def test_reference_of_the_other_fid_is_refused():
 def test_reference_of_another_evaluator_is_refused():
     with pytest.raises(DataError, match="computed by 'inception/75px'"):
         compute_fid(draw_moments(1), make_reference(), kind="rfid", evaluator_id="inception/299px")
+
+
+def test_count_of_a_reference_that_does_not_tell_it_is_unknown():
+    reference = dataclasses.replace(make_reference("gfid"), is_count_known=False)
+    stored = ReferenceStatistics.from_bytes(reference.to_bytes())
+    score = compute_fid(draw_moments(1), stored, kind="gfid", evaluator_id="inception/75px")
+    assert score.num_reference_samples is None
+    assert score.value == frechet_distance(draw_moments(1), draw_moments(0))
 
 
 def test_bytes_round_trip():

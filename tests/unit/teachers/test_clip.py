@@ -151,7 +151,9 @@ def test_named_sizes_are_open_clips():
 def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match=r"open_clip cannot download.*fqgan weights fetch"):
+    with pytest.raises(
+        DataError, match=r"open_clip cannot download.*fqgan weights fetch CONFIG to=DIR`"
+    ):
         download_clip("ViT-B-16-quickgelu")
 
 

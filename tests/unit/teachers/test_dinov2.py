@@ -93,7 +93,9 @@ def test_loading_leaves_the_library_and_the_random_state_as_they_were(
 def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match=r"(?s)transformers cannot download.*fqgan weights fetch"):
+    with pytest.raises(
+        DataError, match=r"(?s)transformers cannot download.*fqgan weights fetch CONFIG to=DIR`"
+    ):
         download_dinov2("facebook/dinov2-small")
 
 

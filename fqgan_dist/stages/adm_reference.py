@@ -1,0 +1,87 @@
+"""ADM's reference file: published statistics that gFID may be measured against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.evaluation.inception import FEATURE_DIM
+from fqgan_dist.evaluation.moments import load_adm_statistics
+from fqgan_dist.evaluation.reference import ReferenceStatistics
+
+FIELD = "evaluation.adm_reference"
+_BLOCK_BYTES = 1 << 24
+
+
+def hash_adm_reference(source: str) -> str:
+    """Hash the bytes of a reference file, which holds 2 GB of images too, block by block.
+
+    Args:
+        source: path or URI.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    digest = hashlib.sha256()
+    with _open(source) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_adm_reference(source: str, *, sha256: str, evaluator_id: str) -> ReferenceStatistics:
+    """Read the statistics of a reference file as what gFID compares samples with.
+
+    Args:
+        source: path or URI.
+        sha256: of its bytes; it names the reference.
+        evaluator_id: of the network here, which is the one that made the file (`EvaluationConfig`
+            refuses any other architecture, resolution, or random weights).
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it has no such statistics.
+    """
+    with _open(source) as file:
+        moments, count = load_adm_statistics(file, name=f"{FIELD}: {source!r}")
+    if moments.mean.size != FEATURE_DIM:
+        raise DataError(
+            f"{FIELD}: {source!r}: statistics of {moments.mean.size} features; expected the "
+            f"{FEATURE_DIM} of Inception's last pooling; use an ADM reference file"
+        )
+    return ReferenceStatistics(
+        kind="gfid",
+        reference_id=f"adm:{sha256}",
+        evaluator_id=evaluator_id,
+        moments=moments,
+        is_count_known=count is not None,
+    )
+
+
+def describe_missing(source: str) -> str:
+    """Say that there is no such file, and what to name instead."""
+    return (
+        f"{FIELD}: {source!r}: no such file; expected an .npz file (a path or s3:// URI) with 'mu' "
+        "and 'sigma', or null for the training images' statistics"
+    )
+
+
+@contextmanager
+def _open(source: str) -> Iterator[BinaryIO]:
+    folder, name = source.rsplit("/", 1) if "://" in source else _split(source)
+    try:
+        file = Storage(folder).open_read(name)
+    except FileNotFoundError as error:
+        raise ConfigError(describe_missing(source)) from error
+    with file:
+        yield file
+
+
+def _split(source: str) -> tuple[Path, str]:
+    path = Path(source).absolute()
+    return path.parent, path.name

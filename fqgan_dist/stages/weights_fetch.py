@@ -1,0 +1,288 @@
+"""Pretrained weights into a directory, for clusters without access (`fqgan weights fetch`).
+
+Each file has the layout that the network's own loader reads, so that the printed settings are all
+that a cluster needs beside the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import yaml
+from pydantic import Field
+from torch import Tensor
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ConfigError, DataError, FqganError
+from fqgan_dist.evaluation.inception import InceptionConfig, build_inception
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.teachers.clip import build_clip
+from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
+from fqgan_dist.tokenizer.perceptual import (
+    PerceptualConfig,
+    build_perceptual_loss,
+    copy_backbone_weights,
+)
+from fqgan_dist.weights import WeightsConfig, load_safetensors_checked
+
+State = Literal["written", "kept", "not needed", "failed"]
+
+_FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class FetchTarget(Config):
+    """Where the weights shall go."""
+
+    to: str = Field(min_length=1)
+    """A directory or `s3://bucket/prefix`; made if it is missing."""
+
+
+@dataclass(frozen=True)
+class FetchedNetwork:
+    """What became of one network of the config."""
+
+    field: str
+    """Where it stands in the config."""
+    name: str
+    state: State
+    source: str
+    """The file, or, where none was written, the configured source."""
+    sha256: str | None = None
+    """Of the file's bytes; None without a file."""
+    bytes: int = 0
+    overrides: tuple[str, ...] = ()
+    """Settings that take the file."""
+    problem: str | None = None
+    """Why it failed; None otherwise."""
+
+
+@dataclass(frozen=True)
+class FetchResult:
+    """What became of all networks."""
+
+    networks: tuple[FetchedNetwork, ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """Settings that take all the files."""
+        return [override for network in self.networks for override in network.overrides]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """For machines; JSON-able."""
+        networks = [vars(each) | {"overrides": list(each.overrides)} for each in self.networks]
+        return {"networks": networks, "overrides": self.overrides}
+
+    @property
+    def text(self) -> str:
+        """For people; the settings are quoted for a shell."""
+        lines = [_describe(network) for network in self.networks]
+        if self.overrides:
+            lines += ["", "Settings that use these files:"]
+            lines += [f"  {shlex.quote(override)}" for override in self.overrides]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Raise a DataError that names every network that could not be fetched."""
+        problems = [
+            f"{network.field} ({network.name}): {network.problem}"
+            for network in self.networks
+            if network.problem is not None
+        ]
+        if problems:
+            raise DataError(
+                f"{len(problems)} of {len(self.networks)} network(s) could not be fetched; repeat "
+                "the command on a machine with access, what is there already is kept\n  "
+                + "\n  ".join(problems)
+            )
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A pretrained network of the config."""
+
+    field: str
+    name: str
+    source: str
+    is_hub: bool
+    source_setting: str
+    sha256_setting: str
+    load_fn: Callable[[], Mapping[str, Tensor]]
+    """Downloads and checks; called for `is_hub` only."""
+
+
+def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
+    """Download the hub weights that a run needs, check them and write them to a directory.
+
+    A file that is there already with the same bytes is kept. One network that fails does not keep
+    the others from being fetched: `FetchResult.check` raises for it.
+
+    Raises:
+        ConfigError: two networks have one name, or a name is none for a file.
+    """
+    networks = _list_networks(config)
+    _check_names([network.name for network in networks if network.is_hub])
+    folder = Storage(target.to)
+    # torch.hub announces downloads on stdout, which belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        return FetchResult(tuple(_fetch(network, folder) for network in networks))
+
+
+def _list_networks(config: RunConfig) -> list[_Network]:
+    return [
+        *(
+            _describe_network(
+                f"teachers.networks.{number}",
+                teacher.name,
+                teacher.weights,
+                lambda teacher=teacher: _load_teacher(teacher),
+            )
+            for number, teacher in enumerate(config.teachers.networks)
+        ),
+        _describe_perceptual(config.tokenizer.perceptual),
+        _describe_network(
+            "evaluation.inception",
+            "inception",
+            config.evaluation.inception.weights,
+            lambda: _load_inception(config.evaluation.inception),
+        ),
+    ]
+
+
+def _describe_network(
+    field: str, name: str, weights: WeightsConfig, load_fn: Callable[[], Mapping[str, Tensor]]
+) -> _Network:
+    return _Network(
+        field=field,
+        name=name,
+        source=weights.source,
+        is_hub=weights.is_hub,
+        source_setting=f"{field}.weights.source",
+        sha256_setting=f"{field}.weights.sha256",
+        load_fn=load_fn,
+    )
+
+
+def _describe_perceptual(config: PerceptualConfig) -> _Network:
+    field = "tokenizer.perceptual"
+    return _Network(
+        field=field,
+        name=f"perceptual-{config.network}",
+        source=config.weights,
+        is_hub=config.weights == "torchvision",
+        source_setting=f"{field}.weights",
+        sha256_setting=f"{field}.weights_sha256",
+        load_fn=lambda: _load_perceptual(config),
+    )
+
+
+def _load_teacher(config: TeacherConfig) -> Mapping[str, Tensor]:
+    match config:
+        case ClipTeacherConfig():
+            return build_clip(config, weights_path=None).state_dict()
+        case Dinov2TeacherConfig():
+            return _load_dinov2(config)
+
+
+def _load_dinov2(config: Dinov2TeacherConfig) -> Mapping[str, Tensor]:
+    # transformers' model classes take a second to import: only who needs a DINOv2 pays.
+    from fqgan_dist.teachers.dinov2 import build_dinov2, download_dinov2
+
+    path = download_dinov2(str(config.architecture))
+    weights = WeightsConfig(source=str(path), sha256=config.weights.sha256)
+    build_dinov2(config.model_copy(update={"weights": weights}), weights_path=None)
+    # The tensors of the hub's file, not the built network's: transformers renames when it loads,
+    # and the names inside change with its version.
+    return load_safetensors_checked(path, weights.sha256)
+
+
+def _load_inception(config: InceptionConfig) -> Mapping[str, Tensor]:
+    return build_inception(config, device="cpu").network.state_dict()
+
+
+def _load_perceptual(config: PerceptualConfig) -> Mapping[str, Tensor]:
+    # The seed is that of random weights, which these are not.
+    return copy_backbone_weights(build_perceptual_loss(config, seed=0))
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if not _FILE_STEM.fullmatch(name):
+            raise ConfigError(
+                f"teachers.networks: the name {name!r} cannot be a file's - expected letters, "
+                "digits, '_', '-' and '.' - rename the teacher"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"teachers.networks: {name!r} is the name of two networks, and would be of two "
+                "files - expected one - rename the teacher"
+            )
+
+
+def _fetch(network: _Network, folder: Storage) -> FetchedNetwork:
+    if not network.is_hub:
+        return FetchedNetwork(network.field, network.name, "not needed", network.source)
+    try:
+        data = safetensors.torch.save(dict(_make_contiguous(network.load_fn())))
+        uri, state = _write(folder, f"{network.name}.safetensors", data)
+    except FqganError as error:
+        return FetchedNetwork(
+            network.field, network.name, "failed", network.source, problem=str(error)
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    return FetchedNetwork(
+        network.field,
+        network.name,
+        state,
+        uri,
+        sha256=sha256,
+        bytes=len(data),
+        overrides=(
+            f"{network.source_setting}={_to_yaml(uri)}",
+            f"{network.sha256_setting}={_to_yaml(sha256)}",
+        ),
+    )
+
+
+def _make_contiguous(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor.detach().cpu().contiguous()) for name, tensor in tensors.items())
+
+
+def _write(folder: Storage, name: str, data: bytes) -> tuple[str, State]:
+    state: State = "kept" if folder.exists(name) else "written"
+    try:
+        folder.create_bytes(name, data)
+    except FileExistsError as error:
+        # It may be pinned by its sha256 in a run's config.
+        raise DataError(
+            f"{folder.uri(name)}: is there with other bytes - expected none, or those of the hub - "
+            "remove the file or fetch to another directory"
+        ) from error
+    return folder.uri(name), state
+
+
+def _to_yaml(value: str) -> str:
+    """Write a string so that an override reads it as that string, with quotes only if it must."""
+    return yaml.safe_dump(value, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def _describe(network: FetchedNetwork) -> str:
+    head = f"{network.field} ({network.name}): {network.state}"
+    match network.state:
+        case "not needed":
+            return f"{head}, weights are {network.source}"
+        case "failed":
+            return head
+        case "written" | "kept":
+            size = f"{network.bytes / 2**20:,.1f} MiB"
+            return f"{head}, {network.source}, {size}, sha256 {network.sha256}"
