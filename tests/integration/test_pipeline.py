@@ -124,13 +124,14 @@ def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_original_imagenet_files_of_every_kind_become_shards(
-    test_data_dir: Path, tmp_path: Path
+    split: str, test_data_dir: Path, tmp_path: Path
 ) -> None:
-    # Grayscale files, 68 to 2400 pixels; 150 photographs, hundreds of kilobytes each.
-    source = test_data_dir / "imagenet-sample" / "train.tar.gz"
-    root = tmp_path / "run"
-    summary = _run(str(root), f"data.source={source}", "stages=[shards, teachers]")
+    # Grayscale files, 68 to 2400 pixels, hundreds of kilobytes each; the splits share no class.
+    source = test_data_dir / "imagenet-sample" / f"{split}.tar.gz"
+    sources = [f"data.source={source}", f"data.validation_source={source}"]
+    summary = _run(str(tmp_path / "run"), *sources, "stages=[shards, teachers]")
     with tarfile.open(source) as tar:
         files = [member for member in tar if member.isfile()]
     found = summary["shards"]["metrics"]
