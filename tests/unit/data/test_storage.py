@@ -175,13 +175,13 @@ def test_path_that_could_leave_the_root_is_refused(storage: Storage, path: str) 
 
 @given(st.text(max_size=20))
 def test_no_accepted_path_leaves_the_root(path: str) -> None:
-    storage = Storage("/root/of/storage")
+    storage = Storage("/some/storage")
     try:
         uri = storage.uri(path)
     except ValueError:
         return
     assert os.path.normpath(uri) == uri
-    assert uri.startswith("/root/of/storage/")
+    assert uri.startswith("/some/storage/")
 
 
 @pytest.mark.parametrize(
