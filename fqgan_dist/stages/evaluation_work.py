@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
 from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
-from fqgan_dist.stages.images import center_view, chunk_range, count_chunks, read_rows
+from fqgan_dist.stages.id_ranges import IdRanges
+from fqgan_dist.stages.images import center_view, count_chunks, read_rows
 from fqgan_dist.stages.samples import read_samples, sample_files
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import compute_features, load_teachers
@@ -64,7 +65,7 @@ class EvaluationModels:
         return load_teachers(self.context.config, self.context.device)
 
 
-class ImageWork(ABC):
+class ImageWork(IdRanges, ABC):
     """Base of work on ranges of `count` ids that needs the tokenizer and Inception."""
 
     unit = "images"
@@ -72,10 +73,9 @@ class ImageWork(ABC):
     def __init__(
         self, context: RunContext, models: EvaluationModels, name: str, count: int, chunk_size: int
     ) -> None:
+        super().__init__(count, chunk_size)
         self.context = context
         self.models = models
-        self.count = count
-        self.chunk_size = chunk_size
         self.description = f"evaluating {name}"
         identity = {
             "work": name,
@@ -96,21 +96,9 @@ class ImageWork(ABC):
     def process(self, chunk: int) -> None:
         """Make and commit the chunk's output."""
 
-    def chunks(self) -> Sequence[int]:
-        """All ranges of ids."""
-        return range(count_chunks(self.count, self.chunk_size))
-
-    def size(self, chunk: int) -> int:
-        """Ids in the range."""
-        return len(self.ids(chunk))
-
     def is_done(self, chunk: int) -> bool:
         """Whether the file is there; it is written whole or not at all."""
         return self.files.exists(chunk)
-
-    def ids(self, chunk: int) -> range:
-        """Return the ids of a chunk."""
-        return chunk_range(chunk, self.chunk_size, self.count)
 
     @property
     def evaluator_id(self) -> str:

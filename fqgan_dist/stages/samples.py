@@ -22,7 +22,7 @@ from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.autoregressive import load_model
 from fqgan_dist.stages.config import SamplesConfig
-from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
@@ -81,25 +81,17 @@ class SamplesStage:
         ]
 
 
-class SampleWork:
+class SampleWork(IdRanges):
     """Sampling; chunk c is the sample ids [c * chunk_size, (c + 1) * chunk_size)."""
 
     description = "samples"
     unit = "samples"
 
     def __init__(self, context: RunContext) -> None:
+        super().__init__(context.config.samples.count, context.config.samples.chunk_size)
         self.context = context
         self.num_classes = context.load_dataset("train").num_classes
         self.files = sample_files(context)
-
-    def chunks(self) -> Sequence[int]:
-        """All ranges of ids."""
-        samples = self.context.config.samples
-        return range(count_chunks(samples.count, samples.chunk_size))
-
-    def size(self, chunk: int) -> int:
-        """Ids in the range."""
-        return len(self._ids(chunk))
 
     def is_done(self, chunk: int) -> bool:
         """Whether the file is there; it is written whole or not at all."""
@@ -107,7 +99,7 @@ class SampleWork:
 
     def process(self, chunk: int) -> None:
         """Draw one range."""
-        ids = self._ids(chunk)
+        ids = self.ids(chunk)
         settings = self.context.config.samples
         model = self.context.config.autoregressive.model
         labels = choose_labels(ids, settings, self.num_classes)
@@ -126,10 +118,6 @@ class SampleWork:
     @functools.cached_property
     def _model(self) -> FactorizedTransformer:
         return load_model(self.context)
-
-    def _ids(self, chunk: int) -> range:
-        samples = self.context.config.samples
-        return chunk_range(chunk, samples.chunk_size, samples.count)
 
 
 def choose_labels(ids: Sequence[int], settings: SamplesConfig, num_classes: int) -> Tensor:

@@ -27,7 +27,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from fqgan_dist.data.tensor_files import TensorFiles
-from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.stage import RunChunks, RunContext
 from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
@@ -71,7 +71,7 @@ def export_samples(
     return path
 
 
-class ExportWork:
+class ExportWork(IdRanges):
     """Decoding of samples to files; its chunks are the samples' chunks."""
 
     unit = "samples"
@@ -79,6 +79,7 @@ class ExportWork:
     def __init__(
         self, context: RunContext, samples: TensorFiles, export_format: ExportFormat
     ) -> None:
+        super().__init__(context.config.samples.count, context.config.samples.chunk_size)
         self.context = context
         self.samples = samples
         self.format: ExportFormat = export_format
@@ -91,15 +92,6 @@ class ExportWork:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         exports = f"samples/exports/{digest[:32]}"
         self.folder = exports if export_format == "npz" else f"{exports}/{export_format}"
-
-    def chunks(self) -> Sequence[int]:
-        """All ranges of ids."""
-        samples = self.context.config.samples
-        return range(count_chunks(samples.count, samples.chunk_size))
-
-    def size(self, chunk: int) -> int:
-        """Ids in the range."""
-        return len(self._ids(chunk))
 
     def is_done(self, chunk: int) -> bool:
         """Whether the chunk's last file is there."""
@@ -118,7 +110,7 @@ class ExportWork:
     def process(self, chunk: int) -> None:
         """Decode one range of samples and write it."""
         images, labels = self._decode(chunk)
-        names = [f"{sample:08d}" for sample in self._ids(chunk)]
+        names = [f"{sample:08d}" for sample in self.ids(chunk)]
         named = list(zip(names, images, labels.tolist(), strict=True))
         match self.format:
             case "npz":
@@ -147,10 +139,6 @@ class ExportWork:
     @functools.cached_property
     def _tokenizer(self) -> FactorizedTokenizer:
         return load_tokenizer(self.context)
-
-    def _ids(self, chunk: int) -> range:
-        samples = self.context.config.samples
-        return chunk_range(chunk, samples.chunk_size, samples.count)
 
 
 def _join_npz(work: ExportWork, path: str) -> None:

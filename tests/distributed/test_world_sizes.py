@@ -120,12 +120,11 @@ def test_the_tokenizer_s_trajectories_are_no_further_apart_than_one_ulp_leads(
     """They are chaotic: every difference in the last bit grows to a hundredth within some steps.
 
     After 12 steps three control runs, each one ulp away at the start, were 0.0125, 0.0129 and
-    0.0192 away; two and three ranks 0.0085 and 0.0128. Half of the largest is granted on top, for
-    the draws of another machine's arithmetic scatter like those.
+    0.0192 away; two and three ranks 0.0085 and 0.0128.
     """
     one = results["tokenizer", 1]
     controls = [tensor for name, tensor in one.items() if name.startswith("long/control-")]
     largest = max(distance(control, one["long/trajectory"]) for control in controls)
     several = results["tokenizer", world_size]["long/trajectory"]
     assert len(controls) == 3
-    assert 0 < distance(several, one["long/trajectory"]) < 1.5 * largest
+    assert 0 < distance(several, one["long/trajectory"]) <= largest
