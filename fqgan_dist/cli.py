@@ -4,6 +4,7 @@
     fqgan shards|teachers|train|codes|sample|evaluate|report CONFIG [key.sub=value ...]
     fqgan checkpoints list|verify|export|prune CONFIG tokenizer|autoregressive [key=value ...]
     fqgan weights fetch CONFIG to=DIR [key.sub=value ...] [--json]
+    fqgan doctor [CONFIG] [key.sub=value ...] [--json]
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found damage.
 """
@@ -81,6 +82,7 @@ def _build_parser() -> argparse.ArgumentParser:
         command.set_defaults(command_fn=_run, command=name)
     _add_checkpoint_commands(commands)
     _add_weights_commands(commands)
+    _add_doctor_command(commands)
     return parser
 
 
@@ -120,6 +122,20 @@ def _add_weights_commands(commands: argparse._SubParsersAction) -> None:
     fetch.add_argument("overrides", metavar="key.sub=value", nargs="*")
     fetch.add_argument("--json", action="store_true", help="print the result as JSON")
     fetch.set_defaults(command_fn=_fetch_weights)
+
+
+def _add_doctor_command(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine, or every node of the cluster of RAY_ADDRESS",
+        allow_abbrev=False,
+    )
+    doctor.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="also check its storage, weights and resources"
+    )
+    doctor.add_argument("overrides", metavar="key.sub=value", nargs="*")
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(command_fn=_diagnose)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -167,6 +183,17 @@ def _fetch_weights(options: argparse.Namespace) -> int:
     print(json.dumps(result.report, indent=1) if options.json else result.text)
     result.check()
     return DONE
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from fqgan_dist.orchestration.doctor import run_doctor
+
+    config = None
+    if options.config is not None:
+        config = load_config(options.config, options.overrides, RunConfig)
+    diagnosis = run_doctor(config)
+    print(json.dumps(diagnosis.report, indent=1) if options.json else diagnosis.text)
+    return FAILED if diagnosis.has_failed else DONE
 
 
 def _split_options(texts: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

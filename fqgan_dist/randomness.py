@@ -7,12 +7,17 @@ any layout of processes draws the same numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fqgan_dist.loss_group import ALONE, LossGroup
 
 Key = int | str | np.integer[Any]
 
@@ -40,14 +45,100 @@ def torch_generator(*key: Key, device: torch.device | str = "cpu") -> torch.Gene
 
 
 @contextmanager
-def keyed_torch_rng(*key: Key, device: torch.device) -> Iterator[None]:
+def keyed_torch_rng(
+    *key: Key, device: torch.device, loss_group: LossGroup = ALONE
+) -> Iterator[None]:
     """Seed torch's default generators for a block, for what takes no generator (dropout).
 
     The generators' former states come back afterwards.
+
+    Args:
+        key: what the numbers are for.
+        device: whose generator is seeded besides the CPU's.
+        loss_group: the ranks that share the micro-batch that the block runs: each draws for all of
+            it and uses its own rows, so that it is given the numbers that a single rank would be.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        )
         torch.manual_seed(derive_seed(*key))
+        if loss_group.size > 1:
+            stack.enter_context(_DrawsForWholeMicroBatch(loss_group))
         yield
+
+
+class _DrawsForWholeMicroBatch(TorchFunctionMode):
+    """Replaces what draws numbers along a batch by the member's rows of the whole batch's draw.
+
+    The first axis is the batch, or the batch with others below it in one axis.
+    """
+
+    def __init__(self, loss_group: LossGroup) -> None:
+        super().__init__()
+        self._loss_group = loss_group
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return self._drop(*args, **kwargs)
+        if func is torch.rand:
+            return self._draw_uniform(*args, **kwargs)
+        # What is drawn unseen would differ between sizes of the group, without a sound.
+        assert func not in _NOT_SHARED, f"{func.__name__} is not shared between members yet"
+        return func(*args, **kwargs)
+
+    def _drop(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return functional.dropout(input, p, training, inplace)
+        assert not inplace, "in-place dropout is not shared between members yet"
+        with torch.no_grad():
+            drawn = functional.dropout(self._whole_like(input).fill_(1), p)
+            is_kept = drawn[self._loss_group.rows(len(input))] != 0
+            # As torch rounds the factor: on the CPU to the input's type, on a GPU at least float32.
+            is_fused = input.device.type == "cuda"
+            precision = torch.promote_types(input.dtype, torch.float32) if is_fused else input.dtype
+            scale = torch.ones((), dtype=precision).div_(1 - p).item()
+        return torch.where(is_kept, input * scale, 0.0)
+
+    def _whole_like(self, input: Tensor) -> Tensor:
+        # Numbers are drawn in the order of memory, which need not be that of the axes: some
+        # convolutions give channels last.
+        sample = torch.empty_like(input[0])
+        shape = (self._loss_group.size * len(input), *sample.shape)
+        return input.new_empty_strided(shape, (sample.numel(), *sample.stride()))
+
+    def _draw_uniform(self, *size: Any, **options: Any) -> Tensor:
+        shape = size[0] if isinstance(size[0], Sequence) else size
+        drawn = torch.rand((self._loss_group.size * shape[0], *shape[1:]), **options)
+        return drawn[self._loss_group.rows(shape[0])]
+
+
+_NOT_SHARED = {
+    functional.alpha_dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.feature_alpha_dropout,
+    functional.rrelu,
+    torch.bernoulli,
+    torch.multinomial,
+    torch.normal,
+    torch.rand_like,
+    torch.randint,
+    torch.randn,
+    torch.randn_like,
+    torch.randperm,
+}
+"""Other functions that draw numbers; none of our networks uses one in a training pass."""
 
 
 def _describe(part: Key) -> str:

@@ -25,6 +25,7 @@ LEVELS = {
     "fqgan_dist": BASE,
     "config": BASE,
     "errors": BASE,
+    "loss_group": BASE,
     "randomness": BASE,
     "weights": BASE,
     "world": BASE,
@@ -38,12 +39,14 @@ LEVELS = {
     "stages": STAGES,
     "report": REPORT,
     "data_tools": REPORT,
+    "diagnosis": REPORT,
     "cli": TOP,
     "orchestration": TOP,
 }
 """design.md, section 2. A part may import lower levels and itself, never its own level.
 
-`report` and `data_tools` are top, but know nothing of `cli` and `orchestration`, which call them.
+`report`, `diagnosis` and `data_tools` are top, but know nothing of `cli` and `orchestration`, which
+call them.
 Base and top modules may import each other within their level.
 """
 

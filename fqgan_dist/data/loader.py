@@ -23,6 +23,7 @@ from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import ViewConfig, num_views
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.loss_group import ALONE, LossGroup
 
 __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
 
@@ -61,12 +62,19 @@ class _StepLoader(Generic[BatchT]):
         """The sha256 of the dataset's index."""
         return self.index.dataset_id
 
-    def batches(self, start_step: int, micro_batches: Sequence[int]) -> Iterator[list[BatchT]]:
+    def batches(
+        self,
+        start_step: int,
+        micro_batches: Sequence[int],
+        *,
+        loss_group: LossGroup = ALONE,
+    ) -> Iterator[list[BatchT]]:
         """Yield, for every step from `start_step` on and without end, some of its micro-batches.
 
         Args:
             start_step: first step, from 0.
             micro_batches: which of the M micro-batches of each global batch, in this order.
+            loss_group: the ranks that share them; only this member's samples are read.
 
         Raises:
             DataError: a sample is damaged or missing; names shard and sample.
@@ -78,10 +86,21 @@ class _StepLoader(Generic[BatchT]):
                 f"micro_batches {list(micro_batches)}: expected numbers in "
                 f"[0, {self.plan.micro_batches_per_step})"
             )
-        return self._stream(start_step, tuple(micro_batches))
+        if self.plan.micro_batch_size % loss_group.size:
+            raise ValueError(
+                f"micro_batch_size {self.plan.micro_batch_size}: {loss_group.size} ranks cannot "
+                f"share it; expected a multiple"
+            )
+        return self._stream(start_step, tuple(micro_batches), loss_group)
 
-    def _stream(self, start_step: int, micro_batches: tuple[int, ...]) -> Iterator[list[BatchT]]:
-        wanted = ((step, m) for step in itertools.count(start_step) for m in micro_batches)
+    def _stream(
+        self, start_step: int, micro_batches: tuple[int, ...], loss_group: LossGroup
+    ) -> Iterator[list[BatchT]]:
+        wanted = (
+            MicroBatchIndex(step, index, loss_group.member, loss_group.size)
+            for step in itertools.count(start_step)
+            for index in micro_batches
+        )
         if self._loader_workers:
             loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
         else:

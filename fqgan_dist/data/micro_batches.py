@@ -7,6 +7,7 @@ them, so memory is bounded by the window. Safe to call from several threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,18 @@ from fqgan_dist.data.views import ViewConfig, apply_view
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
 
-MicroBatchIndex = tuple[int, int]
-"""Step and index of the micro-batch in its global batch."""
+
+class MicroBatchIndex(NamedTuple):
+    """Which samples of the endless stream are loaded together."""
+
+    step: int
+    """From 0."""
+    micro_batch: int
+    """Index in the step's global batch."""
+    member: int = 0
+    """Which of `num_members` equal runs of the micro-batch's samples."""
+    num_members: int = 1
+    """Ranks that share the micro-batch; 1: all its samples are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +57,12 @@ class BatchPlan:
                 f"{self.micro_batches_per_step}: expected at least 1 each"
             )
 
-    def slots(self, step: int, micro_batch: int) -> range:
-        """Give the slots of the sample order that a micro-batch holds."""
-        start = (step * self.micro_batches_per_step + micro_batch) * self.micro_batch_size
-        return range(start, start + self.micro_batch_size)
+    def slots(self, index: MicroBatchIndex) -> range:
+        """Give the slots of the sample order that a micro-batch, or a member's run of it, holds."""
+        micro_batch = index.step * self.micro_batches_per_step + index.micro_batch
+        count = self.micro_batch_size // index.num_members
+        start = micro_batch * self.micro_batch_size + index.member * count
+        return range(start, start + count)
 
 
 class _Samples:
@@ -76,7 +89,7 @@ class _Samples:
 
     def locate(self, index: MicroBatchIndex) -> SampleLocations:
         """Find the samples of a micro-batch."""
-        return self.order.locate(self.plan.slots(*index))
+        return self.order.locate(self.plan.slots(index))
 
     def table(self, shard: int) -> SampleTable:
         """Give a shard's table of samples."""
@@ -126,7 +139,7 @@ class ImageSource(_Samples):
         ]
         images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
         features = self._gather_features(places, views) if self._features else {}
-        return ImageBatch(images, labels, keys, views, features, micro_batch=index[1])
+        return ImageBatch(images, labels, keys, views, features, micro_batch=index.micro_batch)
 
     def _read_images(self, places: SampleLocations) -> list[bytes]:
         ranges: list[tuple[str, int, int]] = []
@@ -194,7 +207,7 @@ class CodeSource(_Samples):
             codes.append(shard_codes[row])
             views.append(int(shard_views[row]))
         stacked = torch.from_numpy(np.stack(codes).astype(np.int64))
-        return CodeBatch(stacked, labels, keys, views, micro_batch=index[1])
+        return CodeBatch(stacked, labels, keys, views, micro_batch=index.micro_batch)
 
     def _draw_codes(self, epoch_and_shard: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Read a shard's codes and keep one view of each sample, (n, K, h, w), and its number."""

@@ -24,8 +24,7 @@ from fqgan_dist.stages.training import (
     trained_outputs,
     training_settings,
 )
-from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.training.engines import build_engine
 
 
 class AutoregressiveStage:
@@ -56,10 +55,10 @@ class AutoregressiveStage:
         training = context.config.autoregressive.training
         task = build_autoregressive_task(context)
         loader = build_code_loader(context)
-        slots = assign_slots(training.micro_batches_per_step, context.world)
 
         def batches(first_step: int) -> Iterator[Sequence[CodeBatch]]:
-            return loader.batches(first_step, [slot.micro_batch for slot in slots])
+            micro_batches = [slot.micro_batch for slot in task.slots]
+            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
 
         result = run_training(context, STAGE, task, batches, training)
         return StageOutcome(
@@ -87,12 +86,11 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         )
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
-    engine = PlainEngine(
+    engine = build_engine(
         model,
-        config.training.optimizer,
+        config.training,
         name=STAGE,
         world=context.world,
-        num_micro_batches=config.training.micro_batches_per_step,
         device=context.device,
         parameter_groups=[
             dict(group) for group in decay_groups(model, config.training.optimizer.weight_decay)

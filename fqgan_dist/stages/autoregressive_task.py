@@ -11,6 +11,7 @@ from fqgan_dist.autoregressive.config import AutoregressiveConfig
 from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeBatch
+from fqgan_dist.loss_group import build_loss_group
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.training.autocast import autocast
@@ -47,9 +48,14 @@ class AutoregressiveTask:
         self.training = training
         self.codebook_names = list(codebook_names)
         self.evaluate_fn = evaluate_fn
-        self.slots = assign_slots(training.micro_batches_per_step, engine.world)
+        self.slots = assign_slots(
+            training.micro_batches_per_step, engine.world, training.ranks_per_micro_batch
+        )
+        self.loss_group = build_loss_group(engine.world, training.ranks_per_micro_batch)
         self.ema = (
-            ExponentialMovingAverage(self.model, training.ema_decay) if training.ema_decay else None
+            ExponentialMovingAverage(engine.local_parameters(), training.ema_decay)
+            if training.ema_decay
+            else None
         )
 
     @property
@@ -73,7 +79,10 @@ class AutoregressiveTask:
         def loss_fn(slot: Slot, batch: CodeBatch) -> tuple[Tensor, Tensor]:
             codes, labels = batch.codes.to(device), batch.labels.to(device)
             key = (self.training.seed, STAGE, step, slot.micro_batch)
-            with keyed_torch_rng(*key, device=device), autocast(self.training.precision, device):
+            with (
+                keyed_torch_rng(*key, device=device, loss_group=self.loss_group),
+                autocast(self.training.precision, device),
+            ):
                 losses = compute_code_losses(self.engine.forward(codes, labels), codes)
             # The paper's loss is the mean over codebooks of token-mean cross-entropies.
             return losses.mean(), losses.detach()
@@ -84,10 +93,11 @@ class AutoregressiveTask:
             micro_batches,
             loss_fn,
             num_micro_batches=self.training.micro_batches_per_step,
+            ranks_per_micro_batch=self.training.ranks_per_micro_batch,
         )
         norm = self.engine.step(lr=lr, losses=rows)
         if self.ema is not None:
-            self.ema.update(self.model)
+            self.ema.update(self.engine.local_parameters())
         per_codebook = rows.mean(dim=0)
         return {
             "autoregressive/loss/total": per_codebook.mean(),
@@ -105,30 +115,30 @@ class AutoregressiveTask:
 
     def evaluate(self, step: int) -> dict[str, float]:  # noqa: ARG002  part of the Task protocol
         """Measure the averaged weights if there are any, else the current ones."""
-        model = self.model.eval()
-        try:
-            if self.ema is None:
+        averages = self.ema.state_dict() if self.ema is not None else None
+        with self.engine.whole_weights(averages) as model:
+            assert isinstance(model, FactorizedTransformer), f"engine of {type(model).__name__}"
+            model.eval()
+            try:
                 return self.evaluate_fn(model)
-            with self.ema.applied(model):
-                return self.evaluate_fn(model)
-        finally:
-            model.train()
+            finally:
+                model.train()
 
     def state_dict(self) -> Parts:
-        """Return the model, its optimizer and the averaged weights."""
+        """Return what this rank saves of the model, its optimizer and the averaged weights."""
         state = self.engine.state_dict()
-        parts = {
+        parts: Parts = {
             "autoregressive": state["weights"],
             "autoregressive_optimizer": state["optimizer"],
         }
         if self.ema is not None:
-            parts["autoregressive_ema"] = self.ema.state_dict()
+            parts["autoregressive_ema"] = self.engine.share(self.ema.state_dict())
         return parts
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what the `state_dict` of all ranks returned."""
         self.engine.load_state_dict(
             {"weights": parts["autoregressive"], "optimizer": parts["autoregressive_optimizer"]}
         )
         if self.ema is not None:
-            self.ema.load_state_dict(parts["autoregressive_ema"])
+            self.ema.load_state_dict(self.engine.localize(parts["autoregressive_ema"]))

@@ -21,7 +21,7 @@ from fqgan_dist.data.views import CropRecord, ViewConfig, num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.images import center_view, read_shard
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import ProcessLocalCaches, RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.tokenizer import encode_images, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
@@ -64,7 +64,7 @@ class CodesStage:
         return StageOutcome(outputs=outputs, metrics=metrics)
 
 
-class CodeWork:
+class CodeWork(ProcessLocalCaches):
     """Code extraction of one split; chunk s is shard s."""
 
     unit = "crops"

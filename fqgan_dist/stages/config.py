@@ -12,6 +12,7 @@ from fqgan_dist.config import Config
 from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import PUBLISHED_RESOLUTION, InceptionConfig
+from fqgan_dist.stages.execution import RayConfig
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig
 from fqgan_dist.teachers.config import TeacherConfig
@@ -94,6 +95,15 @@ class TokenizerStageConfig(Config):
     losses: TokenizerLossConfig = TokenizerLossConfig()
     training: TrainingConfig
 
+    @model_validator(mode="after")
+    def _check_zero_stage(self) -> TokenizerStageConfig:
+        if self.training.zero_stage > 2:
+            raise ValueError(
+                f"training.zero_stage: {self.training.zero_stage} cannot train the tokenizer, "
+                f"whose loss flows through two partitioned models; use 0, 1 or 2"
+            )
+        return self
+
 
 class CodesConfig(Config):
     """Extraction of the codes that FAR is trained on."""
@@ -173,8 +183,9 @@ class RunConfig(Config):
     name: str
     """Shown in the report."""
     storage: StorageConfig
-    execution: Literal["local"] = "local"
-    """`local`: every stage in this process."""
+    execution: Literal["local", "ray"] = "local"
+    """`local`: every stage in this process. `ray`: train workers and actor pools on a cluster."""
+    ray: RayConfig = RayConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU of this process if there is one."""
     num_threads: int | None = Field(default=None, gt=0)

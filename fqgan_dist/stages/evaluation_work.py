@@ -23,9 +23,10 @@ from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
 from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
 from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.images import center_view, count_chunks, read_rows
+from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.samples import read_samples, sample_files
-from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.teachers import compute_features, load_teachers
+from fqgan_dist.stages.stage import ProcessLocalCaches, RunContext
+from fqgan_dist.stages.teachers import compute_features, load_same_teachers
 from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
 from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher
@@ -41,18 +42,21 @@ MANIFOLD_REFERENCE_IMAGES = 10_000
 quadratic."""
 
 
-class EvaluationModels:
+class EvaluationModels(ProcessLocalCaches):
     """The networks that the evaluation needs, each built at its first use in a process."""
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        self.network_ids = NetworkIds()
 
     @functools.cached_property
     def inception(self) -> InceptionFeatures:
         """The feature network."""
         config = self.context.config.evaluation.inception
         path = resolve_weights(config.weights, field="evaluation.inception.weights")
-        return build_inception(config, device=self.context.device, weights_path=path)
+        inception = build_inception(config, device=self.context.device, weights_path=path)
+        self.network_ids.confirm("Inception", inception.evaluator_id)
+        return inception
 
     @functools.cached_property
     def tokenizer(self) -> FactorizedTokenizer:
@@ -62,7 +66,7 @@ class EvaluationModels:
     @functools.cached_property
     def teachers(self) -> dict[str, Teacher]:
         """The teachers by name."""
-        return load_teachers(self.context.config, self.context.device)
+        return load_same_teachers(self.context, self.network_ids)
 
 
 class ImageWork(IdRanges, ABC):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.micro_batches import Slot
 from fqgan_dist.world import World
 
@@ -131,12 +132,29 @@ class MeasuringEngine:
     def raise_if_not_finite(self) -> None:
         """Nothing was computed."""
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
         """Return the weights; there is no optimizer."""
         return {"weights": dict(self.module.state_dict()), "optimizer": {}}
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load nothing: meta tensors have no values."""
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters, which are whole."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
+        """Return the values: there is one rank."""
+        return dict(values)
+
+    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values: parameters are whole."""
+        return dict(values)
+
+    @contextmanager
+    def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:  # noqa: ARG002  part of Engine
+        """Give the model as it is: meta tensors have no values."""
+        yield self.module
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fqgan_dist.stages.images import chunk_range, count_chunks
+from fqgan_dist.stages.stage import ProcessLocalCaches
 
 
-class IdRanges:
+class IdRanges(ProcessLocalCaches):
     """The chunks of such work; base of those that implement `fqgan_dist.stages.stage.ChunkWork`."""
 
     def __init__(self, count: int, chunk_size: int) -> None:

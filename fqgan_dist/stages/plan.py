@@ -6,6 +6,7 @@ nothing is downloaded, trained or written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,26 +20,33 @@ from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.footprint import META, MeasuringEngine, imitated_gpu
 from fqgan_dist.stages.manifest import load_record
-from fqgan_dist.stages.names import STAGE_NAMES
+from fqgan_dist.stages.model_states import (
+    FP32_BYTES,
+    chosen_zero_stage,
+    compute_state_sizes,
+    name_engine,
+)
+from fqgan_dist.stages.names import STAGE_NAMES, StageName
+from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_unfilled_perceptual_loss
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.world import World
 
 Plan = dict[str, Any]
 """JSON-able."""
 
 IMAGENET_IMAGES = 1_281_167
 """Training images of ImageNet-1k, the paper's dataset."""
-_FP32_BYTES = 4
 _HALF_BYTES = 2
 """Of a float16 feature value and of a uint16 code."""
 
 
 def plan_run(config: RunConfig) -> Plan:
-    """Work out sizes, memory, steps and placement of a run.
+    """Work out sizes, memory, steps and placement of a run; of the stages that it would run.
 
     Raises:
         ConfigError: settings that only show their conflict when models or stores are built.
@@ -49,10 +57,9 @@ def plan_run(config: RunConfig) -> Plan:
         "name": config.name,
         "storage_root": config.storage.root,
         "stages": [name for name in STAGE_NAMES if name in config.stages],
-        "placement": _place(config),
+        "placement": plan_placement(config),
         "dataset": {"training_images": num_images, "known_from": images_source},
-        "tokenizer": _plan_tokenizer(config),
-        "autoregressive": _plan_autoregressive(config),
+        **{stage: _PLANS[stage](config) for stage in training_stages(config)},
         "stored": _plan_stored(config, num_images),
         "notes": _collect_notes(config),
     }
@@ -64,7 +71,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _plan_tokenizer(config: RunConfig) -> Plan:
-    stage = config.tokenizer
+    stage, ranks = config.tokenizer, planned_world_size(config)
     with META:
         tokenizer = FactorizedTokenizer(stage.model)
         discriminator = DiscriminatorPasses(PatchDiscriminator(stage.discriminator))
@@ -77,10 +84,10 @@ def _plan_tokenizer(config: RunConfig) -> Plan:
         perceptual=perceptual,
         teachers=None,
         losses=stage.losses,
-        training=_one_micro_batch(stage.training),
+        training=_one_pass(stage.training),
         evaluate_fn=lambda _: {},
     )
-    size, pixels = stage.training.micro_batch_size, stage.model.image_size
+    size, pixels = stage.training.images_per_pass, stage.model.image_size
     batch = ImageBatch(
         images=torch.empty(size, 3, pixels, pixels, dtype=torch.uint8, device=META),
         labels=torch.empty(size, dtype=torch.int64, device=META),
@@ -102,33 +109,36 @@ def _plan_tokenizer(config: RunConfig) -> Plan:
         "discriminator": count_parameters(discriminator),
         "perceptual_network": count_parameters(perceptual),
     }
-    trained = counts["tokenizer"] + counts["discriminator"]
     return {
         "parameters": counts,
-        "training": _plan_training(stage.training),
-        "memory": {
-            **_model_states(stage.training, trained, averaged=counts["tokenizer"]),
-            "frozen_bytes": counts["perceptual_network"] * _FP32_BYTES,
-            "saved_activations_bytes": {
+        "training": _plan_training(stage.training, ranks),
+        "memory": _plan_memory(
+            stage.training,
+            ranks,
+            trained=counts["tokenizer"] + counts["discriminator"],
+            averaged=counts["tokenizer"],
+            frozen=counts["perceptual_network"],
+            activations={
                 "tokenizer_pass": engine.saved_bytes,
                 "discriminator_pass": discriminator_engine.saved_bytes,
             },
-        },
+            zero_stages=(1, 2),
+        ),
     }
 
 
 def _plan_autoregressive(config: RunConfig) -> Plan:
-    stage = config.autoregressive
+    stage, ranks = config.autoregressive, planned_world_size(config)
     with META:
         model = FactorizedTransformer(stage.model)
     engine = MeasuringEngine(model)
     task = AutoregressiveTask(
         engine=engine,
-        training=_one_micro_batch(stage.training),
+        training=_one_pass(stage.training),
         codebook_names=[book.name for book in config.tokenizer.model.codebooks],
         evaluate_fn=lambda _: {},
     )
-    size, grid = stage.training.micro_batch_size, stage.model.grid_size
+    size, grid = stage.training.images_per_pass, stage.model.grid_size
     shape = (size, stage.model.num_codebooks, grid, grid)
     batch = CodeBatch(
         codes=torch.empty(shape, dtype=torch.int64, device=META),
@@ -147,30 +157,53 @@ def _plan_autoregressive(config: RunConfig) -> Plan:
     }
     return {
         "parameters": counts,
-        "training": _plan_training(stage.training),
-        "memory": {
-            **_model_states(stage.training, total, averaged=total),
-            "frozen_bytes": 0,
-            "saved_activations_bytes": {"pass": engine.saved_bytes},
-        },
+        "training": _plan_training(stage.training, ranks),
+        "memory": _plan_memory(
+            stage.training,
+            ranks,
+            trained=total,
+            averaged=total,
+            frozen=0,
+            activations={"pass": engine.saved_bytes},
+            zero_stages=(1, 2, 3),
+        ),
     }
 
 
-def _one_micro_batch(training: TrainingConfig) -> TrainingConfig:
-    # Autocast is imitated from outside: the meta device has none.
+_PLANS: dict[StageName, Callable[[RunConfig], Plan]] = {
+    "tokenizer": _plan_tokenizer,
+    "autoregressive": _plan_autoregressive,
+}
+
+
+def _one_pass(training: TrainingConfig) -> TrainingConfig:
+    """Describe the pass of one rank: a member's images of one micro-batch."""
     return training.model_copy(
-        update={"global_batch_size": training.micro_batch_size, "precision": "fp32"}
+        update={
+            "global_batch_size": training.images_per_pass,
+            "micro_batch_size": training.images_per_pass,
+            "ranks_per_micro_batch": 1,
+            # Autocast is imitated from outside: the meta device has none.
+            "precision": "fp32",
+        }
     )
 
 
-def _plan_training(training: TrainingConfig) -> Plan:
+def _plan_training(training: TrainingConfig, ranks: int) -> Plan:
     images_seen = training.steps * training.global_batch_size
+    passes = training.gradient_accumulation_steps(World(world_size=ranks))
+    groups = ranks // training.ranks_per_micro_batch
     return {
         "steps": training.steps,
         "global_batch_size": training.global_batch_size,
         "micro_batch_size": training.micro_batch_size,
         "micro_batches_per_step": training.micro_batches_per_step,
-        "largest_world_size": training.micro_batches_per_step,
+        "largest_world_size": training.global_batch_size,
+        "ranks": ranks,
+        "ranks_per_micro_batch": training.ranks_per_micro_batch,
+        "images_per_pass": training.images_per_pass,
+        "passes_per_step": passes,
+        "idle_passes_per_step": passes * groups - training.micro_batches_per_step,
         "precision": training.precision,
         "images_seen": images_seen,
         "epochs_of_imagenet": round(images_seen / IMAGENET_IMAGES, 2),
@@ -179,28 +212,49 @@ def _plan_training(training: TrainingConfig) -> Plan:
     }
 
 
-def _model_states(training: TrainingConfig, parameters: int, *, averaged: int) -> Plan:
-    """Give the bytes per GPU of what a training keeps besides activations, all fp32.
+def _plan_memory(
+    training: TrainingConfig,
+    ranks: int,
+    *,
+    trained: int,
+    averaged: int,
+    frozen: int,
+    activations: dict[str, int],
+    zero_stages: tuple[int, ...],
+) -> Plan:
+    """Give the bytes per GPU with the configured engine, and of the states with the others.
 
-    ZeRO-1 gives each of N ranks the moments of 1/N of the parameters, with a copy of these to
-    update; parameters and gradients are whole on every rank.
+    Args:
+        training: its engine and sizes.
+        ranks: planned world size.
+        trained: number of trained parameters.
+        averaged: those that have an average if the config asks for one.
+        frozen: number of frozen parameters.
+        activations: bytes kept for the backward pass, by kind of pass.
+        zero_stages: stages of ZeRO that can train this.
     """
-    whole = parameters * _FP32_BYTES
-    ema = averaged * _FP32_BYTES if training.ema_decay else 0
-    ranks = training.micro_batches_per_step
-    plain = {"parameters": whole, "gradients": whole, "adam_moments": 2 * whole, "ema": ema}
-    zero = {
-        "parameters": whole,
-        "gradients": whole,
-        "adam_moments": -(-2 * whole // ranks),
-        "parameter_partition": -(-whole // ranks),
-        "ema": ema,
-    }
+    averaged = averaged if training.ema_decay else 0
+    zero_stage = chosen_zero_stage(training)
+    sizes = compute_state_sizes(trained, zero_stage=zero_stage, ranks=ranks, averaged=averaged)
+    # One process has nobody to share with: show what the most ranks of one GPU per micro-batch do.
+    others = ranks if ranks > 1 else training.micro_batches_per_step
+    states = {**vars(sizes), "total": sizes.total}
     return {
-        "plain_bytes": plain | {"total": sum(plain.values())},
-        "zero1_ranks": ranks,
-        "zero1_bytes": zero | {"total": sum(zero.values())},
-        "checkpoint_bytes": 3 * whole + ema,
+        "engine": {"name": training.engine, "zero_stage": zero_stage, "ranks": ranks},
+        "states_bytes": states,
+        "frozen_bytes": frozen * FP32_BYTES,
+        "saved_activations_bytes": activations,
+        "per_gpu_bytes": sizes.total + frozen * FP32_BYTES + max(activations.values()),
+        "other_engines": {
+            "ranks": others,
+            "states_bytes": {
+                name_engine(stage): compute_state_sizes(
+                    trained, zero_stage=stage, ranks=others, averaged=averaged
+                ).total
+                for stage in (None, *zero_stages)
+            },
+        },
+        "checkpoint_bytes": (3 * trained + averaged) * FP32_BYTES,
     }
 
 
@@ -230,22 +284,11 @@ def _count_images(config: RunConfig) -> tuple[int, str]:
     return IMAGENET_IMAGES, "assumed: ImageNet-1k; the shards are not written yet"
 
 
-def _place(config: RunConfig) -> Plan:
-    match config.execution:
-        case "local":
-            return {
-                "execution": "local",
-                "processes": 1,
-                "device": config.device,
-                "description": "every stage in this process, one after the other; a step runs its "
-                "micro-batches in turn",
-            }
-
-
 def _collect_notes(config: RunConfig) -> list[str]:
     notes = [
-        "Activations are those kept for one micro-batch's backward pass; temporaries, workspaces "
-        "and fragmentation come on top."
+        "Memory is that of states, frozen networks and the activations kept for the backward pass "
+        "of one rank's images; temporaries, communication buffers, workspaces and fragmentation "
+        "come on top."
     ]
     named = {teacher.name: teacher.weights.source for teacher in config.teachers.networks}
     named |= {
@@ -261,5 +304,23 @@ def _collect_notes(config: RunConfig) -> list[str]:
         notes.append("The teachers run in the training step; their memory is not counted.")
     if config.tokenizer.losses.discriminator_start_step > config.tokenizer.training.steps:
         notes.append("The discriminator never starts: its start step is after the last step.")
+    notes += _describe_idle_passes(config)
     notes += [f"Not here yet: {problem}." for _, problem in find_missing_files(config)]
+    return notes
+
+
+def _describe_idle_passes(config: RunConfig) -> list[str]:
+    trainings = {
+        "tokenizer": config.tokenizer.training,
+        "autoregressive": config.autoregressive.training,
+    }
+    notes: list[str] = []
+    for stage in training_stages(config):
+        plan = _plan_training(trainings[stage], planned_world_size(config))
+        idle, num = plan["idle_passes_per_step"], plan["micro_batches_per_step"]
+        if idle:
+            notes.append(
+                f"{stage}: {idle} of {num + idle} passes per step have no weight, as {num} "
+                f"micro-batches do not divide evenly among the groups of ranks."
+            )
     return notes

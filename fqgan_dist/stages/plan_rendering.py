@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fqgan_dist.stages.model_states import name_engine
+from fqgan_dist.stages.placement import TRAINING_STAGES
+
 _WIDTH = 100
 
 
@@ -18,8 +21,9 @@ def render_plan(plan: dict[str, Any]) -> str:
     output = io.StringIO()
     console = Console(file=output, width=_WIDTH, color_system=None)
     console.print(_run_table(plan))
-    for stage in ("tokenizer", "autoregressive"):
-        console.print(_stage_table(stage, plan[stage]))
+    for stage in TRAINING_STAGES:
+        if stage in plan:
+            console.print(_stage_table(stage, plan[stage]))
     for note in plan["notes"]:
         console.print(Text(f"- {note}"))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
@@ -32,6 +36,7 @@ def _run_table(plan: dict[str, Any]) -> Table:
     _add(table, "stages", ", ".join(plan["stages"]))
     _add(table, "placement", f"{placement['execution']}: {placement['description']}")
     _add(table, "device", placement["device"])
+    _add_processes(table, placement)
     images = f"{dataset['training_images']:,} ({dataset['known_from']})"
     _add(table, "training images", images)
     features = "none"
@@ -53,26 +58,72 @@ def _stage_table(stage: str, plan: dict[str, Any]) -> Table:
         table,
         "images per step",
         f"{training['global_batch_size']} = {training['micro_batches_per_step']} micro-batch(es) "
-        f"of {training['micro_batch_size']}; at most {training['largest_world_size']} rank(s)",
+        f"of {training['micro_batch_size']}; at most {training['largest_world_size']} ranks",
     )
+    _add(table, "ranks", _describe_ranks(training))
     _add(
         table,
         "steps",
         f"{training['steps']:,}, {training['images_seen']:,} images "
         f"= {training['epochs_of_imagenet']} epochs of ImageNet's 1,281,167",
     )
-    _add(table, "memory per GPU, plain/DDP", _states(memory["plain_bytes"]))
-    if memory["zero1_ranks"] > 1:
-        title = f"memory per GPU, ZeRO-1 x{memory['zero1_ranks']}"
-        _add(table, title, _states(memory["zero1_bytes"]))
+    _add(table, "memory per GPU", _size(memory["per_gpu_bytes"]))
+    engine = memory["engine"]
+    title = f"  states, {name_engine(engine['zero_stage'])} x{engine['ranks']}"
+    _add(table, title, _states(memory["states_bytes"]))
     for name, size in memory["saved_activations_bytes"].items():
-        title = f"saved activations, {name.replace('_', ' ')}"
-        _add(table, title, f"{_size(size)} per micro-batch, {training['precision']}")
+        title = f"  saved activations, {name.replace('_', ' ')}"
+        _add(
+            table,
+            title,
+            f"{_size(size)}, {training['images_per_pass']} image(s), {training['precision']}",
+        )
     if memory["frozen_bytes"]:
-        _add(table, "frozen networks", _size(memory["frozen_bytes"]))
+        _add(table, "  frozen networks", _size(memory["frozen_bytes"]))
+    others = memory["other_engines"]
+    _add(
+        table,
+        f"states of other engines x{others['ranks']}",
+        ", ".join(f"{name} {_size(size)}" for name, size in others["states_bytes"].items()),
+    )
     checkpoints = f"{_size(memory['checkpoint_bytes'])} each, {training['checkpoints']:,} in all"
     _add(table, "checkpoints", checkpoints)
     return table
+
+
+def _add_processes(table: Table, placement: dict[str, Any]) -> None:
+    """Add what processes reserve on a cluster; nothing without one."""
+    workers = placement.get("train_workers")
+    if workers:
+        _add(
+            table,
+            "train workers",
+            f"{workers['count']} with {_resources(workers)} each, {workers['strategy']}; up to "
+            f"{workers['max_failures']} restart(s)",
+        )
+    for stage, pool in placement.get("pools", {}).items():
+        first, last = pool["min_actors"], pool["max_actors"]
+        count = f"{first}" if first == last else f"{first} to {last}"
+        _add(table, f"pool of {stage}", f"{count} with {_resources(pool)} each")
+    if "most_at_a_time" in placement:
+        most = placement["most_at_a_time"]
+        _add(table, "most at a time", f"{most['gpus']:g} GPU, {most['cpus']:g} CPU")
+
+
+def _resources(process: dict[str, Any]) -> str:
+    named = {"GPU": process["gpus_each"], "CPU": process["cpus_each"], **process["custom_each"]}
+    return ", ".join(f"{amount:g} {name}" for name, amount in named.items() if amount) or "no slot"
+
+
+def _describe_ranks(training: dict[str, Any]) -> str:
+    ranks, size = training["ranks"], training["ranks_per_micro_batch"]
+    shared = f", {size} to a micro-batch" if size > 1 else ""
+    idle = training["idle_passes_per_step"]
+    return (
+        f"{ranks}{shared}: {training['passes_per_step']} pass(es) of "
+        f"{training['images_per_pass']} image(s) each per step"
+        + (f"; {idle} pass(es) of all are idle" if idle else "")
+    )
 
 
 def _table(title: str) -> Table:

@@ -17,17 +17,29 @@ from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.placement import (
+    find_device_conflicts,
+    planned_world_size,
+    training_stages,
+)
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import check_feature_dims
+from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.world import World
 
 
-def check_settings(config: RunConfig) -> None:
+def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
     """Check what needs no file.
+
+    Args:
+        config: the run.
+        world_size: ranks that train; None takes what `fqgan run` would start.
 
     Raises:
         ConfigError: every problem, one line each.
     """
-    problems: list[str] = []
+    problems = [*_find_rank_problems(config, world_size or planned_world_size(config))]
+    problems += find_device_conflicts(config)
     for check in (
         lambda: check_feature_dims(config),
         lambda: check_codebook_size(config.tokenizer.model.codebook_size),
@@ -46,9 +58,23 @@ def check_run(context: RunContext) -> None:
     Raises:
         ConfigError: every problem, one line each.
     """
-    check_settings(context.config)
+    launched = context.world.world_size
+    check_settings(context.config, world_size=launched if launched > 1 else None)
     pending = {stage for stage in context.config.stages if not _is_done(context, stage)}
     _raise([problem for stages, problem in find_missing_files(context.config) if stages & pending])
+
+
+def _find_rank_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    for stage in training_stages(config):
+        training = getattr(config, stage).training
+        try:
+            assign_slots(
+                training.micro_batches_per_step,
+                World(world_size=world_size),
+                training.ranks_per_micro_batch,
+            )
+        except ConfigError as error:
+            yield f"{stage}.{error}"
 
 
 def find_missing_files(config: RunConfig) -> Iterator[tuple[frozenset[StageName], str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,18 +19,34 @@ from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, Stage, select_device
+from fqgan_dist.stages.stage import RunChunks, RunContext, Stage, configure_torch, select_device
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.telemetry.environment import collect_environment
+from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.telemetry.summary import format_number
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
 
 
-def open_run(config: RunConfig, world: World) -> RunContext:
+def open_run(
+    config: RunConfig,
+    world: World,
+    *,
+    process: str = "run",
+    observer: Observer | None = None,
+    device: torch.device | None = None,
+) -> RunContext:
     """Prepare this process for a run: storage, logging, device, threads.
+
+    Args:
+        config: the run's settings.
+        world: rank geometry.
+        process: begins the name of this process's log file, for example a stage.
+        observer: watches the stages; None shows progress here.
+        device: None takes the configured one.
 
     Raises:
         DataError: the storage root cannot be written.
@@ -41,14 +56,15 @@ def open_run(config: RunConfig, world: World) -> RunContext:
     probe = f"probe-rank-{world.rank}"
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
-    configure_logging(world, storage.local_path("logs"))
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
-        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = select_device(config.device, world)
-    return RunContext(config=config, storage=storage, world=world, device=device)
+    configure_logging(world, open_log_file(storage, f"{process}-rank-{world.rank:05d}"))
+    configure_torch(config)
+    return RunContext(
+        config=config,
+        storage=storage,
+        world=world,
+        device=device or select_device(config.device, world),
+        observer=observer or LocalObserver(),
+    )
 
 
 def check_static_inputs(stage: Stage, context: RunContext) -> None:
@@ -60,6 +76,16 @@ def check_static_inputs(stage: Stage, context: RunContext) -> None:
     _find_record(stage, context, _static_inputs(stage))
 
 
+def is_stage_done(stage: Stage, context: RunContext) -> bool:
+    """Whether a stage was finished from the inputs of now.
+
+    Raises:
+        DataError: an earlier stage has not finished, or this one was made from other inputs.
+    """
+    record = _find_record(stage, context, _all_inputs(stage))
+    return record is not None and record.state == "done"
+
+
 def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
     """Run a stage unless it is done, and write its record last.
 
@@ -67,7 +93,7 @@ def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
         DataError: an earlier stage has not finished, or this one was made from other inputs.
     """
     storage, world = context.storage, context.world
-    inputs = _static_inputs(stage) | flatten({"upstream": stage.upstream()})
+    inputs = _all_inputs(stage)
     record = _find_record(stage, context, inputs)
     # The main rank changes the record below: all must have read the same one before.
     wait_for_ranks(world)
@@ -95,6 +121,7 @@ def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
     # Nobody reports success, or goes on to a stage that reads the record, before it is there.
     wait_for_ranks(world)
     logger.info("%s: done in %.0f s%s", stage.name, seconds, _describe_metrics(outcome.metrics))
+    publish_log()  # a cluster may kill this process as soon as its work is over
 
 
 def _describe_metrics(metrics: Mapping[str, Any]) -> str:
@@ -154,6 +181,10 @@ def _has_output(stage: StageName, context: RunContext) -> bool:
             return bool(context.storage.list(stage))
         case "report":
             return context.storage.exists("report.html")
+
+
+def _all_inputs(stage: Stage) -> dict[str, Any]:
+    return _static_inputs(stage) | flatten({"upstream": stage.upstream()})
 
 
 def _static_inputs(stage: Stage) -> dict[str, Any]:

@@ -7,8 +7,11 @@ after a kill, in any order (design.md section 1).
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +22,25 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, load_record
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World
 
 
+_CONCURRENT_CHECKS = 32
+"""Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there."""
+
+
 class ChunkWork(Protocol):
-    """A set of independent chunks; picklable, models are loaded at the first `process`."""
+    """A set of independent chunks.
+
+    Picklable: it travels to the processes that work, each of which loads the models at its first
+    `process` (see `ProcessLocalCaches`) and chooses its own device (see `RunContext`).
+    """
+
+    @property
+    def context(self) -> RunContext:
+        """The run that the work is part of."""
+        ...
 
     @property
     def description(self) -> str:
@@ -44,16 +61,45 @@ class ChunkWork(Protocol):
         ...
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's output is committed."""
+        """Whether the chunk's output is committed; may be called from several threads at once."""
         ...
 
     def process(self, chunk: int) -> None:
-        """Make and commit the chunk's output."""
+        """Make and commit the chunk's output, whole or not at all.
+
+        Two processes may do it at once (one was given up too early): both commit the same bytes.
+
+        Raises:
+            FqganError: an input is wrong; it would be so in any other process.
+        """
         ...
 
 
 RunChunks = Callable[[ChunkWork], None]
 """Processes every chunk that is not done."""
+
+
+def find_pending(work: ChunkWork) -> list[int]:
+    """List the chunks whose output is not committed, in order."""
+    chunks = work.chunks()
+    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as threads:
+        done = list(threads.map(work.is_done, chunks))
+    return [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
+
+
+class ProcessLocalCaches:
+    """Base of objects that travel without their `cached_property` values.
+
+    What is loaded lazily, networks above all, stays in the process that loaded it.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what is pickled."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not isinstance(getattr(type(self), name, None), functools.cached_property)
+        }
 
 
 @dataclass(frozen=True)
@@ -68,12 +114,32 @@ class StageOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """A run as a stage sees it."""
+    """A run as a stage sees it.
+
+    It pickles without its device: unpickled, it has that of the process it is in.
+    """
 
     config: RunConfig
     storage: Storage
     world: World
     device: torch.device
+    observer: Observer = field(default_factory=LocalObserver)
+    """Is told how far the stages' work is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what is pickled."""
+        names = [item.name for item in fields(self) if item.name != "device"]
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore it in another process.
+
+        Raises:
+            ConfigError: a GPU is asked for and this process has none.
+        """
+        device = select_device(state["config"].device, state["world"])
+        for name, value in {**state, "device": device}.items():
+            object.__setattr__(self, name, value)
 
     def load_dataset(self, split: str) -> DatasetIndex:
         """Load the index of a split that the `shards` stage wrote."""
@@ -124,6 +190,15 @@ class Stage(Protocol):
         ...
 
 
+def configure_torch(config: RunConfig) -> None:
+    """Set up torch in a process of a run, before it computes."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
+        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def select_device(name: str, world: World) -> torch.device:
     """Choose the device of a process.
 
@@ -133,5 +208,8 @@ def select_device(name: str, world: World) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda', but torch sees no GPU; use device=auto or device=cpu")
+        raise ConfigError(
+            "device: 'cuda', but torch sees no GPU in this process; use device=auto or device=cpu, "
+            "or on a cluster reserve GPUs (ray.train.gpus, ray.pools.<stage>.gpus)"
+        )
     return torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)

@@ -21,7 +21,8 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.network_ids import NetworkIds
+from fqgan_dist.stages.stage import ProcessLocalCaches, RunChunks, RunContext, StageOutcome
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
 from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
@@ -74,7 +75,7 @@ class TeachersStage:
         )
 
 
-class TeacherWork:
+class TeacherWork(ProcessLocalCaches):
     """Feature extraction; chunk v * num_shards + s is view v of shard s."""
 
     description = "teacher features"
@@ -82,6 +83,7 @@ class TeacherWork:
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        self.network_ids = NetworkIds()
         self.index = context.load_dataset("train")
         self.store = FeatureStore(context.storage, "features", self._fingerprint())
 
@@ -126,7 +128,7 @@ class TeacherWork:
 
     @functools.cached_property
     def _teachers(self) -> dict[str, Teacher]:
-        return load_teachers(self.context.config, self.context.device)
+        return load_same_teachers(self.context, self.network_ids)
 
     def _fingerprint(self) -> str:
         config = self.context.config
@@ -178,6 +180,18 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
     for index, settings in enumerate(config.teachers.networks):
         path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")
         teachers[settings.name] = build_teacher(settings, device=device, weights_path=path)
+    return teachers
+
+
+def load_same_teachers(context: RunContext, network_ids: NetworkIds) -> dict[str, Teacher]:
+    """Build the configured teachers as `load_teachers` does, for work that is done on many nodes.
+
+    Raises:
+        DataError: they are others than where the work was made.
+    """
+    teachers = load_teachers(context.config, context.device)
+    for name, teacher in teachers.items():
+        network_ids.confirm(f"teacher {name!r}", teacher.fingerprint)
     return teachers
 
 

@@ -27,8 +27,7 @@ from fqgan_dist.stages.weights import bring_file
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
-from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.training.engines import build_engine
 
 
 class TokenizerStage:
@@ -69,12 +68,10 @@ class TokenizerStage:
         context = self.context
         task = build_tokenizer_task(context)
         loader = build_image_loader(context)
-        slots = assign_slots(
-            context.config.tokenizer.training.micro_batches_per_step, context.world
-        )
 
         def batches(first_step: int) -> Iterator[Sequence[ImageBatch]]:
-            return loader.batches(first_step, [slot.micro_batch for slot in slots])
+            micro_batches = [slot.micro_batch for slot in task.slots]
+            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
 
         result = run_training(context, STAGE, task, batches, context.config.tokenizer.training)
         metrics = {
@@ -94,12 +91,8 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     with keyed_torch_rng(training.seed, "tokenizer_weights", device=torch.device("cpu")):
         tokenizer = FactorizedTokenizer(config.model)
         discriminator = PatchDiscriminator(config.discriminator)
-    build_engine = functools.partial(
-        PlainEngine,
-        config=training.optimizer,
-        world=context.world,
-        num_micro_batches=training.micro_batches_per_step,
-        device=context.device,
+    build = functools.partial(
+        build_engine, training=training, world=context.world, device=context.device
     )
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
@@ -113,8 +106,8 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     )
     val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
     return TokenizerTask(
-        engine=build_engine(tokenizer, name="tokenizer"),
-        discriminator_engine=build_engine(DiscriminatorPasses(discriminator), name="discriminator"),
+        engine=build(tokenizer, name="tokenizer"),
+        discriminator_engine=build(DiscriminatorPasses(discriminator), name="discriminator"),
         perceptual=perceptual.to(context.device),
         teachers=teachers,
         losses=config.losses,

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch
+from fqgan_dist.loss_group import ALONE, LossGroup, build_loss_group
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.tokenizer.config import TokenizerConfig
@@ -72,9 +74,11 @@ class DiscriminatorPasses(nn.Module):
         super().__init__()
         self.discriminator = discriminator
 
-    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, real: Tensor, fake: Tensor, loss_group: LossGroup = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """Return logits of both; separate passes, because BatchNorm sees its own pass only."""
-        return self.discriminator(real), self.discriminator(fake)
+        return self.discriminator(real, loss_group), self.discriminator(fake, loss_group)
 
 
 class TokenizerTask:
@@ -109,11 +113,14 @@ class TokenizerTask:
         self.losses = losses
         self.training = training
         self.evaluate_fn = evaluate_fn
-        self.slots = assign_slots(training.micro_batches_per_step, engine.world)
+        self.slots = assign_slots(
+            training.micro_batches_per_step, engine.world, training.ranks_per_micro_batch
+        )
+        self.loss_group = build_loss_group(engine.world, training.ranks_per_micro_batch)
         config = self.architecture
         self.usage = CodeUsageWindow(config.num_codebooks, config.codebook_size).to(engine.device)
         self.ema = (
-            ExponentialMovingAverage(self.tokenizer, training.ema_decay)
+            ExponentialMovingAverage(engine.local_parameters(), training.ema_decay)
             if training.ema_decay
             else None
         )
@@ -140,7 +147,6 @@ class TokenizerTask:
 
     def train_step(self, micro_batches: Sequence[ImageBatch], step: int) -> dict[str, Tensor]:
         """Run one step of the tokenizer and, once it has started, one of the discriminator."""
-        num = self.training.micro_batches_per_step
         has_discriminator = step >= self.losses.discriminator_start_step
         if step == self.losses.discriminator_start_step:
             self.discriminator_engine.advance(step - 1)
@@ -157,7 +163,9 @@ class TokenizerTask:
                 autocast(self.training.precision, self.engine.device),
             ):
                 output: TokenizerOutput = self.engine.forward(
-                    images, compute_entropy=self.losses.entropy_weight > 0
+                    images,
+                    compute_entropy=self.losses.entropy_weight > 0,
+                    loss_group=self.loss_group,
                 )
                 terms = self._tokenizer_terms(images, output, batch, has_discriminator)
             reconstructions.append(output.reconstruction.detach())
@@ -167,9 +175,7 @@ class TokenizerTask:
             return total, torch.stack([term.detach().float() for term in terms.values()])
 
         with self.discriminator_engine.frozen():
-            rows = accumulate(
-                self.engine, self.slots, micro_batches, tokenizer_loss, num_micro_batches=num
-            )
+            rows = self._accumulate(self.engine, micro_batches, tokenizer_loss)
         metrics = dict(zip(self._metric_names, rows.mean(dim=0), strict=True))
         metrics["tokenizer/gradient_norm"] = self.engine.step(lr=lr, losses=rows)
         self._fold_state(codes, has_discriminator)
@@ -187,32 +193,32 @@ class TokenizerTask:
 
     def evaluate(self, step: int) -> dict[str, float]:  # noqa: ARG002  part of the Task protocol
         """Measure the averaged weights if there are any, else the current ones."""
-        tokenizer = self.tokenizer.eval()
-        try:
-            if self.ema is None:
+        averages = self.ema.state_dict() if self.ema is not None else None
+        with self.engine.whole_weights(averages) as tokenizer:
+            assert isinstance(tokenizer, FactorizedTokenizer), type(tokenizer).__name__
+            tokenizer.eval()
+            try:
                 return self.evaluate_fn(tokenizer)
-            with self.ema.applied(tokenizer):
-                return self.evaluate_fn(tokenizer)
-        finally:
-            tokenizer.train()
+            finally:
+                tokenizer.train()
 
     def state_dict(self) -> Parts:
-        """Return both models, both optimizers, the averaged weights and the usage window."""
+        """Return what this rank saves of models, optimizers, averaged weights and usage window."""
         tokenizer = self.engine.state_dict()
         discriminator = self.discriminator_engine.state_dict()
-        parts = {
+        parts: Parts = {
             "tokenizer": tokenizer["weights"],
             "tokenizer_optimizer": tokenizer["optimizer"],
             "discriminator": discriminator["weights"],
             "discriminator_optimizer": discriminator["optimizer"],
-            "usage": dict(self.usage.state_dict()),
+            "usage": dict(self.usage.state_dict()) if self.engine.world.is_main else {},
         }
         if self.ema is not None:
-            parts["tokenizer_ema"] = self.ema.state_dict()
+            parts["tokenizer_ema"] = self.engine.share(self.ema.state_dict())
         return parts
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what the `state_dict` of all ranks returned."""
         for engine, name in (
             (self.engine, "tokenizer"),
             (self.discriminator_engine, "discriminator"),
@@ -222,7 +228,7 @@ class TokenizerTask:
             )
         copy_named_tensors(parts["usage"], self.usage.state_dict(), what="usage window")
         if self.ema is not None:
-            self.ema.load_state_dict(parts["tokenizer_ema"])
+            self.ema.load_state_dict(self.engine.localize(parts["tokenizer_ema"]))
 
     @property
     def _codebook_names(self) -> list[str]:
@@ -266,12 +272,16 @@ class TokenizerTask:
         features = self._teacher_features(images, batch) if output.class_tokens else {}
         for book in self.architecture.codebooks:
             if book.teacher is not None:
-                semantic = info_nce_loss(output.class_tokens[book.teacher], features[book.teacher])
+                semantic = info_nce_loss(
+                    output.class_tokens[book.teacher], features[book.teacher], self.loss_group
+                )
                 terms[f"semantic/{book.name}"] = semantic
                 total = total + weights.semantic_weight * semantic
         if has_discriminator:
             self.discriminator_engine.require_frozen()
-            adversarial = hinge_generator_loss(self.discriminator(output.reconstruction))
+            adversarial = hinge_generator_loss(
+                self.discriminator(output.reconstruction, self.loss_group)
+            )
             terms["adversarial"] = adversarial
             total = total + weights.adversarial_weight * adversarial
         return {
@@ -287,20 +297,13 @@ class TokenizerTask:
         def discriminator_loss(_: Slot, batch: ImageBatch) -> tuple[Tensor, Tensor]:
             with autocast(self.training.precision, self.engine.device):
                 real, fake = self.discriminator_engine.forward(
-                    self._to_device(batch.images), next(fakes)
+                    self._to_device(batch.images), next(fakes), self.loss_group
                 )
             loss = hinge_discriminator_loss(real, fake)
             report = torch.stack([loss, real.float().mean(), fake.float().mean()]).detach()
             return self.losses.adversarial_weight * loss, report
 
-        num = self.training.micro_batches_per_step
-        rows = accumulate(
-            self.discriminator_engine,
-            self.slots,
-            micro_batches,
-            discriminator_loss,
-            num_micro_batches=num,
-        )
+        rows = self._accumulate(self.discriminator_engine, micro_batches, discriminator_loss)
         norm = self.discriminator_engine.step(lr=lr, losses=rows)
         self._fold_batch_statistics()
         loss, real, fake = rows.mean(dim=0)
@@ -313,21 +316,47 @@ class TokenizerTask:
 
     def _fold_state(self, codes: Sequence[Tensor], has_discriminator: bool) -> None:
         """Bring what is stateful across micro-batches up to date, in micro-batch order."""
-        num, world = self.training.micro_batches_per_step, self.engine.world
-        ordered = gather_in_order(torch.stack(list(codes)), num, world)
-        self.usage.update(ordered.transpose(0, 1).flatten(1))
+        # (M, g, K, n): a member's codes are those of consecutive images.
+        ordered = self._gather(torch.stack(list(codes)))
+        self.usage.update(rearrange(ordered, "M g K n -> K (M g n)"))
         if has_discriminator:
             self._fold_batch_statistics()
         if self.ema is not None:
-            self.ema.update(self.tokenizer)
+            self.ema.update(self.engine.local_parameters())
 
     def _fold_batch_statistics(self) -> None:
         """Fold the BatchNorm statistics of the passes since the last fold."""
         passes = torch.stack(self.discriminator.take_batch_statistics())
         per_slot = passes.unflatten(0, (len(self.slots), -1))
-        num, world = self.training.micro_batches_per_step, self.engine.world
-        ordered = gather_in_order(per_slot, num, world).flatten(0, 1)
+        # Synchronised statistics are the same on all members of a group: they count once.
+        ordered = self._gather(per_slot)[:, 0].flatten(0, 1)
         self.discriminator.fold_batch_statistics(list(ordered))
+
+    def _accumulate(
+        self,
+        engine: Engine,
+        micro_batches: Sequence[ImageBatch],
+        loss_fn: Callable[[Slot, ImageBatch], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        training = self.training
+        return accumulate(
+            engine,
+            self.slots,
+            micro_batches,
+            loss_fn,
+            num_micro_batches=training.micro_batches_per_step,
+            ranks_per_micro_batch=training.ranks_per_micro_batch,
+        )
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Collect a row per slot from all ranks, (M, g, ...) in order."""
+        training = self.training
+        return gather_in_order(
+            rows,
+            training.micro_batches_per_step,
+            self.engine.world,
+            training.ranks_per_micro_batch,
+        )
 
     def _teacher_features(self, images: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
         stored = {name: value.to(images.device) for name, value in batch.features.items()}
@@ -342,4 +371,4 @@ class TokenizerTask:
 
     def _randomness(self, step: int, slot: Slot) -> AbstractContextManager[None]:
         key = (self.training.seed, STAGE, step, slot.micro_batch)
-        return keyed_torch_rng(*key, device=self.engine.device)
+        return keyed_torch_rng(*key, device=self.engine.device, loss_group=self.loss_group)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from fqgan_dist.data.storage import Storage
@@ -18,7 +17,7 @@ from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.telemetry.metrics import MetricsWriter
-from fqgan_dist.telemetry.progress import track
+from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.named_tensors import copy_named_tensors
@@ -28,8 +27,17 @@ from fqgan_dist.weights import hash_tensors
 
 BatchT = TypeVar("BatchT")
 
-UNDECISIVE = {"log_every", "evaluate_every", "evaluation_samples", "checkpoint"}
-"""Settings of a training that move no weight: they may change between sessions of a run."""
+UNDECISIVE = {
+    "log_every",
+    "evaluate_every",
+    "evaluation_samples",
+    "checkpoint",
+    "ranks_per_micro_batch",
+    "engine",
+    "zero_stage",
+}
+"""Settings of a training that move no weight (beyond the order in which ranks' gradients are
+summed): they may change between sessions of a run."""
 
 
 def training_settings(training: TrainingConfig) -> dict[str, Any]:
@@ -54,12 +62,12 @@ def run_training(
     training: TrainingConfig,
 ) -> TrainingResult:
     """Train a task from its newest checkpoint to the end; every rank calls it."""
-    # One bar is enough; the other ranks' progress goes to their log files.
-    console = None if context.world.is_main else Console(file=io.StringIO())
+    # One rank speaks for all; the other ranks' progress goes to their log files.
+    observer = context.observer if context.world.is_main else LocalObserver(has_bar=False)
     with (
         _deterministic_kernels(training.deterministic),
-        _MetricsFile(context.storage, f"{stage}/metrics.jsonl") as metrics,
-        track(training.steps, f"training the {stage}", "steps", console=console) as bar,
+        _MetricsFile(context.storage, stage, observer) as metrics,
+        observer.track(training.steps, f"training the {stage}", "steps") as bar,
     ):
         trainer = Trainer(
             task,
@@ -128,11 +136,12 @@ def _weights_part(stage: str, training: TrainingConfig) -> str:
 class _MetricsFile(ExitStack):
     """A metrics file that is appended to locally and published to the run's storage."""
 
-    def __init__(self, storage: Storage, path: str) -> None:
+    def __init__(self, storage: Storage, stage: str, observer: Observer) -> None:
         super().__init__()
         self.storage = storage
-        self.path = path
-        local = storage.local_path(path)
+        self.path = f"{stage}/metrics.jsonl"
+        self.on_write = partial(observer.record_metrics, stage)
+        local = storage.local_path(self.path)
         self._is_remote = local is None
         if local is None:
             local = Path(self.enter_context(tempfile.TemporaryDirectory())) / "metrics.jsonl"
@@ -142,7 +151,9 @@ class _MetricsFile(ExitStack):
         """Open the file as it was after a step."""
         if self._is_remote and resumed_step and self.storage.exists(self.path):
             self.local.write_bytes(self.storage.read_bytes(self.path))
-        return MetricsWriter(self.local, resumed_step=resumed_step, tensorboard=True)
+        return MetricsWriter(
+            self.local, resumed_step=resumed_step, tensorboard=True, on_write=self.on_write
+        )
 
     def publish(self) -> None:
         """Bring the file and TensorBoard's to the storage, where they are not there already."""

@@ -1,4 +1,4 @@
-"""Set up logging of one process: rank filtering, rank prefixes and one file per rank.
+"""Set up logging of one process: rank filtering, prefixes of errors, and its own log file.
 
 Modules only call `logging.getLogger(__name__)`; which rank shows what is decided here
 only.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from fqgan_dist.world import World
@@ -21,33 +20,40 @@ _FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 _HANDLER_PREFIX = "fqgan_dist."
 
 
-def configure_logging(world: World, log_dir: Path | None) -> None:
-    """Send log lines to the console and, with a directory, to `rank-NNNNN.log` in it.
+def configure_logging(
+    world: World, log_file: logging.FileHandler | None, *, label: str | None = None
+) -> None:
+    """Send log lines to the console and to a file.
 
-    The main rank's console shows everything from INFO, other ranks' consoles errors only; every
-    rank's file holds everything. Each line of an error, tracebacks included, starts with
-    `[rank 3/8 node1]`. Calling it again replaces what the last call set up and leaves
-    foreign handlers alone.
+    The main rank's console shows everything from INFO, others' consoles errors only; every
+    process's file holds everything. Each line of an error, tracebacks included, starts with
+    `[rank 3/8 node1]`. Calling it again replaces what the last call set up. Handlers of others stay,
+    but for those that write to the console too: every line is shown once, by these rules.
+
+    Args:
+        world: rank geometry.
+        log_file: from `telemetry.log_files.open_log_file`; None: no file.
+        label: names a process that is no rank, for example `teachers actor 2`.
     """
     root = logging.getLogger()
-    _remove_own_handlers(root)
+    _remove_handlers(root)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    console = _ConsoleHandler(logging.INFO if world.is_main else logging.ERROR)
-    _add_handler(root, console, "console", RankFormatter(world, _CONSOLE_FORMAT, "%H:%M:%S"))
-    if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        path = log_dir / f"rank-{world.rank:05d}.log"
-        file = logging.FileHandler(path, encoding="utf-8")
-        _add_handler(root, file, "file", RankFormatter(world, _FILE_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    is_shown = world.is_main and label is None
+    console = _ConsoleHandler(logging.INFO if is_shown else logging.ERROR)
+    name = label or str(world)
+    _add_handler(root, console, "console", LabelFormatter(name, _CONSOLE_FORMAT, "%H:%M:%S"))
+    if log_file is not None:
+        formatter = LabelFormatter(name, _FILE_FORMAT, "%Y-%m-%d %H:%M:%S")
+        _add_handler(root, log_file, "file", formatter)
 
 
-class RankFormatter(logging.Formatter):
-    """Put `[rank 3/8 node1]` before every line of an error: outputs of ranks get mixed."""
+class LabelFormatter(logging.Formatter):
+    """Put `[rank 3/8 node1]` before every line of an error: outputs of processes get mixed."""
 
-    def __init__(self, world: World, line_format: str, date_format: str) -> None:
+    def __init__(self, label: str, line_format: str, date_format: str) -> None:
         super().__init__(line_format, date_format)
-        self._prefix = f"[{world}] "
+        self._prefix = f"[{label}] "
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record; a traceback is part of it."""
@@ -77,8 +83,12 @@ def _add_handler(
     root.addHandler(handler)
 
 
-def _remove_own_handlers(root: logging.Logger) -> None:
+def _remove_handlers(root: logging.Logger) -> None:
+    """Remove our own handlers, and others' of the console (Ray Train's shows every rank's lines)."""
+    consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     for handler in list(root.handlers):
         if (handler.get_name() or "").startswith(_HANDLER_PREFIX):
             root.removeHandler(handler)
             handler.close()
+        elif isinstance(handler, logging.StreamHandler) and handler.stream in consoles:
+            root.removeHandler(handler)

@@ -44,6 +44,7 @@ class MetricsWriter:
         *,
         resumed_step: int = 0,
         tensorboard: bool = False,
+        on_write: Callable[[int, Mapping[str, float]], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open the file and drop what a killed run logged after `resumed_step`.
@@ -52,10 +53,12 @@ class MetricsWriter:
             path: the `metrics.jsonl`; its directory is made when missing.
             resumed_step: last step that is part of this run's history; 0 starts anew.
             tensorboard: also write event files to `tensorboard/` beside the file.
+            on_write: is also given step and values of every record.
             clock: source of Unix seconds.
         """
         self.path = path
         self._clock = clock
+        self._on_write = on_write
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step = _truncate(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
@@ -90,6 +93,8 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step, walltime=record["time"])
+        if self._on_write is not None:
+            self._on_write(step, values)
 
     def flush(self) -> None:
         """Bring everything written so far to the disk."""

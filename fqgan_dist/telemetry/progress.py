@@ -9,8 +9,10 @@ import io
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -44,6 +46,78 @@ class ProgressBar(ABC):
     @abstractmethod
     def advance(self, count: int = 1, **fields: Metric) -> None:
         """Add finished units and show the newest values of some fields, for example `loss=0.31`."""
+
+    @abstractmethod
+    def skip(self, count: int) -> None:
+        """Count units that were finished before: they move the bar, but are no throughput."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkProgress:
+    """How far a piece of work is."""
+
+    description: str
+    """What is being done."""
+    unit: str
+    """What is counted, in the plural."""
+    done: int
+    """Finished units, those of earlier sessions included."""
+    total: int | None
+    """None when it is not known."""
+    rate: float | None
+    """Units per second; None before there is any."""
+    elapsed_s: float
+    """Seconds since the work began."""
+    fields: Mapping[str, Metric] = field(default_factory=dict)
+    """Newest values of what the work measures."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left; False while the total is not known."""
+        return self.total is not None and self.done >= self.total
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the end at this rate; None when total or rate is not known."""
+        if self.total is None or not self.rate or self.is_complete:
+            return None
+        return (self.total - self.done) / self.rate
+
+    def describe(self) -> str:
+        """Write it on one line."""
+        of_total = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.done}{of_total} {self.unit}", f"{self.rate or 0:.1f} {self.unit}/s"]
+        if self.left_s is not None:
+            parts.append(f"{format_seconds(self.left_s)} left")
+        else:
+            parts.append(format_seconds(self.elapsed_s))
+        if self.fields:
+            parts.append(format_fields(self.fields))
+        return f"{self.description}: {', '.join(parts)}"
+
+
+class RateMeter:
+    """Units per second of the last minute, from counts read now and then."""
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        self._window_s = window_s
+        self._readings: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, count: int) -> float | None:
+        """Note a count and return the rate; None at the first one.
+
+        Args:
+            now: seconds of any clock.
+            count: units finished so far; smaller than before when the work began anew.
+        """
+        if self._readings and count < self._readings[-1][1]:
+            self._readings.clear()
+        self._readings.append((now, count))
+        # The reading before the window stays: work may finish less than one unit in a window.
+        while len(self._readings) > 2 and now - self._readings[1][0] >= self._window_s:
+            self._readings.popleft()
+        (start, first), (end, last) = self._readings[0], self._readings[-1]
+        return (last - first) / (end - start) if end > start else None
 
 
 @contextmanager
@@ -112,8 +186,13 @@ class _LiveProgress(ProgressBar):
 
     def advance(self, count: int = 1, **fields: Metric) -> None:
         if fields:
-            self._progress.update(self._task, detail=f"{self._unit}  {_format_fields(fields)}")
+            self._progress.update(self._task, detail=f"{self._unit}  {format_fields(fields)}")
         self._progress.advance(self._task, count)
+
+    def skip(self, count: int) -> None:
+        # A reset forgets the samples that the speed is computed from.
+        (task,) = self._progress.tasks
+        self._progress.reset(self._task, completed=int(task.completed) + count)
 
 
 class _LineProgress(ProgressBar):
@@ -126,6 +205,7 @@ class _LineProgress(ProgressBar):
         self._clock = clock
         self._start = self._last_line = clock()
         self._count = 0
+        self._skipped = 0
         self._count_of_last_line: int | None = None
         self._fields: dict[str, Metric] = {}
 
@@ -135,6 +215,10 @@ class _LineProgress(ProgressBar):
         if self._clock() - self._last_line >= LINE_INTERVAL_S:
             self._write_line()
 
+    def skip(self, count: int) -> None:
+        self._count += count
+        self._skipped += count
+
     def finish(self) -> None:
         if self._count != self._count_of_last_line:
             self._write_line()
@@ -142,18 +226,19 @@ class _LineProgress(ProgressBar):
     def _write_line(self) -> None:
         self._last_line = self._clock()
         self._count_of_last_line = self._count
-        elapsed = self._last_line - self._start
-        rate = self._count / elapsed if elapsed > 0 else 0.0
-        of_total = "" if self._total is None else f"/{self._total}"
-        parts = [f"{self._count}{of_total} {self._unit}", f"{rate:.1f} {self._unit}/s"]
-        if self._total is not None and self._count < self._total and rate > 0:
-            parts.append(f"{format_seconds((self._total - self._count) / rate)} left")
-        else:
-            parts.append(format_seconds(elapsed))
-        if self._fields:
-            parts.append(_format_fields(self._fields))
-        logger.info("%s: %s", self._description, ", ".join(parts))
+        elapsed_s = self._last_line - self._start
+        state = WorkProgress(
+            description=self._description,
+            unit=self._unit,
+            done=self._count,
+            total=self._total,
+            rate=(self._count - self._skipped) / elapsed_s if elapsed_s > 0 else None,
+            elapsed_s=elapsed_s,
+            fields=self._fields,
+        )
+        logger.info("%s", state.describe())
 
 
-def _format_fields(fields: Mapping[str, Metric]) -> str:
+def format_fields(fields: Mapping[str, Metric]) -> str:
+    """Write names and values on one line."""
     return "  ".join(f"{name} {format_number(value)}" for name, value in fields.items())

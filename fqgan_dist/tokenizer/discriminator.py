@@ -15,6 +15,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
+from fqgan_dist.loss_group import ALONE, LossGroup
+from fqgan_dist.tokenizer.synchronized_batch_norm import synchronized_batch_norm
 
 BATCH_NORM_MOMENTUM = 0.1
 """Share of each forward pass's statistics in the running ones."""
@@ -34,7 +36,7 @@ class RecordingBatchNorm(nn.BatchNorm2d):
 
     The running statistics are state across micro-batches: moved inside the forward pass they would
     depend on which micro-batches a rank happens to run. The forward pass gives the same numbers as
-    nn.BatchNorm2d.
+    nn.BatchNorm2d of the whole micro-batch, over all ranks that share it.
     """
 
     # torch allows BatchNorm without running statistics; this one always has them.
@@ -47,10 +49,16 @@ class RecordingBatchNorm(nn.BatchNorm2d):
         self.recorded: list[Tensor] = []
         """Per train-mode forward pass the batch mean and unbiased variance, (2 C,) float32."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, loss_group: LossGroup = ALONE) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         if not self.training:
             return super().forward(input)
+        if loss_group.size > 1:
+            output, mean, variance = synchronized_batch_norm(
+                input, self.weight, self.bias, eps=self.eps, loss_group=loss_group
+            )
+            self.recorded.append(torch.cat([mean, variance]))
+            return output
         # With momentum 1 torch writes exactly the batch's statistics into the buffers given.
         mean = torch.zeros_like(self.running_mean)
         variance = torch.zeros_like(self.running_var)
@@ -90,16 +98,27 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers)
         self.apply(_initialize)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [-1, 1] to logits (B, 1, H', W'): 30 x 30 for 256 pixels."""
-        return self.main(images)
+    def forward(self, images: Tensor, loss_group: LossGroup = ALONE) -> Tensor:
+        """Judge images.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            loss_group: the ranks whose images share BatchNorm's statistics in train mode.
+
+        Returns:
+            Logits (B, 1, H', W'): 30 x 30 for 256 pixels.
+        """
+        for layer in self.main:
+            is_norm = isinstance(layer, RecordingBatchNorm)
+            images = layer(images, loss_group) if is_norm else layer(images)
+        return images
 
     def take_batch_statistics(self) -> list[Tensor]:
         """Take out what the train-mode forward passes recorded since the last call, oldest first.
 
         Returns:
             One flat float32 tensor per forward pass: mean and unbiased variance of each BatchNorm
-            in turn. They stay in memory until taken.
+            in turn, the same on all members of a loss group. They stay in memory until taken.
         """
         norms = self._batch_norms()
         taken = [torch.cat(parts) for parts in zip(*(norm.recorded for norm in norms), strict=True)]

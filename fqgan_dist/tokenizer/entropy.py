@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.tokenizer.precision import full_precision, rows_per_block
 
 COSINE_SCALE = 200.0
@@ -24,7 +25,7 @@ LOWEST_LOG_PROBABILITY = -80.0
 """Below e^-80 nothing adds up to an fp32 digit; exp of what underflows is 15 times slower."""
 
 
-def entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
+def entropy_loss(vectors: Tensor, codebook: Tensor, loss_group: LossGroup = ALONE) -> Tensor:
     """Make assignments sharp for each vector and spread over the codebook for all of them.
 
     With p the softmax over codes of 200 * cosine: the mean over vectors of p's entropy, minus the
@@ -33,20 +34,21 @@ def entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
     Args:
         vectors: unit vectors, (N, D) float32.
         codebook: unit codes, (V, D) float32.
+        loss_group: the ranks over whose vectors p is averaged; the first mean is over this rank's.
 
     Returns:
         Scalar, float32. Memory is O(N + V) beside one block of rows, in both directions.
 
     Source: the entropy penalty of FQGAN's training scripts (not in the paper); unweighted here.
     """
-    return _EntropyLoss.apply(vectors, codebook)
+    return _EntropyLoss.apply(vectors, codebook, loss_group)
 
 
 class _EntropyLoss(torch.autograd.Function):
     """The affinities are computed block by block, and once more in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, codebook: Tensor) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, codebook: Tensor, loss_group: LossGroup) -> Tensor:
         entropies = vectors.new_empty(len(vectors))
         mean_probability = vectors.new_zeros(len(codebook))
         with full_precision(vectors.device):
@@ -55,14 +57,14 @@ class _EntropyLoss(torch.autograd.Function):
                 probability = log_probability.exp()
                 mean_probability += probability.sum(dim=0)
                 entropies[rows] = probability.mul_(log_probability).sum(dim=1).neg_()
-            mean_probability /= len(vectors)
+            mean_probability = loss_group.mean(mean_probability / len(vectors))
             mean_entropy = -(mean_probability * (mean_probability + LOG_EPS).log()).sum()
         ctx.save_for_backward(vectors, codebook, entropies, mean_probability)
         return entropies.mean() - mean_entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] torch: (ctx, *grads)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] torch: (ctx, *grads)
         vectors, codebook, entropies, mean_probability = ctx.saved_tensors
         grad_vectors = torch.empty_like(vectors)
         grad_codebook = torch.zeros_like(codebook)
@@ -78,8 +80,10 @@ class _EntropyLoss(torch.autograd.Function):
                 grad_affinities = slope.mul_(probability)
                 grad_vectors[rows] = grad_affinities @ codebook
                 grad_codebook.addmm_(grad_affinities.T, vectors[rows])
+        # By all G * N vectors of a group, 1 / (G * N) of the loss is this rank's; the ranks' mean
+        # brings the 1 / G. So the average's own gradient needs no exchange.
         factor = grad_loss * (COSINE_SCALE / len(vectors))
-        return grad_vectors.mul_(factor), grad_codebook.mul_(factor)
+        return grad_vectors.mul_(factor), grad_codebook.mul_(factor), None
 
 
 def _log_probabilities(vectors: Tensor, codebook: Tensor) -> Tensor:

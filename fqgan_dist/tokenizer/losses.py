@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.tokenizer.precision import full_precision
 
 
@@ -46,15 +47,16 @@ def disentanglement_loss(quantized: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum(dim=1).square().mean() for a, b in pairs]).mean()
 
 
-def info_nce_loss(predicted: Tensor, target: Tensor) -> Tensor:
+def info_nce_loss(predicted: Tensor, target: Tensor, loss_group: LossGroup = ALONE) -> Tensor:
     """Contrast each predicted feature with the teacher's features of all images of the batch.
 
     Temperature 1, one direction, negatives from this batch only: log B at chance, and never below
-    log(1 + (B - 1) exp(-B / (B - 1))).
+    log(1 + (B - 1) exp(-B / (B - 1))), B being the images of all ranks that share the batch.
 
     Args:
         predicted: predicted features, (B, E) float.
         target: teacher's features, (B, E) float; no gradient reaches them.
+        loss_group: the ranks that share the batch; the result is the mean over this rank's images.
 
     Returns:
         Scalar, float32.
@@ -69,11 +71,11 @@ def info_nce_loss(predicted: Tensor, target: Tensor) -> Tensor:
             f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)}: expected "
             "the same (B, E)"
         )
+    targets = loss_group.gather(target.float()).flatten(0, 1)
+    own = torch.arange(len(targets), device=targets.device)[loss_group.rows(len(predicted))]
     with full_precision(predicted.device):
-        similarity = (
-            F.normalize(predicted.float(), dim=1) @ F.normalize(target.detach().float(), dim=1).T
-        )
-        return F.cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device))
+        similarity = F.normalize(predicted.float(), dim=1) @ F.normalize(targets, dim=1).T
+        return F.cross_entropy(similarity, own)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.tokenizer.branch import CodebookBranch
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.decoder import Decoder
@@ -138,7 +139,12 @@ class FactorizedTokenizer(nn.Module):
         )
 
     def forward(
-        self, images: Tensor, *, codes: Tensor | None = None, compute_entropy: bool = True
+        self,
+        images: Tensor,
+        *,
+        codes: Tensor | None = None,
+        compute_entropy: bool = True,
+        loss_group: LossGroup = ALONE,
     ) -> TokenizerOutput:
         """Encode, quantize, decode; in train mode compute the quantizers' losses.
 
@@ -146,6 +152,7 @@ class FactorizedTokenizer(nn.Module):
             images: (B, 3, H, W) float in [-1, 1].
             codes: assignments to use instead of the nearest codes, (B, K, h, w) int64.
             compute_entropy: whether the entropy loss is wanted in train mode.
+            loss_group: the ranks whose images share the entropy loss's average.
         """
         if codes is not None:
             self._check_codes(codes)
@@ -154,6 +161,7 @@ class FactorizedTokenizer(nn.Module):
                 latents,
                 codes=None if codes is None else codes[:, index],
                 compute_entropy=compute_entropy,
+                loss_group=loss_group,
             )
             for index, (quantizer, latents) in enumerate(
                 zip(self._quantizers(), self.encode(images), strict=True)

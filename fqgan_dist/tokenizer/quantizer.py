@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.tokenizer.entropy import entropy_loss
 from fqgan_dist.tokenizer.precision import full_precision, rows_per_block
 
@@ -68,7 +69,12 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(codebook, dim=1))
 
     def forward(
-        self, latents: Tensor, *, codes: Tensor | None = None, compute_entropy: bool = True
+        self,
+        latents: Tensor,
+        *,
+        codes: Tensor | None = None,
+        compute_entropy: bool = True,
+        loss_group: LossGroup = ALONE,
     ) -> QuantizerOutput:
         """Quantize a map; in train mode compute the losses too.
 
@@ -76,6 +82,7 @@ class VectorQuantizer(nn.Module):
             latents: map before quantization, (B, D, h, w) float.
             codes: assignments to use instead of the nearest codes, (B, h, w) int64.
             compute_entropy: whether the entropy loss is wanted; it costs most of the time.
+            loss_group: the ranks that share the entropy loss's average.
         """
         with full_precision(latents.device):
             vectors = _normalize(rearrange(latents, "B D h w -> (B h w) D"))
@@ -90,7 +97,7 @@ class VectorQuantizer(nn.Module):
             losses["codebook_loss"] = F.mse_loss(selected, vectors.detach())
             losses["commitment_loss"] = F.mse_loss(vectors, selected.detach())
             if compute_entropy:
-                losses["entropy_loss"] = entropy_loss(vectors, codebook)
+                losses["entropy_loss"] = entropy_loss(vectors, codebook, loss_group)
         return QuantizerOutput(
             quantized=rearrange(straight_through, "(B h w) D -> B D h w", **shape),
             codes=rearrange(chosen, "(B h w) -> B h w", **shape),

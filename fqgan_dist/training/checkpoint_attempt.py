@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.errors import CheckpointError
+from fqgan_dist.errors import CheckpointError, FqganError
 from fqgan_dist.training.checkpoint_files import (
     FileImage,
     HostStaging,
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 _PART_NAMES = TypeAdapter(list[PartName])
 _FIRST_POLL_S = 0.02
 _LAST_POLL_S = 1.0
+_ABANDONED_WAIT_S = 60.0
+"""How long a training that failed waits for the other ranks' part of its last save."""
 
 
 class Attempt:
@@ -76,6 +79,7 @@ class Attempt:
         self._rotate = rotate
         self._rank_timeout_s = rank_timeout_s
         self._parent: int | None = None
+        self._is_abandoned = threading.Event()
         self._staging = HostStaging(rank)
         self._log_writer = LogWriter(log, attempt_id) if log is not None else None
         self._background = BackgroundWriter()
@@ -161,7 +165,16 @@ class Attempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        # The error that ends training comes first. A last save is committed if all ranks write
+        # their part of it; one that died never will.
+        self._is_abandoned.set()
+        try:
+            self.close()
+        except FqganError as late:
+            logger.warning("the save of step %s was not committed: %s", self.last_step, late)
 
     def _write(self, manifest: Manifest, images: list[FileImage]) -> None:
         if self._log_writer is not None:
@@ -208,16 +221,19 @@ class Attempt:
         A background thread must not use collectives: they would interleave with training's.
         """
         missing = {report_name(rank) for rank in range(1, self.world_size)}
-        deadline = time.monotonic() + self._rank_timeout_s
+        started, limit_s = time.monotonic(), self._rank_timeout_s
         poll_s = _FIRST_POLL_S
         while missing:
             missing.difference_update(self._storage.list(folder))
             if not missing:
                 break
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - started
+            if self._is_abandoned.is_set():
+                limit_s = min(limit_s, waited_s + _ABANDONED_WAIT_S)
+            if waited_s > limit_s:
                 raise CheckpointError(
                     f"{self._storage.uri(folder)}: {len(missing)} of {self.world_size} ranks have "
-                    f"not written their part after {self._rank_timeout_s:g} s "
+                    f"not written their part after {limit_s:.4g} s "
                     f"({', '.join(sorted(missing)[:5])}); look for the error of those ranks"
                 )
             time.sleep(poll_s)

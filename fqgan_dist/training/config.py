@@ -44,7 +44,13 @@ class TrainingConfig(Config):
     global_batch_size: int = Field(gt=0)
     """Images per step over all train workers."""
     micro_batch_size: int = Field(gt=0)
-    """Images per forward pass: the loss group (design.md section 3)."""
+    """Images of one loss group (design.md section 3); a forward pass where no ranks share it."""
+    ranks_per_micro_batch: int = Field(default=1, gt=0)
+    """Ranks that share one micro-batch, a loss group (g): batch-dependent losses see all of it."""
+    engine: Literal["plain", "deepspeed"] = "plain"
+    """`plain`: torch, DDP between ranks. `deepspeed`: ZeRO."""
+    zero_stage: int = Field(default=1, ge=0, le=3)
+    """What DeepSpeed partitions: 1 optimizer state, 2 gradients too, 3 parameters too."""
     seed: int = 0
     """Key of initial weights and all randomness in a step; `data.seed` is the sample order's."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -73,6 +79,11 @@ class TrainingConfig(Config):
                 f"global_batch_size: {size} is not a multiple of micro_batch_size ({micro}); "
                 f"nearest valid values are {near}"
             )
+        if micro % self.ranks_per_micro_batch:
+            raise ValueError(
+                f"micro_batch_size: {micro} cannot be shared by ranks_per_micro_batch "
+                f"({self.ranks_per_micro_batch}) ranks; make it a multiple"
+            )
         return self
 
     @property
@@ -80,6 +91,11 @@ class TrainingConfig(Config):
         """M, the fixed number of micro-batches of a global batch."""
         return self.global_batch_size // self.micro_batch_size
 
+    @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass of one rank: its share of a micro-batch."""
+        return self.micro_batch_size // self.ranks_per_micro_batch
+
     def gradient_accumulation_steps(self, world: World) -> int:
-        """Micro-batches that each rank runs per step, idle slots included."""
-        return -(-self.micro_batches_per_step // world.world_size)
+        """Micro-batches that each rank takes part in per step, idle slots included."""
+        return -(-self.micro_batches_per_step // (world.world_size // self.ranks_per_micro_batch))

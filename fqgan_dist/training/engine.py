@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.micro_batches import Slot, gather_in_order
 from fqgan_dist.world import World
 
@@ -42,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, slot: Slot) -> None:
-        """Add the slot's share (1/M, or 0 when idle) of the loss's gradient."""
+        """Add the slot's share (1/(M * g), or 0 when idle) of the loss's gradient."""
         ...
 
     def frozen(self) -> AbstractContextManager[None]:
@@ -83,12 +84,47 @@ class Engine(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the parts `weights` and `optimizer`, by parameter name."""
+    def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
+        """Return what this rank saves of the parts `weights` and `optimizer`, by parameter name.
+
+        All ranks together return every tensor once, whole or in fragments.
+        """
         ...
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore both parts."""
+        """Restore both parts from whole tensors, which ranks and engines of any kind saved.
+
+        Raises:
+            CheckpointError: a name is missing or unknown, or a shape or dtype differs.
+        """
+        ...
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Return the values of all parameters that this rank keeps, without gradient.
+
+        Whole parameters, or under ZeRO-3 flat pieces of them (some empty): references, which a
+        step changes in place.
+        """
+        ...
+
+    def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
+        """Return what this rank saves of values laid out like the local parameters."""
+        ...
+
+    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut values of whole parameters as the local parameters are cut."""
+        ...
+
+    def whole_weights(
+        self, values: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """Give a block the model with whole parameters; every rank enters it.
+
+        It is for calls without gradient, in the block only, and its changes are discarded.
+
+        Args:
+            values: taken for the parameters, laid out like the local ones; None takes their own.
+        """
         ...
 
 
@@ -99,6 +135,7 @@ def accumulate(
     loss_fn: Callable[[Slot, BatchT], tuple[Tensor, Tensor]],
     *,
     num_micro_batches: int,
+    ranks_per_micro_batch: int = 1,
 ) -> Tensor:
     """Run all passes of a step and sum the gradients.
 
@@ -108,6 +145,7 @@ def accumulate(
         micro_batches: the batch of each slot.
         loss_fn: maps slot and batch to a scalar loss and metrics (n,) without gradient.
         num_micro_batches: M.
+        ranks_per_micro_batch: g; a micro-batch's metrics are the mean over these members.
 
     Returns:
         Metrics of all micro-batches in order, (M, n), the same on every rank.
@@ -118,4 +156,7 @@ def accumulate(
             loss, metrics = loss_fn(slot, batch)
             engine.backward(loss, slot)
         rows.append(metrics)
-    return gather_in_order(torch.stack(rows), num_micro_batches, engine.world)
+    gathered = gather_in_order(
+        torch.stack(rows), num_micro_batches, engine.world, ranks_per_micro_batch
+    )
+    return gathered.mean(dim=1)

@@ -23,12 +23,25 @@ def copy_named_tensors(
         CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing is
             copied then.
     """
-    problems = [f"missing {name}" for name in target if name not in source]
-    problems += [f"unknown {name}" for name in source if name not in target]
+    require_same_layout(source, target, what=what)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def require_same_layout(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str
+) -> None:
+    """Check that tensors have the names, shapes and dtypes of others, whose values do not matter.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape or dtype differs.
+    """
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in expected]
     problems += [
-        f"{name} is {_describe(source[name])}, expected {_describe(target[name])}"
-        for name in target
-        if name in source and _describe(source[name]) != _describe(target[name])
+        f"{name} is {_describe(tensors[name])}, expected {_describe(expected[name])}"
+        for name in expected
+        if name in tensors and _describe(tensors[name]) != _describe(expected[name])
     ]
     if problems:
         more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
@@ -36,8 +49,6 @@ def copy_named_tensors(
             f"{what}: the stored tensors are of another architecture: "
             f"{'; '.join(problems[:_MAX_NAMED])}{more}; use the config they were trained with"
         )
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
 
 
 def _describe(tensor: Tensor) -> str:

@@ -6,99 +6,145 @@ says, so any engine, world size or tool can read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fqgan_dist.training.named_tensors import copy_named_tensors
+from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.named_tensors import require_same_layout
+from fqgan_dist.training.parameter_pieces import Pieces
+
+STEP = "step"
 
 
-def named_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's state under `<parameter name>.<key>`.
+def named_optimizer_state(
+    pieces: Pieces, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor | Fragment]:
+    """Return what this rank has of an optimizer's state under `<parameter name>.<key>`.
 
     Keys are `step` (scalar), `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` (like the
     parameter). A parameter that has not been stepped yet has zeros, which is what Adam starts from,
     so the names depend on the model only. Learning rates and betas are config, not state.
 
     Args:
-        module: gives the names.
-        optimizer: Adam or AdamW over parameters of the module.
+        pieces: of the parameters that the optimizer moves.
+        optimizer: Adam or AdamW.
 
     Returns:
-        References to the state where there is one.
+        References to the state where there is one. Ranks with partitions return fragments; the
+        count of steps is given by the rank with a parameter's first element.
 
     Raises:
-        ValueError: another optimizer, or a parameter that is not of the module.
+        ValueError: another optimizer.
     """
-    return {
-        f"{name}.{key}": tensor
-        for name, parameter, group in _named_parameters(module, optimizer)
-        for key, tensor in (optimizer.state.get(parameter) or _new_state(parameter, group)).items()
-    }
+    _require_adam(optimizer)
+    named: dict[str, Tensor | Fragment] = {}
+    for name, piece in pieces.items():
+        state = optimizer.state.get(piece.owner) or _new_state(piece.owner, optimizer)
+        for key, tensor in state.items():
+            if key == STEP and piece.is_first:
+                named[f"{name}.{key}"] = tensor
+            elif key != STEP and (piece.count > 0 or piece.is_first):
+                named[f"{name}.{key}"] = piece.share(piece.find(tensor))
+    return named
 
 
 def load_named_optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    pieces: Pieces, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `named_optimizer_state` returned, before or after a first step.
+    """Restore this rank's part of the state of all parameters, before or after a first step.
 
     Args:
-        module: gives the names.
-        optimizer: Adam or AdamW over parameters of the module; its state is made where it has none.
-        tensors: state by name, on any device.
+        pieces: of the parameters that the optimizer moves.
+        optimizer: Adam or AdamW; its state is made where it has none.
+        tensors: whole state by name, on any device, from ranks and engines of any kind.
 
     Raises:
-        CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing is
-            changed then.
-        ValueError: another optimizer, or a parameter that is not of the module.
+        CheckpointError: a name is missing or unknown, a shape or dtype differs, or parameters that
+            share a partition were stepped differently often; nothing is changed then.
+        ValueError: another optimizer.
     """
+    _require_adam(optimizer)
     # Fresh tensors: a graph or a staged copy may still hold the old ones.
     states = {
-        name: (parameter, _new_state(parameter, group))
-        for name, parameter, group in _named_parameters(module, optimizer)
+        id(piece.owner): (piece.owner, _new_state(piece.owner, optimizer))
+        for piece in pieces.values()
     }
-    target = {
-        f"{name}.{key}": tensor
-        for name, (_, state) in states.items()
-        for key, tensor in state.items()
-    }
-    copy_named_tensors(tensors, target, what="optimizer state")
-    for parameter, state in states.values():
-        optimizer.state[parameter] = state
+    require_same_layout(tensors, _expected(pieces, states), what="optimizer state")
+    _require_equal_steps(pieces, tensors)
+    for name, piece in pieces.items():
+        for key, tensor in states[id(piece.owner)][1].items():
+            source = tensors[f"{name}.{key}"]
+            target, source = (
+                (tensor, source) if key == STEP else (piece.find(tensor), piece.cut(source))
+            )
+            target.copy_(source)
+    for owner, state in states.values():
+        optimizer.state[owner] = state
 
 
-def _named_parameters(
-    module: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+def reset_optimizer_state(
+    pieces: Pieces, optimizer: torch.optim.Optimizer, *, num_steps: int
+) -> None:
+    """Put an optimizer where a number of steps with zero gradients would have put it.
+
+    Raises:
+        ValueError: another optimizer than Adam or AdamW.
+    """
+    _require_adam(optimizer)
+    owners = {id(piece.owner): piece.owner for piece in pieces.values()}
+    for owner in owners.values():
+        state = _new_state(owner, optimizer)
+        state[STEP].fill_(num_steps)
+        optimizer.state[owner] = state
+
+
+def _expected(
+    pieces: Pieces, states: Mapping[int, tuple[Tensor, Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Describe the whole state of all parameters by tensors without storage."""
+    return {
+        f"{name}.{key}": torch.empty(
+            tensor.shape if key == STEP else piece.shape, dtype=tensor.dtype, device="meta"
+        )
+        for name, piece in pieces.items()
+        for key, tensor in states[id(piece.owner)][1].items()
+    }
+
+
+def _require_equal_steps(pieces: Pieces, tensors: Mapping[str, Tensor]) -> None:
+    """Check that parameters with one owner have one count of steps: the owner has but one."""
+    first: dict[int, tuple[str, float]] = {}
+    for name, piece in pieces.items():
+        steps = float(tensors[f"{name}.{STEP}"])
+        other, expected = first.setdefault(id(piece.owner), (name, steps))
+        if steps != expected:
+            raise CheckpointError(
+                f"optimizer state: {name} was stepped {steps:g} times and {other} {expected:g} "
+                f"times, but ZeRO counts the steps of a partition once; use training.engine=plain"
+            )
+
+
+def _require_adam(optimizer: torch.optim.Optimizer) -> None:
     # AdamW derives from Adam in recent torch only; naming both does not rest on it.
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         raise ValueError(
             f"optimizer {type(optimizer).__name__}: only torch's Adam and AdamW are supported; "
             f"add its state to training/optimizer_state.py"
         )
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) not in names:
-                raise ValueError(
-                    f"optimizer group {index}: a parameter of shape {tuple(parameter.shape)} is "
-                    f"not of {type(module).__name__}; pass the module that was given to it"
-                )
-            yield names[id(parameter)], parameter, group
 
 
-def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make the state of a parameter's first step, as torch/optim/adam.py does in _init_group."""
-    is_on_device = bool(group["capturable"] or group["fused"])
+def _new_state(owner: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Make the state of an owner's first step, as torch/optim/adam.py does in _init_group."""
+    options = optimizer.defaults
+    is_on_device = bool(options["capturable"] or options["fused"])
     state = {
-        "step": torch.zeros(
-            (), dtype=torch.float32, device=parameter.device if is_on_device else "cpu"
-        ),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        STEP: torch.zeros((), dtype=torch.float32, device=owner.device if is_on_device else "cpu"),
+        "exp_avg": torch.zeros_like(owner, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(owner, memory_format=torch.preserve_format),
     }
-    if group["amsgrad"]:
-        state["max_exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if options["amsgrad"]:
+        state["max_exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
     return state

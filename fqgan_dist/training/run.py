@@ -33,6 +33,7 @@ from fqgan_dist.stages.run import (
 from fqgan_dist.stages.stage import ChunkWork, RunContext, Stage, select_device
 from fqgan_dist.stages.tokenizer import TokenizerStage
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -81,15 +82,24 @@ def run_training_stage(config: RunConfig, stage_name: str, world: World) -> None
         FqganError: an earlier stage has not finished, or the training failed.
     """
     with process_group(config, world):
-        context = open_run(config, world)
-        check_run(context)
-        stage = build_training_stage(stage_name, context)
-        check_static_inputs(stage, context)
-        if world.is_main:
-            write_run_files(context)
-        run_stage(stage, context, _refuse_chunks)
-        if world.is_main:
-            write_summary(context.storage)
+        train_stage(config, stage_name, world, observer=LocalObserver())
+
+
+def train_stage(config: RunConfig, stage_name: str, world: World, *, observer: Observer) -> None:
+    """Train one stage to the end, as one rank; several have joined their process group before.
+
+    Raises:
+        FqganError: an earlier stage has not finished, or the training failed.
+    """
+    context = open_run(config, world, observer=observer)
+    check_run(context)
+    stage = build_training_stage(stage_name, context)
+    check_static_inputs(stage, context)
+    if world.is_main:
+        write_run_files(context)
+    run_stage(stage, context, _refuse_chunks)
+    if world.is_main:
+        write_summary(context.storage)
 
 
 def build_training_stage(name: str, context: RunContext) -> Stage:
@@ -99,14 +109,23 @@ def build_training_stage(name: str, context: RunContext) -> Stage:
 
 @contextmanager
 def process_group(config: RunConfig, world: World) -> Iterator[None]:
-    """Join the other ranks for a block: NCCL between GPUs, gloo between CPUs."""
-    if world.world_size == 1:
+    """Join the other ranks for a block: NCCL between GPUs, gloo between CPUs.
+
+    One process needs no group, unless DeepSpeed trains it.
+    """
+    trainings = (config.tokenizer.training, config.autoregressive.training)
+    if world.world_size == 1 and all(training.engine == "plain" for training in trainings):
         yield
         return
     device = select_device(config.device, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.world_size == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] the documented name
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from fqgan_dist.config import Config
+from fqgan_dist.training.checkpoint_files import Fragment
 
 BatchT = TypeVar("BatchT", contravariant=True)
-Parts = dict[str, dict[str, Tensor]]
-"""Named parts of a checkpoint; a part maps parameter names to tensors."""
+Parts = dict[str, dict[str, Tensor | Fragment]]
+"""Named parts of a checkpoint; a part maps parameter names to what a rank has of the tensors."""
 
 
 class Task(Protocol, Generic[BatchT]):
@@ -52,11 +53,15 @@ class Task(Protocol, Generic[BatchT]):
         ...
 
     def state_dict(self) -> Parts:
-        """Return all that training continues from, as named parts (references, not copies)."""
+        """Return what this rank saves of all that training continues from, as named parts.
+
+        Every rank returns all names of parts; each tensor, or each fragment of one, comes from one
+        rank. They are references, not copies.
+        """
         ...
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what the `state_dict` of all ranks returned, merged into whole tensors.
 
         Raises:
             CheckpointError: a part or tensor is missing, unknown or of another shape.

@@ -61,7 +61,7 @@ class Trainer(Generic[BatchT]):
             task: what is trained.
             batches: the data, from any step on.
             config: lengths and intervals.
-            store: where checkpoints are committed; only the main rank writes.
+            store: where checkpoints are committed; every rank writes what it owns.
             dataset_id: named in every checkpoint.
             world: rank geometry.
             open_metrics: on the main rank, opens the metrics file as it was after a step; None on
@@ -88,32 +88,40 @@ class Trainer(Generic[BatchT]):
             NumericsError: a loss or gradient is not finite.
         """
         # Beginning first fences off older attempts: none can commit between the load and our save.
-        attempt = self.store.begin_attempt() if self.world.is_main else None
-        try:
+        with self._begin_attempt() as attempt:
             loaded = self._load()
             first_step = self._restore(loaded) if loaded else 0
-            if loaded and attempt:
+            if loaded:
                 attempt.continue_from(loaded.number)
             if loaded and first_step >= self.config.steps:
                 return TrainingResult(step=first_step, metrics=loaded.metrics)
             if self.open_metrics:
                 self.metrics = self.open_metrics(first_step)
-            self.progress.advance(first_step)
-            return self._run_steps(first_step, attempt)
-        finally:
-            if self.metrics:
-                self.metrics.close()
-            if attempt:
-                attempt.close()
+            try:
+                self.progress.advance(first_step)
+                return self._run_steps(first_step, attempt)
+            finally:
+                if self.metrics:
+                    self.metrics.close()
 
-    def _run_steps(self, first_step: int, attempt: Attempt | None) -> TrainingResult:
+    def _begin_attempt(self) -> Attempt:
+        """Begin to save on the main rank, and join it on the others."""
+        rank, world_size = self.world.rank, self.world.world_size
+        attempt = self.store.begin_attempt(world_size=world_size) if self.world.is_main else None
+        if world_size > 1:
+            ids = [attempt.id if attempt else ""]
+            dist.broadcast_object_list(ids, src=0)
+            attempt = attempt or self.store.join_attempt(ids[0], rank=rank, world_size=world_size)
+        assert attempt is not None, "one rank is the main rank"
+        return attempt
+
+    def _run_steps(self, first_step: int, attempt: Attempt) -> TrainingResult:
         batches = self.batches(first_step)
         clock = _Clock()
         results: dict[str, float] = {}
         for step in range(first_step + 1, self.config.steps + 1):
-            if attempt:
-                # A save that failed, or a newer attempt that took over, ends this one now.
-                attempt.raise_pending()
+            # A save that failed, or a newer attempt that took over, ends this one now.
+            attempt.raise_pending()
             with clock.waiting():
                 micro_batches = next(batches)
             values = self.task.train_step(micro_batches, step)
@@ -184,17 +192,16 @@ class Trainer(Generic[BatchT]):
             images_seen = step * self.config.global_batch_size
             self.metrics.write(step, numbers, images_seen=images_seen)
 
-    def _save(self, attempt: Attempt | None, step: int, metrics: Mapping[str, float]) -> None:
+    def _save(self, attempt: Attempt, step: int, metrics: Mapping[str, float]) -> None:
         self.task.raise_if_not_finite()
-        if attempt is None:
-            return
         state: dict[str, Any] = {
             "images_seen": step * self.config.global_batch_size,
             # All randomness is keyed by (seed, step, micro-batch), so the seed is the RNG state.
             "seed": self.config.seed,
         }
         # Before the commit: no checkpoint then has records missing that led to it.
-        self.publish_metrics()
+        if self.world.is_main:
+            self.publish_metrics()
         attempt.save(
             step,
             tensors=self.task.state_dict(),

@@ -25,6 +25,7 @@ from support.tiny_tasks import (
 from torch import Tensor, nn
 
 from fqgan_dist.randomness import torch_generator
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.training.engine_plain import PlainEngine
 from fqgan_dist.training.task import Parts
 from fqgan_dist.world import World
@@ -66,24 +67,34 @@ class RecordingEngine(PlainEngine):
 class Comparison:
     """One task in one world: where its steps come from and what is recorded of them."""
 
-    def __init__(self, name: str, build: Callable[..., Any], draw: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Any],
+        draw: Callable[..., Any],
+        config: RunConfig = CONFIG,
+    ) -> None:
         self.name = name
         self.build = build
         self.draw = draw
+        self.config = config
 
     def new_task(self, world: World, **options: Any) -> Any:
-        return self.build(CONFIG, world, engine_type=RecordingEngine, **options)
+        return self.build(self.config, world, engine_type=RecordingEngine, **options)
 
     def run(self, task: Any, steps: range) -> None:
         for step in steps:
             indices = [slot.micro_batch for slot in task.slots]
-            task.train_step(self.draw(CONFIG, step, indices), step)
+            task.train_step(self.draw(self.config, step, indices), step)
 
     def record_step(self, task: Any, step: int) -> Results:
         """Run one step and return all that must not depend on the world size."""
         self.run(task, range(step, step + 1))
         engines = {"main": task.engine}
-        if self.name == "tokenizer" and step >= CONFIG.tokenizer.losses.discriminator_start_step:
+        if (
+            self.name == "tokenizer"
+            and step >= self.config.tokenizer.losses.discriminator_start_step
+        ):
             engines["discriminator"] = task.discriminator_engine
         results: Results = {}
         for name, engine in engines.items():
@@ -148,7 +159,7 @@ def make_double(module: nn.Module) -> None:
     kinds = nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d
     for layer in module.modules():
         if isinstance(layer, kinds):
-            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
 
 
 @torch.no_grad()

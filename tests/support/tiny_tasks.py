@@ -58,6 +58,7 @@ def build_tokenizer_task(
         config=settings.training.optimizer,
         world=world or World(),
         num_micro_batches=settings.training.micro_batches_per_step,
+        ranks_per_micro_batch=settings.training.ranks_per_micro_batch,
         device=CPU,
     )
     return TokenizerTask(
@@ -89,6 +90,7 @@ def build_autoregressive_task(
         name="autoregressive",
         world=world or World(),
         num_micro_batches=settings.training.micro_batches_per_step,
+        ranks_per_micro_batch=settings.training.ranks_per_micro_batch,
         device=CPU,
         parameter_groups=[
             dict(group) for group in decay_groups(model, settings.training.optimizer.weight_decay)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_
 from fqgan_dist.stages.samples import SamplesStage
 from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
 from fqgan_dist.stages.stage import ChunkWork, RunContext
+from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.world import World
@@ -77,7 +79,10 @@ def samples(context: RunContext) -> TensorFiles:
 
 
 def export(context: RunContext, samples: TensorFiles, kind: ExportFormat) -> Path:
-    path = context.storage.local_path(export_samples(context, samples, kind, run_chunks_here))
+    name = export_samples(
+        context, samples, kind, partial(run_chunks_here, observer=LocalObserver())
+    )
+    path = context.storage.local_path(name)
     assert path is not None
     return path
 
@@ -140,7 +145,7 @@ def test_killed_export_goes_on_at_its_chunk_and_gives_the_same_bytes(
 
     def go_on(work: ChunkWork) -> None:
         done.extend(chunk for chunk in work.chunks() if not work.is_done(chunk))
-        run_chunks_here(work)
+        run_chunks_here(work, LocalObserver())
 
     export_samples(context, samples, kind, go_on)
     assert done == [1, 2]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def test_every_line_of_a_traceback_carries_the_rank(capsys: pytest.CaptureFixtur
 
 
 def test_every_rank_writes_everything_to_its_own_file(tmp_path: Path) -> None:
-    configure_logging(World(rank=2, world_size=4), tmp_path / "logs")
+    file = tmp_path / "rank-2.log"
+    configure_logging(World(rank=2, world_size=4), logging.FileHandler(file, encoding="utf-8"))
     own_logger().info("kept")
-    text = (tmp_path / "logs" / "rank-00002.log").read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
     assert "kept" in text
     assert "fqgan_dist.somewhere" in text
     assert "[rank" not in text
@@ -85,3 +87,22 @@ def test_handlers_of_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger().addHandler(foreign)
     configure_logging(World(), None)
     assert foreign in logging.getLogger().handlers
+
+
+def test_other_handlers_of_the_console_go(capsys: pytest.CaptureFixture[str]) -> None:
+    # Ray Train gives the root logger of every train worker one.
+    logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))
+    configure_logging(World(rank=1, world_size=2), None)
+    own_logger().info("of another rank")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_is_no_rank_is_named_in_its_errors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging(World(), None, label="teachers actor 2")
+    own_logger().info("quiet")
+    own_logger().error("loud")
+    text = capsys.readouterr().err
+    assert "quiet" not in text
+    assert text.startswith("[teachers actor 2] ")

@@ -125,3 +125,15 @@ def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
         (2, 0.5),
         (3, pytest.approx(1 / 3)),
     ]
+
+
+def test_whoever_asks_is_given_every_record(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, float]]] = []
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, on_write=lambda step, values: seen.append((step, dict(values)))) as w:
+        w.write(1, {"tokenizer/loss/total": 0.5}, images_seen=8)
+        w.write(1, {"tokenizer/validation/psnr": float("inf")}, images_seen=8)
+    assert seen == [
+        (1, {"tokenizer/loss/total": 0.5}),
+        (1, {"tokenizer/validation/psnr": float("inf")}),
+    ]

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from fqgan_dist.telemetry.progress import render_summary, track
+from fqgan_dist.telemetry.progress import RateMeter, render_summary, track
 
 
 class Clock:
@@ -96,3 +96,49 @@ def test_the_summary_table_shows_stages_and_metrics() -> None:
     )
     assert "perplexity.[bold]visual = 9.500" in text
     assert "\x1b" not in text
+
+
+def test_skipped_units_move_the_bar_but_are_no_throughput(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    with (
+        caplog.at_level(logging.INFO),
+        track(100, "codes", "images", console=plain_console(), clock=clock) as bar,
+    ):
+        bar.skip(80)
+        clock.now = 10
+        bar.advance(10)
+    assert caplog.messages == ["codes: 90/100 images, 1.0 images/s, 10.0 s left"]
+
+
+def test_skipped_units_are_seen_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with track(100, "codes", "images", console=console) as bar:
+        bar.skip(80)
+        bar.advance(10)
+    assert isinstance(console.file, io.StringIO)
+    assert "90/100" in console.file.getvalue()
+
+
+def test_the_rate_is_that_of_the_last_minute() -> None:
+    meter = RateMeter(window_s=60)
+    assert meter.add(0, 0) is None
+    assert meter.add(10, 100) == 10
+    for now in range(20, 110, 10):
+        rate = meter.add(now, 100 + 2 * (now - 10))
+    assert rate == 2
+
+
+def test_the_rate_of_units_rarer_than_the_window_is_known() -> None:
+    meter = RateMeter(window_s=60)
+    meter.add(0, 0)
+    meter.add(600, 1)
+    assert meter.add(1200, 2) == 1 / 600
+
+
+def test_the_rate_starts_anew_with_the_work() -> None:
+    meter = RateMeter()
+    meter.add(0, 0)
+    meter.add(10, 50)
+    assert meter.add(20, 0) is None

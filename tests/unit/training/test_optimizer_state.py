@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fqgan_dist.errors import CheckpointError
-from fqgan_dist.training.optimizer_state import load_named_optimizer_state, named_optimizer_state
+from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.optimizer_state import (
+    load_named_optimizer_state,
+    named_optimizer_state,
+    reset_optimizer_state,
+)
+from fqgan_dist.training.parameter_pieces import Piece, whole_pieces
 
 VARIANTS = [
     pytest.param(kind, options, id=f"{kind.__name__}-{'-'.join(options) or 'default'}")
@@ -30,6 +36,16 @@ def _train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) ->
         optimizer.zero_grad()
 
 
+def named_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return named_optimizer_state(whole_pieces(module, optimizer), optimizer)
+
+
+def load_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    load_named_optimizer_state(whole_pieces(module, optimizer), optimizer, tensors)
+
+
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -41,20 +57,20 @@ def test_training_continues_bit_for_bit(
     module = _module()
     optimizer = kind(module.parameters(), lr=1e-2, weight_decay=0.1, **options)
     _train(module, optimizer, range(3))
-    weights, state = _copy(module.state_dict()), _copy(named_optimizer_state(module, optimizer))
+    weights, state = _copy(module.state_dict()), _copy(named_state(module, optimizer))
     _train(module, optimizer, range(3, 6))
 
     resumed = _module()
     resumed.load_state_dict(weights)
     fresh = kind(resumed.parameters(), lr=1e-2, weight_decay=0.1, **options)
-    load_named_optimizer_state(resumed, fresh, state)
+    load_state(resumed, fresh, state)
     _train(resumed, fresh, range(3, 6))
 
     assert all(
         torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True)
     )
-    expected = named_optimizer_state(module, optimizer)
-    found = named_optimizer_state(resumed, fresh)
+    expected = named_state(module, optimizer)
+    found = named_state(resumed, fresh)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {found[name].item() for name in found if name.endswith(".step")} == {6.0}
@@ -64,16 +80,16 @@ def test_loading_replaces_the_state_of_an_optimizer_that_has_stepped() -> None:
     module = _module()
     optimizer = torch.optim.Adam(module.parameters(), fused=True)
     _train(module, optimizer, range(2))
-    state = _copy(named_optimizer_state(module, optimizer))
+    state = _copy(named_state(module, optimizer))
     _train(module, optimizer, range(2, 5))
-    load_named_optimizer_state(module, optimizer, state)
-    found = named_optimizer_state(module, optimizer)
+    load_state(module, optimizer, state)
+    found = named_state(module, optimizer)
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_names_are_those_of_parameters_also_before_the_first_step() -> None:
     module = nn.Linear(2, 3)
-    state = named_optimizer_state(module, torch.optim.AdamW(module.parameters()))
+    state = named_state(module, torch.optim.AdamW(module.parameters()))
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         "weight.step": (),
         "weight.exp_avg": (3, 2),
@@ -89,7 +105,7 @@ def test_loading_an_unstepped_state_trains_as_a_fresh_optimizer() -> None:
     plain, loaded = _module(), _module()
     first = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
     second = torch.optim.Adam(loaded.parameters(), lr=1e-2, fused=True)
-    load_named_optimizer_state(loaded, second, _copy(named_optimizer_state(plain, first)))
+    load_state(loaded, second, _copy(named_state(plain, first)))
     _train(plain, first, range(3))
     _train(loaded, second, range(3))
     assert all(
@@ -116,12 +132,12 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(change: Any, me
     module = _module()
     optimizer = torch.optim.Adam(module.parameters(), fused=True)
     _train(module, optimizer, range(2))
-    before = _copy(named_optimizer_state(module, optimizer))
+    before = _copy(named_state(module, optimizer))
     state = {name: tensor + 1 for name, tensor in before.items()}
     change(state)
     with pytest.raises(CheckpointError, match=message):
-        load_named_optimizer_state(module, optimizer, state)
-    after = named_optimizer_state(module, optimizer)
+        load_state(module, optimizer, state)
+    after = named_state(module, optimizer)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -129,16 +145,69 @@ def test_parameters_outside_the_optimizer_have_no_state() -> None:
     module = _module()
     module[0].requires_grad_(False)
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad])
-    assert {name.split(".")[0] for name in named_optimizer_state(module, optimizer)} == {"2"}
+    assert {name.split(".")[0] for name in named_state(module, optimizer)} == {"2"}
 
 
 def test_a_parameter_of_another_module_is_refused() -> None:
     optimizer = torch.optim.Adam(_module().parameters())
     with pytest.raises(ValueError, match=r"not of Sequential"):
-        named_optimizer_state(_module(), optimizer)
+        named_state(_module(), optimizer)
 
 
 def test_another_optimizer_is_refused() -> None:
     module = _module()
     with pytest.raises(ValueError, match=r"SGD: only torch's Adam and AdamW"):
-        named_optimizer_state(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        named_state(module, torch.optim.SGD(module.parameters(), lr=0.1))
+
+
+def halves(size: int) -> list[tuple[Tensor, dict[str, Piece]]]:
+    """Two ranks' parts of `a` (2, 3) and `b` (2,), laid end to end: 4 elements each."""
+    first, second = torch.zeros(size, requires_grad=True), torch.zeros(size, requires_grad=True)
+    return [
+        (first, {"a": Piece(first, (2, 3), 0, 0, 4), "b": Piece(first, (2,), 0, 0, 0)}),
+        (second, {"a": Piece(second, (2, 3), 4, 0, 2), "b": Piece(second, (2,), 0, 2, 2)}),
+    ]
+
+
+def whole_state() -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, shape in (("a", (2, 3)), ("b", (2,))):
+        state[f"{name}.step"] = torch.tensor(3.0)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[f"{name}.{key}"] = torch.rand(shape)
+    return state
+
+
+def test_partitions_load_whole_state_and_share_it_once() -> None:
+    state = whole_state()
+    merged: dict[str, Tensor] = {}
+    for owner, pieces in halves(4):
+        optimizer = torch.optim.Adam([owner], fused=True)
+        load_named_optimizer_state(pieces, optimizer, state)
+        for name, value in named_optimizer_state(pieces, optimizer).items():
+            if isinstance(value, Fragment):
+                whole = merged.setdefault(name, torch.full((state[name].numel(),), torch.nan))
+                assert value.shape == tuple(state[name].shape)
+                assert whole[value.start : value.start + len(value.tensor)].isnan().all()
+                whole[value.start : value.start + len(value.tensor)] = value.tensor
+            else:
+                assert name not in merged
+                merged[name] = value
+    assert merged.keys() == state.keys()
+    assert all(torch.equal(merged[name].view(state[name].shape), state[name]) for name in state)
+
+
+def test_a_partition_refuses_parameters_that_were_stepped_differently_often() -> None:
+    owner, pieces = halves(4)[1]
+    state = whole_state() | {"b.step": torch.tensor(4.0)}
+    with pytest.raises(CheckpointError, match=r"b was stepped 4 times and a 3 times"):
+        load_named_optimizer_state(pieces, torch.optim.Adam([owner], fused=True), state)
+
+
+def test_resetting_sets_the_count_of_steps_and_clears_the_moments() -> None:
+    module = _module()
+    optimizer = torch.optim.Adam(module.parameters(), fused=True)
+    _train(module, optimizer, range(2))
+    reset_optimizer_state(whole_pieces(module, optimizer), optimizer, num_steps=7)
+    for name, tensor in named_state(module, optimizer).items():
+        assert torch.equal(tensor, torch.full_like(tensor, 7.0 if name.endswith("step") else 0.0))

@@ -60,7 +60,7 @@ class ToyTask:
             device=CPU,
         )
         self.slots = assign_slots(training.micro_batches_per_step, World())
-        self.ema = ExponentialMovingAverage(module, 0.9)
+        self.ema = ExponentialMovingAverage(self.engine.local_parameters(), 0.9)
         self.steps_done: list[int] = []
 
     def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class ToyTask:
         rows = accumulate(self.engine, self.slots, micro_batches, loss_fn, num_micro_batches=num)
         lr = compute_lr(self.training.schedule, step, self.training.steps)
         norm = self.engine.step(lr=lr, losses=rows)
-        self.ema.update(self.engine.module)
+        self.ema.update(self.engine.local_parameters())
         self.steps_done.append(step)
         return {"toy/loss/total": rows.mean(), "toy/gradient_norm": norm}
 
@@ -81,8 +81,8 @@ class ToyTask:
         self.engine.raise_if_not_finite()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        with self.ema.applied(self.engine.module):
-            weight = self.engine.module.state_dict()["0.weight"]
+        with self.engine.whole_weights(self.ema.state_dict()) as module:
+            weight = module.state_dict()["0.weight"]
             return {"toy/validation/norm": float(weight.norm())}
 
     def state_dict(self) -> Parts:
@@ -90,12 +90,12 @@ class ToyTask:
         return {
             "toy": state["weights"],
             "toy_optimizer": state["optimizer"],
-            "toy_ema": self.ema.state_dict(),
+            "toy_ema": self.engine.share(self.ema.state_dict()),
         }
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.engine.load_state_dict({"weights": parts["toy"], "optimizer": parts["toy_optimizer"]})
-        self.ema.load_state_dict(parts["toy_ema"])
+        self.ema.load_state_dict(self.engine.localize(parts["toy_ema"]))
 
 
 class Run:

@@ -1,0 +1,204 @@
+"""Weights of the pretrained networks that a config names: are they where a node looks for them?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
+from fqgan_dist.errors import DataError
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
+from fqgan_dist.weights import WeightsConfig
+
+_READ_BYTES = 8 * 2**20
+_LENGTH_BYTES = 8
+_LARGEST_HEADER_BYTES = 100 * 10**6
+"""safetensors' own limit."""
+_REQUEST_TIMEOUT_S = 10.0
+_FETCH = "run `fqgan weights fetch CONFIG to=DIR` where there is access, and use the files it makes"
+
+
+@dataclass(frozen=True)
+class HubState:
+    """What a library would do for weights of its hub."""
+
+    place: str
+    """Repository or address."""
+    is_cached: bool
+    """Whether they are in this node's cache."""
+    is_reachable: bool
+    """Whether they could be downloaded; not asked where they are cached."""
+
+
+@dataclass(frozen=True)
+class PretrainedNetwork:
+    """A network of the config whose weights this project does not train."""
+
+    field: str
+    """Where its weights stand in the config."""
+    weights: WeightsConfig
+    find_hub_state: Callable[[], HubState]
+    """Called for hub weights only; it may take a library's import."""
+
+
+def list_networks(config: RunConfig) -> list[PretrainedNetwork]:
+    """List the pretrained networks of a run."""
+    perceptual, inception = config.tokenizer.perceptual, config.evaluation.inception
+    perceptual_source = "hub" if perceptual.weights == "torchvision" else perceptual.weights
+    return [
+        *(
+            PretrainedNetwork(
+                f"teachers.networks.{number}.weights",
+                teacher.weights,
+                lambda teacher=teacher: _find_teacher(teacher),
+            )
+            for number, teacher in enumerate(config.teachers.networks)
+        ),
+        PretrainedNetwork(
+            "tokenizer.perceptual.weights",
+            WeightsConfig(source=perceptual_source, sha256=perceptual.weights_sha256),
+            lambda: _find_perceptual(perceptual.network),
+        ),
+        PretrainedNetwork("evaluation.inception.weights", inception.weights, _find_inception),
+    ]
+
+
+def check_network(network: PretrainedNetwork) -> Verdict:
+    """Look for a network's weights without loading them."""
+    weights = network.weights
+    if weights.is_random:
+        return ok(network.field, "random, seeded: not comparable with published numbers")
+    if weights.is_hub:
+        return judge_hub(network.field, network.find_hub_state())
+    return check_file(network.field, weights.source, weights.sha256)
+
+
+def judge_hub(field: str, state: HubState) -> Verdict:
+    """Judge weights that a library fetches for itself."""
+    if state.is_cached:
+        return ok(field, f"hub: {state.place} is in this node's cache")
+    if state.is_reachable:
+        return ok(field, f"hub: {state.place} can be reached and is downloaded at its first use")
+    return failed(field, f"hub: {state.place} is neither cached nor reachable", _FETCH)
+
+
+def check_file(field: str, source: str, sha256: str | None) -> Verdict:
+    """Look for a safetensors file, read its header, and compare its sha256 where one is given."""
+    folder, name = _split(source)
+    try:
+        size = folder.size(name)
+        with folder.open_read(name) as file:
+            problem = _find_damage(file, size)
+        if problem:
+            return failed(field, f"{source}: {problem}", "fetch the file again")
+        if sha256 is None:
+            return ok(field, f"{source}: {size / 2**20:,.1f} MiB; no sha256 is given to compare")
+        with folder.open_read(name) as file:
+            found = _hash(file)
+    except FileNotFoundError:
+        return failed(field, f"{source}: no such file on this node", "bring it there, or use s3://")
+    except DataError as error:
+        return failed(field, str(error), "give this node the right to read it")
+    if found != sha256:
+        finding = f"{source}: sha256 is {found}, expected {sha256}"
+        return failed(field, finding, "fetch the file again, or correct sha256")
+    return ok(field, f"{source}: {size / 2**20:,.1f} MiB, sha256 as given")
+
+
+def _split(source: str) -> tuple[Storage, str]:
+    if "://" in source:
+        folder, _, name = source.rpartition("/")
+        return Storage(folder), name
+    path = Path(source).absolute()
+    return Storage(path.parent), path.name
+
+
+def _find_damage(file: BinaryIO, size: int) -> str | None:
+    """Read the header of a safetensors file: its length, then names and places of the tensors."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if length > min(size, _LARGEST_HEADER_BYTES):
+        return "not a safetensors file"
+    try:
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "not a safetensors file"
+    expected = _LENGTH_BYTES + length + max(ends, default=0)
+    return None if size == expected else f"has {size} bytes, expected {expected}"
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while data := file.read(_READ_BYTES):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _find_teacher(teacher: TeacherConfig) -> HubState:
+    match teacher:
+        case ClipTeacherConfig():
+            return _find_clip(str(teacher.architecture))
+        case Dinov2TeacherConfig():
+            from transformers.utils import SAFE_WEIGHTS_NAME
+
+            return _find_in_repository(str(teacher.architecture), [SAFE_WEIGHTS_NAME])
+
+
+def _find_clip(architecture: str) -> HubState:
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+    from open_clip.pretrained import get_pretrained_cfg
+
+    from fqgan_dist.teachers.clip import HUB_TAG
+
+    repository, _, name = get_pretrained_cfg(architecture, HUB_TAG)["hf_hub"].rpartition("/")
+    return _find_in_repository(
+        repository, [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    )
+
+
+def _find_in_repository(repository: str, names: list[str]) -> HubState:
+    from transformers.utils.hub import has_file
+
+    is_cached = any(has_file(repository, name, local_files_only=True) for name in names)
+    is_reachable = not is_cached and any(has_file(repository, name) for name in names)
+    return HubState(repository, is_cached=is_cached, is_reachable=is_reachable)
+
+
+def _find_perceptual(network: str) -> HubState:
+    from fqgan_dist.tokenizer.perceptual import _torchvision_url
+
+    return _find_torch_file(_torchvision_url(network))
+
+
+def _find_inception() -> HubState:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return _find_torch_file(URL_INCEPTION_V3)
+
+
+def _find_torch_file(url: str) -> HubState:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    is_cached = path.is_file()
+    return HubState(url, is_cached=is_cached, is_reachable=not is_cached and _answers(url))
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    except OSError:
+        return False  # the verdict says that it is not reachable

@@ -1,0 +1,110 @@
+"""Run a function once on every node of the connected Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fqgan_dist.errors import ClusterError
+
+_SHORT_ID_DIGITS = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster that is alive."""
+
+    node_id: str
+    """Ray's hexadecimal id."""
+    address: str
+    """IP address."""
+    is_head: bool
+    """Whether Ray's global services run there."""
+
+    @property
+    def label(self) -> str:
+        """The node's name in messages; the id tells nodes of one address apart."""
+        role = ", head" if self.is_head else ""
+        return f"{self.address} ({self.node_id[:_SHORT_ID_DIGITS]}{role})"
+
+
+def list_nodes() -> list[Node]:
+    """List the nodes that are alive, the head first, then by address and id."""
+    nodes = [
+        Node(
+            node_id=entry["NodeID"],
+            address=entry["NodeManagerAddress"],
+            is_head="node:__internal_head__" in entry["Resources"],
+        )
+        for entry in ray.nodes()
+        if entry["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: (not node.is_head, node.address, node.node_id))
+
+
+def run_on_every_node(
+    fn: Callable[..., T], *args: Any, timeout_s: float
+) -> dict[str, T | Exception]:
+    """Run a function at once on all nodes that are alive, the head included, and wait for it.
+
+    It takes no CPU slot, so that a full cluster does not make it wait, and it is not repeated.
+
+    Args:
+        fn: what to run; it and its arguments must be picklable.
+        args: its arguments.
+        timeout_s: after it, whoever still runs is stopped.
+
+    Returns:
+        For every node, in the order of `list_nodes`, by its label: the result; or the exception
+        that the function raised; or, where the node or its worker was lost or gave no answer in
+        time, a ClusterError.
+    """
+    nodes = list_nodes()
+    refs = [
+        _call.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        ).remote(fn, *args)
+        for node in nodes
+    ]
+    done = set(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0])
+    results: dict[str, T | Exception] = {}
+    for node, ref in zip(nodes, refs, strict=True):
+        if ref in done:
+            results[node.label] = _fetch(ref, node)
+        else:
+            ray.cancel(ref, force=True)
+            results[node.label] = ClusterError(
+                f"node {node.label}: no answer within {timeout_s:g} s - expected one - look "
+                f"whether the node is overloaded or hangs (`ray list nodes`, its logs)"
+            )
+    return results
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _call(fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(*args)
+
+
+def _fetch(ref: Any, node: Node) -> Any:
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        cause = error.cause
+        # A cause that does not survive pickling comes as Ray's own text of it.
+        return cause if isinstance(cause, Exception) else _describe_loss(error, node)
+    except RayError as error:
+        return _describe_loss(error, node)
+
+
+def _describe_loss(error: RayError, node: Node) -> ClusterError:
+    return ClusterError(
+        f"node {node.label}: its task was lost ({type(error).__name__}: {error}) - expected a "
+        f"result - look whether the node lives and runs the same code as this one"
+    )

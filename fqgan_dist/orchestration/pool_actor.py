@@ -1,0 +1,162 @@
+"""One actor of a pool: a process on some node that makes chunks of work, one at a time.
+
+Exceptions of the work come back as values, `Failure`: what Ray raises then means that the process
+or its node was lost, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from ray import cloudpickle
+
+from fqgan_dist import errors
+from fqgan_dist.errors import FqganError
+from fqgan_dist.stages.stage import ChunkWork, RunContext, configure_torch
+from fqgan_dist.telemetry.log_files import open_log_file, publish_log
+from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+_PROCESS_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""What a fresh process may be free of: memory held by somebody else, a GPU's sticky error state."""
+
+
+@dataclass(frozen=True)
+class ActorPlace:
+    """Where an actor runs."""
+
+    host: str
+    """Name of the machine."""
+    pid: int
+    """Process id on it."""
+
+    def __str__(self) -> str:
+        return f"{self.host}, pid {self.pid}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as plain data, as not every exception survives pickling."""
+
+    type_names: tuple[str, ...]
+    """Names of its classes, the most special first."""
+    message: str
+    """Its text."""
+    traceback_text: str
+    """Where it came from, with its causes."""
+    pickled: bytes | None
+    """The exception; None if it cannot be pickled or restored."""
+    is_of_process: bool
+    """Whether another process may well succeed."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Describe an exception."""
+        return cls(
+            type_names=tuple(item.__name__ for item in type(error).__mro__),
+            message=str(error),
+            traceback_text="".join(traceback.format_exception(error)).rstrip(),
+            pickled=_pickle_checked(error),
+            is_of_process=isinstance(error, _PROCESS_ERRORS),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.type_names[0]}: {self.message}" if self.message else self.type_names[0]
+
+    def restore(self) -> Exception:
+        """Return the exception, or if it did not survive the nearest one that says the same."""
+        if self.pickled is not None:
+            return cloudpickle.loads(self.pickled)
+        for name in self.type_names:
+            known = getattr(errors, name, None)
+            if isinstance(known, type) and issubclass(known, FqganError):
+                return known(self.message)
+        return RuntimeError(str(self))
+
+
+@dataclass(frozen=True)
+class PoolTask:
+    """What all actors of a pool are given."""
+
+    work: ChunkWork
+    check_node: Callable[[], None] | None
+    """Raises on a node that cannot take part."""
+
+
+class PoolActor:
+    """Makes chunks of some work.
+
+    Nothing is done in the constructor, as exceptions there would only come back as Ray's text.
+    """
+
+    def __init__(self, pickled_task: bytes, *, description: str, number: int, gpus: float) -> None:
+        """Keep what `prepare` needs.
+
+        Args:
+            pickled_task: a `PoolTask`.
+            description: of the work.
+            number: of this actor in its pool, from 0.
+            gpus: that were reserved for it.
+        """
+        self._pickled_task = pickled_task
+        self._description = description
+        self._number = number
+        if gpus == 0:
+            # Ray 2.60 hides no GPU from who has reserved none: `device: auto` would take one.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    def __repr__(self) -> str:
+        return f"{self._description} {self._number}"  # Ray puts it before lines on the console
+
+    def prepare(self) -> ActorPlace | Failure:
+        """Unpack the work, which chooses the device of this process; check and set up the node."""
+        try:
+            task: PoolTask = cloudpickle.loads(self._pickled_task)
+            if task.check_node is not None:
+                task.check_node()
+            self._configure(task.work.context)
+            self._work = task.work
+        except Exception as error:  # noqa: BLE001  the entry point of this process
+            return Failure.of(error)
+        return ActorPlace(socket.gethostname(), os.getpid())
+
+    def process(self, chunk: int) -> Failure | None:
+        """Make and commit a chunk."""
+        try:
+            self._work.process(chunk)
+        except Exception as error:  # noqa: BLE001  the entry point of this process
+            # Not an error yet: the driver shows it, unless another actor succeeds.
+            logger.info("chunk %d failed", chunk, exc_info=True)
+            publish_log()
+            return Failure.of(error)
+        logger.info("chunk %d is done", chunk)
+        return None
+
+    def finish(self) -> None:
+        """Be ready to be killed: no line of the log is lost."""
+        publish_log()
+
+    def _configure(self, context: RunContext) -> None:
+        configure_torch(context.config)
+        name = f"{self._description.replace(' ', '-')}-actor-{self._number:05d}"
+        log_file = open_log_file(context.storage, name)
+        configure_logging(World(), log_file, label=f"{self._description} actor {self._number}")
+        logger.info("%s, device %s", socket.gethostname(), context.device)
+
+
+def _pickle_checked(error: Exception) -> bytes | None:
+    """Pickle an exception; None if it cannot be restored from that."""
+    try:
+        data = cloudpickle.dumps(error)
+        restored = cloudpickle.loads(data)
+    except Exception:  # noqa: BLE001  an exception's own code can raise anything here
+        return None
+    return data if isinstance(restored, Exception) else None

@@ -1,0 +1,81 @@
+"""What an actor pool decides, without Ray: which chunk is next, and how many actors to have."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from fqgan_dist.errors import ClusterError
+from fqgan_dist.stages.execution import PoolConfig
+
+
+class ChunkQueue:
+    """Chunks that wait for an actor; those that lost theirs come first again.
+
+    `len` is the number that waits.
+    """
+
+    def __init__(self, chunks: Sequence[int], *, description: str, max_failures: int) -> None:
+        """Fill the queue.
+
+        Args:
+            chunks: what is to be done, in order.
+            description: of the work, for messages.
+            max_failures: times that a chunk may lose its actor.
+        """
+        self._waiting = deque(chunks)
+        self._losses: Counter[int] = Counter()
+        self._description = description
+        self._max_failures = max_failures
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self) -> int:
+        """Take the next chunk."""
+        return self._waiting.popleft()
+
+    def put_back(self, chunk: int, cause: str, *, counts: bool = True) -> None:
+        """Let a chunk that lost its actor wait again, before all others.
+
+        So a chunk that kills its actors is known soon, not at the end.
+
+        Args:
+            chunk: what the actor worked on.
+            cause: why the actor was lost.
+            counts: whether the chunk may be to blame.
+
+        Raises:
+            ClusterError: it has lost too many.
+        """
+        self._losses[chunk] += counts
+        if self._losses[chunk] > self._max_failures:
+            raise ClusterError(
+                f"{self._description}: chunk {chunk} lost its actor {self._losses[chunk]} times, "
+                f"the last time to: {cause} - expected at most max_failures_per_chunk = "
+                f"{self._max_failures} - reserve more memory or smaller batches if it runs out of "
+                f"it, look into the chunk's inputs and the actors' logs, or raise the limit; what "
+                f"is finished stays, and the same command goes on"
+            )
+        self._waiting.appendleft(chunk)
+
+
+def count_wanted_actors(config: PoolConfig, *, waiting: int, busy: int, present: int) -> int:
+    """Decide how many actors to have, those that are still starting included.
+
+    A pool starts with `min_actors` and asks for `max_actors` once it works and more chunks wait
+    than actors are busy; it never has more than can be used, so at an empty queue only the busy
+    ones stay.
+
+    Args:
+        config: size of the pool.
+        waiting: chunks that no actor has.
+        busy: actors with a chunk.
+        present: actors that the pool has or has asked for.
+    """
+    if waiting == 0:
+        return busy
+    # Nothing is asked for beyond the first actors before they have shown that the work runs.
+    is_growing = 0 < busy < waiting
+    wanted = config.max_actors if is_growing else max(config.min_actors, present)
+    return min(wanted, busy + waiting)

@@ -1,0 +1,326 @@
+"""Actor pools: chunks of work on processes of a Ray cluster that may come, go and die.
+
+The driver hands each actor one chunk at a time, so nothing piles up anywhere: what is in flight is
+bounded by the number of actors, and an answer is a few bytes, as actors commit outputs themselves.
+Ray restarts nothing: the driver sees every loss, lets the chunk wait again unless its output is
+committed already, and starts another actor. All actors die with the driver.
+
+Every actor reserves its own resources, so a pool needs no placement group: what does not fit is
+pending, and pending actors are what an autoscaler sees as demand.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayActorError, RayError
+
+from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.pool_actor import ActorPlace, Failure, PoolActor, PoolTask
+from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
+from fqgan_dist.orchestration.pool_shortage import find_shortage
+from fqgan_dist.stages.execution import PoolConfig
+from fqgan_dist.stages.stage import ChunkWork, find_pending
+from fqgan_dist.telemetry.observer import Observer
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 1.0
+"""Longest wait for an answer before the driver looks at what is pending."""
+_SHORTAGE_WARNING_S = 5.0
+_SLOW_START_WARNING_S = 60.0
+_WARNING_INTERVAL_S = 60.0
+_GRACE_S = 10.0
+"""What actors that are let go have to finish their logs."""
+
+
+def run_chunks_on_pool(
+    work: ChunkWork,
+    config: PoolConfig,
+    *,
+    observer: Observer,
+    check_node: Callable[[], None] | None = None,
+) -> None:
+    """Process every chunk that is not done on a pool of actors of the connected Ray.
+
+    Args:
+        work: what is to be done.
+        config: resources of an actor, and how many there are.
+        observer: is told how far the pool is.
+        check_node: called once in every actor before its first chunk; picklable; raises on a node
+            that cannot take part.
+
+    Raises:
+        FqganError: the first that a chunk or `check_node` raised; the rest is stopped at once.
+        ClusterError: a chunk lost its actor too often, or no actor can be started.
+        Exception: any other that a chunk raised, as it is a mistake of the program.
+    """
+    if not ray.is_initialized():
+        raise ClusterError(
+            f"{work.description}: no Ray is connected - expected one - call ray.init first"
+        )
+    pending = find_pending(work)
+    total = sum(work.size(chunk) for chunk in work.chunks())
+    with observer.track(total, work.description, work.unit) as bar:
+        bar.skip(total - sum(work.size(chunk) for chunk in pending))
+        if not pending:
+            return
+        with _Pool(PoolTask(work, check_node), config) as pool:
+            for chunk in pool.run(pending):
+                bar.advance(work.size(chunk), actors=pool.num_ready)
+
+
+@dataclass(eq=False)
+class _Member:
+    """An actor as the driver sees it: starting, idle, or busy with a chunk."""
+
+    number: int
+    handle: Any
+    ref: Any
+    """The answer that is due; None while idle."""
+    asked_at: float = field(default_factory=time.monotonic)
+    place: ActorPlace | None = None
+    """None while it starts: its resources are pending, or its process loads."""
+    chunk: int | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.place is not None
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.chunk is None
+
+    def __str__(self) -> str:
+        return f"actor {self.number} ({self.place or 'starting'})"
+
+
+class _Pool:
+    """The actors of one piece of work; leaving the block ends them all."""
+
+    def __init__(self, task: PoolTask, config: PoolConfig) -> None:
+        self._work = task.work
+        self._config = config
+        self._pickled_task = ray.put(cloudpickle.dumps(task))
+        self._actor_class = ray.remote(PoolActor).options(
+            num_cpus=config.cpus,
+            num_gpus=config.gpus,
+            resources=dict(config.custom),
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        self._members: list[_Member] = []
+        self._leaving: list[_Member] = []
+        self._num_started = 0
+        self._num_lost_starts = 0
+        self._last_loss = ""
+        self._next_warning = 0.0
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            for member in self._members:
+                self._let_go(member)
+            self._members.clear()
+            self._end_finished(timeout_s=_GRACE_S)
+        for member in [*self._members, *self._leaving]:
+            ray.kill(member.handle)
+
+    @property
+    def num_ready(self) -> int:
+        """Actors that work or could."""
+        return sum(member.is_ready for member in self._members)
+
+    def run(self, chunks: Sequence[int]) -> Iterator[int]:
+        """Give every chunk once, when its output is committed.
+
+        Raises:
+            as `run_chunks_on_pool`.
+        """
+        queue = ChunkQueue(
+            chunks,
+            description=self._work.description,
+            max_failures=self._config.max_failures_per_chunk,
+        )
+        while queue or self._busy:
+            self._hand_out(queue)
+            self._resize(len(queue))
+            self._end_finished(timeout_s=0)
+            self._warn_of_pending()
+            chunk = self._await_answer(queue)
+            if chunk is not None:
+                yield chunk
+
+    @property
+    def _busy(self) -> list[_Member]:
+        return [member for member in self._members if member.chunk is not None]
+
+    def _hand_out(self, queue: ChunkQueue) -> None:
+        for member in self._members:
+            if member.is_idle and queue:
+                member.chunk = queue.take()
+                member.ref = member.handle.process.remote(member.chunk)
+
+    def _resize(self, waiting: int) -> None:
+        """Start what is wanted and let go what is not."""
+        wanted = count_wanted_actors(
+            self._config, waiting=waiting, busy=len(self._busy), present=len(self._members)
+        )
+        allowed = (self._config.max_failures_per_chunk + 1) * self._config.min_actors
+        while len(self._members) < wanted and self._num_lost_starts < allowed:
+            self._start()
+        if not self._members and waiting:
+            raise ClusterError(
+                f"{self._work.description}: {self._num_lost_starts} actors died while they "
+                f"started, the last one of: {self._last_loss} - expected that one of them lives - "
+                f"look at the actors' logs and the nodes' memory; what is finished stays, and the "
+                f"same command goes on"
+            )
+        # The newest first: what was asked for last comes last.
+        spare = [member for member in reversed(self._members) if member.chunk is None]
+        for member in spare[: max(0, len(self._members) - wanted)]:
+            self._members.remove(member)
+            self._let_go(member)
+
+    def _start(self) -> None:
+        number, self._num_started = self._num_started, self._num_started + 1
+        handle = self._actor_class.remote(
+            self._pickled_task,
+            description=self._work.description,
+            number=number,
+            gpus=self._config.gpus,
+        )
+        self._members.append(_Member(number, handle, handle.prepare.remote()))
+
+    def _let_go(self, member: _Member) -> None:
+        """End an actor that has no chunk, so that its node may go too."""
+        if member.is_ready:
+            member.ref = member.handle.finish.remote()
+            self._leaving.append(member)
+        else:
+            ray.kill(member.handle)
+
+    def _end_finished(self, timeout_s: float) -> None:
+        """Kill the actors that were let go and have nothing left to do.
+
+        Ray's gentle end takes 4 s of a process that has loaded torch, during which it holds memory
+        that Ray counts as free already; a kill takes 50 ms (both measured).
+        """
+        if not self._leaving:
+            return
+        refs = [member.ref for member in self._leaving]
+        finished = set(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0])
+        for member in [member for member in self._leaving if member.ref in finished]:
+            self._leaving.remove(member)
+            ray.kill(member.handle)
+
+    def _await_answer(self, queue: ChunkQueue) -> int | None:
+        """Wait for one answer, not long; return the chunk that is finished, if one is."""
+        members = {member.ref: member for member in self._members}
+        ready, _ = ray.wait(list(members), num_returns=1, timeout=_WAIT_S)
+        if not ready:
+            return None
+        member = members[ready[0]]
+        answer = _fetch(ready[0])
+        if isinstance(answer, RayError):
+            return self._replace(member, queue, _describe_loss(answer), counts=not _is_drain(answer))
+        if isinstance(answer, Failure):
+            if not answer.is_of_process:
+                raise self._explain(answer, member)
+            return self._replace(member, queue, str(answer), counts=True)
+        self._num_lost_starts = 0
+        if isinstance(answer, ActorPlace):
+            member.place = answer
+            logger.info("%s: %s is ready", self._work.description, member)
+        chunk, member.chunk, member.ref = member.chunk, None, None
+        return chunk
+
+    def _replace(
+        self, member: _Member, queue: ChunkQueue, cause: str, *, counts: bool
+    ) -> int | None:
+        """Forget an actor that was lost; return its chunk if its output was committed before.
+
+        Another one is started by `_resize`, if one is still wanted.
+        """
+        ray.kill(member.handle)  # it may live, and be out of reach or out of memory
+        self._members.remove(member)
+        self._last_loss = cause
+        chunk = member.chunk
+        if chunk is None:
+            self._num_lost_starts += 1
+            logger.warning("%s: lost %s: %s", self._work.description, member, cause)
+            return None
+        if self._work.is_done(chunk):
+            logger.warning(
+                "%s: lost %s after chunk %d: %s", self._work.description, member, chunk, cause
+            )
+            return chunk
+        logger.warning(
+            "%s: lost %s, chunk %d waits again: %s", self._work.description, member, chunk, cause
+        )
+        queue.put_back(chunk, cause, counts=counts)
+        return None
+
+    def _explain(self, failure: Failure, member: _Member) -> Exception:
+        """Return the exception of an actor, with the place that it comes from as a note."""
+        error = failure.restore()
+        doing = "its start" if member.chunk is None else f"chunk {member.chunk}"
+        error.add_note(
+            f"in {doing} of {self._work.description}, {member}:\n{failure.traceback_text}"
+        )
+        return error
+
+    def _warn_of_pending(self) -> None:
+        """Say now and then what actors wait for: an autoscaler may bring it, or nobody."""
+        now = time.monotonic()
+        pending = [member for member in self._members if not member.is_ready]
+        waited = max((now - member.asked_at for member in pending), default=0.0)
+        if waited < _SHORTAGE_WARNING_S or now < self._next_warning:
+            return
+        shortage = find_shortage(self._config)
+        if shortage is None and waited < _SLOW_START_WARNING_S:
+            return  # it has its resources, and loads
+        self._next_warning = now + _WARNING_INTERVAL_S
+        logger.warning(
+            "%s: %d of %d actors have waited %.0f s to start: %s",
+            self._work.description,
+            len(pending),
+            len(self._members),
+            waited,
+            shortage or "the cluster has room for them; look at the nodes' load and Ray's logs",
+        )
+
+
+def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:
+    """Get an answer that is there; an exception means that the actor is lost."""
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        return error
+
+
+def _is_drain(error: RayError) -> bool:
+    """Whether the node was taken away with notice: no chunk is to blame."""
+    return isinstance(error, RayActorError) and error.preempted
+
+
+def _describe_loss(error: RayError) -> str:
+    """Write Ray's many lines about a lost actor on one, without ids and common advice."""
+    text = str(error).removeprefix(RayActorError.BASE_ERROR_MSG)
+    text = text.removeprefix(ActorDiedError.BASE_ERROR_MSG).partition("Some common causes")[0]
+    lines = [line for line in text.splitlines() if not line.startswith("\t")]
+    return " ".join(" ".join(lines).split()) or type(error).__name__

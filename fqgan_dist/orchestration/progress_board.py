@@ -1,0 +1,265 @@
+"""The progress board: an actor that collects how far a run is, and the driver that shows it.
+
+Whoever works is given a `RayObserver`, which sends its newest state at most once a second and never
+waits for an answer; a board that is gone is no failure of the work. The actor keeps only what the
+driver has not fetched, and sets the dashboard's gauges; the picture of the run is the driver's. So
+an actor that dies and is started again by Ray costs a second of news.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from fqgan_dist.orchestration.dashboard_metrics import RunGauges
+from fqgan_dist.telemetry.progress import ProgressBar
+from fqgan_dist.telemetry.run_view import (
+    MetricsUpdate,
+    RunLedger,
+    StageState,
+    StageView,
+    Update,
+    WorkUpdate,
+    show_run,
+)
+from fqgan_dist.telemetry.summary import Metric
+
+SEND_INTERVAL_S = 1.0
+
+_ANSWER_TIMEOUT_S = 5.0
+_MAX_PENDING_CALLS = 100
+"""Messages that wait for a board which is being restarted; more are dropped."""
+
+logger = logging.getLogger(__name__)
+
+
+def start_board(run_name: str, stages: Sequence[str]) -> ProgressBoard:
+    """Start the board of a run on this process's node of the connected cluster.
+
+    Args:
+        run_name: title of the view, tag of the dashboard's metrics.
+        stages: names of the stages that are shown, in their order.
+    """
+    # Beside the driver: an actor on another node would keep it from being released.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = (
+        ray.remote(BoardActor)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_pending_calls=_MAX_PENDING_CALLS,
+            scheduling_strategy=here,
+        )
+        .remote(run_name)
+    )
+    return ProgressBoard(run_name, stages, actor)
+
+
+class ProgressBoard:
+    """The driver's side of the board; it lives as long as this process."""
+
+    def __init__(self, run_name: str, stages: Sequence[str], actor: Any) -> None:
+        """Hold what the view needs.
+
+        Args:
+            run_name: title of the view.
+            stages: names of the stages, in their order.
+            actor: handle of the `BoardActor`.
+        """
+        self._run_name = run_name
+        self._ledger = RunLedger(stages)
+        self._actor = actor
+        self._is_silent = False
+
+    def observer(self, stage: str) -> RayObserver:
+        """Give the observer of a stage's work; it may travel to any process of the cluster."""
+        return RayObserver(self._actor, stage)
+
+    def start_stage(self, stage: str) -> None:
+        """Note that a stage began; its first message does so too."""
+        self._ledger.start(stage)
+
+    def finish_stage(self, stage: str, state: StageState) -> None:
+        """Note how a stage ended: done, skipped or failed."""
+        self._fetch()  # what it said last
+        self._ledger.finish(stage, state)
+
+    def shown(self, console: Console | None = None) -> AbstractContextManager[None]:
+        """Show the run while a block runs, see `telemetry.run_view.show_run`."""
+        return show_run(self.stages, title=self._run_name, console=console)
+
+    def stages(self) -> tuple[StageView, ...]:
+        """Describe all stages as of now."""
+        self._fetch()
+        return self._ledger.stages()
+
+    def _fetch(self) -> None:
+        try:
+            updates: list[Update] = ray.get(self._actor.take.remote(), timeout=_ANSWER_TIMEOUT_S)
+        except RayError as error:
+            if not self._is_silent:
+                logger.warning("the progress board does not answer (%s)", type(error).__name__)
+            self._is_silent = True
+            return
+        self._is_silent = False
+        for update in updates:
+            self._ledger.apply(update)
+
+
+class BoardActor:
+    """Collects messages until the driver takes them; one process of the cluster."""
+
+    def __init__(self, run_name: str) -> None:
+        """Begin with no news.
+
+        Args:
+            run_name: tag of the dashboard's metrics.
+        """
+        self._gauges = RunGauges(run_name)
+        self._news: dict[str, Update] = {}
+
+    def receive(self, updates: Sequence[Update]) -> None:
+        """Take messages in; of the same work, or the same stage's metrics, the newest counts."""
+        for update in updates:
+            _put(self._news, update)
+            self._gauges.apply(update)
+
+    def take(self) -> list[Update]:
+        """Hand out what came since the last call, the oldest work first."""
+        news, self._news = self._news, {}
+        return list(news.values())
+
+
+class RayObserver:
+    """An observer that tells the run's board; see `telemetry.observer.Observer`."""
+
+    def __init__(self, actor: Any, stage: str) -> None:
+        """Name whom to tell.
+
+        Args:
+            actor: handle of the `BoardActor`.
+            stage: whose work is watched.
+        """
+        self._actor = actor
+        self._stage = stage
+        self._lock = threading.Lock()
+        self._news: dict[str, Update] = {}
+        self._num_open = 0
+
+    def __reduce__(self) -> tuple[type[RayObserver], tuple[Any, str]]:
+        return RayObserver, (self._actor, self._stage)
+
+    @contextmanager
+    def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
+        """Watch the block, see `Observer`."""
+        bar = _BoardBar(self._stage, total, description, unit)
+        stop = threading.Event()
+
+        def report() -> None:
+            self._send(bar)
+            while not stop.wait(SEND_INTERVAL_S):
+                self._send(bar)
+
+        # A thread of its own: the work waits for nobody, and its last news are never left unsent
+        # because a chunk takes long.
+        thread = threading.Thread(target=report, name="progress", daemon=True)
+        with self._lock:
+            self._num_open += 1
+        thread.start()
+        try:
+            yield bar
+        finally:
+            stop.set()
+            thread.join(_ANSWER_TIMEOUT_S)
+            self._send(bar)
+            with self._lock:
+                self._num_open -= 1
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Note the newest values, see `Observer`; they are sent with the next progress."""
+        update = MetricsUpdate(stage=stage, step=step, values=dict(values))
+        with self._lock:
+            _put(self._news, update)
+            is_tracking = self._num_open > 0
+        if not is_tracking:
+            self._send(None)
+
+    def _send(self, bar: _BoardBar | None) -> None:
+        with self._lock:
+            if bar is not None and (update := bar.news()) is not None:
+                _put(self._news, update)
+            news, self._news = self._news, {}
+        # Asked for without a connection, Ray would start a cluster of its own.
+        if not news or not ray.is_initialized():
+            return
+        try:
+            self._actor.receive.remote(list(news.values()))
+        except RayError as error:
+            logger.debug("the progress board cannot be told: %s", error)
+
+
+class _BoardBar(ProgressBar):
+    def __init__(self, stage: str, total: int | None, description: str, unit: str) -> None:
+        self._stage = stage
+        self._total = total
+        self._description = description
+        self._unit = unit
+        self._work_id = uuid.uuid4().hex
+        self._lock = threading.Lock()
+        self._done = 0
+        self._skipped = 0
+        self._fields: dict[str, Metric] = {}
+        self._is_news = True
+
+    def advance(self, count: int = 1, **fields: Metric) -> None:
+        with self._lock:
+            self._done += count
+            self._fields |= fields
+            self._is_news = True
+
+    def skip(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._skipped += count
+            self._is_news = True
+
+    def news(self) -> WorkUpdate | None:
+        """Return the state if it has changed since the last call."""
+        with self._lock:
+            if not self._is_news:
+                return None
+            self._is_news = False
+            return WorkUpdate(
+                stage=self._stage,
+                work_id=self._work_id,
+                description=self._description,
+                unit=self._unit,
+                done=self._done,
+                skipped=self._skipped,
+                total=self._total,
+                fields=dict(self._fields),
+            )
+
+
+def _put(news: dict[str, Update], update: Update) -> None:
+    """Keep the newest state of each work; metrics of a stage are merged name by name."""
+    if isinstance(update, WorkUpdate):
+        news[update.work_id] = update
+        return
+    key = f"metrics of {update.stage}"
+    former = news.get(key)
+    if isinstance(former, MetricsUpdate):
+        # Training and validation metrics of one step come as two records.
+        update = MetricsUpdate(
+            stage=update.stage, step=update.step, values={**former.values, **update.values}
+        )
+    news[key] = update

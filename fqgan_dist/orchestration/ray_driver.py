@@ -1,0 +1,114 @@
+"""The stages on a Ray cluster: train workers and actor pools; what is left runs in the driver."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import torch
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ClusterError, ConfigError
+from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
+from fqgan_dist.orchestration.driver import finish, open_checked_run, run_stage_here, run_stages
+from fqgan_dist.orchestration.pools import run_chunks_on_pool
+from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
+from fqgan_dist.orchestration.registry import build_stage
+from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
+from fqgan_dist.orchestration.train_launch import launch_training
+from fqgan_dist.stages.config import RunConfig, StorageConfig
+from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.run import run_stage
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.summary import Summary
+from fqgan_dist.telemetry.run_view import StageState
+
+_JOB_FOLDER = "working_dir_files"
+"""Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day."""
+_CPU = torch.device("cpu")
+
+
+def run_on_cluster(config: RunConfig) -> Summary:
+    """Run the configured stages on the cluster of RAY_ADDRESS, or on a Ray started here.
+
+    Raises:
+        ConfigError: the storage root is relative to a place that will not last.
+        ClusterError: the cluster cannot be joined, does not share the storage root, or cannot run
+            the job.
+        FqganError: an input is wrong, or a stage failed; what was finished before stays.
+    """
+    config = _with_absolute_root(config)
+    # The GPUs are the workers'; the head of a cluster often has none.
+    context = open_checked_run(config, device=_CPU)
+    with connected_cluster(config.ray):
+        if not is_attached():
+            _check_room(config)
+        with shared_root(context.storage) as root:
+            board = start_board(config.name, config.stages)
+            with board.shown():
+                run_stages(context, lambda name, context: _run_stage(name, context, root, board))
+    return finish(context)
+
+
+def _run_stage(
+    name: StageName, context: RunContext, root: SharedRoot, board: ProgressBoard
+) -> None:
+    board.start_stage(name)
+    observer = board.observer(name)
+    context = replace(context, observer=observer)
+    state: StageState = "failed"
+    try:
+        match name:
+            case "tokenizer" | "autoregressive":
+                launch_training(context.config, name, root=root, observer=observer)
+                context.require(name)
+            case "teachers" | "codes" | "samples" | "evaluation":
+                pool = getattr(context.config.ray.pools, name)
+                run_stage(
+                    build_stage(name, context),
+                    context,
+                    lambda work: run_chunks_on_pool(
+                        work, pool, observer=observer, check_node=root.check
+                    ),
+                )
+            case "shards" | "report":
+                run_stage_here(name, context)
+        state = "done"
+    finally:
+        board.finish_stage(name, state)
+
+
+def _with_absolute_root(config: RunConfig) -> RunConfig:
+    storage = Storage(config.storage.root)
+    if not storage.is_local:
+        return config
+    root = Path(storage.root).absolute()
+    if is_attached() and _JOB_FOLDER in root.parts:
+        raise ConfigError(
+            f"storage.root: {config.storage.root!r} lies in the job's own copy of its working "
+            f"directory, which Ray deletes; use an s3:// URI or an absolute path that all nodes see"
+        )
+    return config.model_copy(update={"storage": StorageConfig(root=str(root))})
+
+
+def _check_room(config: RunConfig) -> None:
+    """Check a Ray that cannot grow; on a cluster the autoscaler may bring what is missing."""
+    total = ray.cluster_resources()
+    reserve = config.ray.train
+    needed = {
+        "CPU": reserve.cpus * reserve.num_workers,
+        "GPU": reserve.gpus * reserve.num_workers,
+        **{name: count * reserve.num_workers for name, count in reserve.custom.items()},
+    }
+    missing = [
+        f"{count:g} {name} (has {total.get(name, 0):g})"
+        for name, count in needed.items()
+        if count > total.get(name, 0)
+    ]
+    if missing:
+        raise ClusterError(
+            f"ray.train: {reserve.num_workers} train workers need {', '.join(missing)} of this "
+            f"machine - expected that they fit - lower ray.train.num_workers, raise "
+            f"ray.local_cpus, or set RAY_ADDRESS to a cluster"
+        )

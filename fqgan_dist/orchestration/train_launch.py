@@ -1,0 +1,143 @@
+"""Launching the train workers of a stage with Ray Train, and again after a lost worker or node.
+
+A worker group always starts whole: every attempt resumes from the newest checkpoint in the run's
+storage, so nothing of an attempt that died is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from typing import Any
+
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
+from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.failures import explain_failure, stamp_errors
+from fqgan_dist.orchestration.shared_root import SharedRoot
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.execution import TrainWorkersConfig
+from fqgan_dist.stages.names import StageName
+from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.training.run import train_stage
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+_RETRY_WAIT_S = 5.0
+"""Ray needs some seconds to notice which nodes are gone."""
+
+
+def launch_training(
+    config: RunConfig, stage: StageName, *, root: SharedRoot, observer: Observer
+) -> None:
+    """Train a stage to the end on the cluster's train workers.
+
+    Raises:
+        FqganError: the run's own error, of the rank where it came first; it is not retried.
+        ClusterError: there was no room for the workers, or they were lost too often.
+    """
+    workers = config.ray.train
+    arguments = {"config": config, "stage": stage, "root": root, "observer": observer}
+    failures = 0
+    while True:
+        try:
+            _run_workers(arguments, workers, name=f"{config.name}-{stage}")
+            return
+        except ControllerError as error:
+            raise _explain_no_start(error, workers) from error
+        except TrainingFailedError as error:
+            report = explain_failure(error)
+            if report.is_permanent:
+                raise report.error from error
+            failures += 1
+            if failures > workers.max_failures:
+                raise ClusterError(
+                    f"{stage}: the train workers were lost {failures} times "
+                    f"(ray.train.max_failures: {workers.max_failures}); the last time: "
+                    f"{report.text} - the same command continues from the newest checkpoint"
+                ) from error
+            logger.warning(
+                "%s: %s; restarting from the newest checkpoint (failure %d of %d allowed)",
+                stage,
+                report.text,
+                failures,
+                workers.max_failures,
+            )
+            time.sleep(_RETRY_WAIT_S)
+
+
+def _run_workers(arguments: dict[str, Any], workers: TrainWorkersConfig, *, name: str) -> None:
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
+    # Workers stay in the folder that they started in: paths of a config are relative to it.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Its watcher starts one more process and its messages name Ray's internals.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    resources = {"CPU": workers.cpus, "GPU": workers.gpus, **workers.custom}
+    with tempfile.TemporaryDirectory(prefix="fqgan-ray-train-") as scratch:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config=arguments,
+            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers.num_workers,
+                use_gpu=workers.gpus > 0,
+                resources_per_worker={key: value for key, value in resources.items() if value},
+                placement_strategy=workers.placement,
+            ),
+            # Nothing is reported: checkpoints are ours, and each report would cost seconds.
+            run_config=RayRunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        _fit_in_thread(trainer)
+
+
+def _fit_in_thread(trainer: TorchTrainer) -> None:
+    """Run `fit` where it installs no handler of Ctrl-C.
+
+    Ray's handler turns an interrupted training into a finished one.
+    """
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """Be one rank; Ray Train has set its variables and joined the process group."""
+    root: SharedRoot = arguments["root"]
+    with stamp_errors():
+        root.check()
+        train_stage(
+            arguments["config"],
+            arguments["stage"],
+            World.from_environment(),
+            observer=arguments["observer"],
+        )
+
+
+def _explain_no_start(error: ControllerError, workers: TrainWorkersConfig) -> ClusterError:
+    return ClusterError(
+        f"{workers.num_workers} train workers of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs "
+        f"did not start within ray.train.start_timeout_s ({workers.start_timeout_s:g} s): "
+        f"{error.controller_failure} - look at `ray status` for what the cluster has, lower "
+        f"ray.train.num_workers, or let it grow"
+    )

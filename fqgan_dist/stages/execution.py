@@ -1,0 +1,83 @@
+"""Where the processes of a run come from: settings of the cluster execution."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fqgan_dist.config import Config
+
+
+class ProcessResources(Config):
+    """What one process reserves on its node."""
+
+    cpus: float = Field(default=1.0, ge=0)
+    """CPU slots."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs; a fraction shares one between processes of a pool."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Other Ray resources, by name, for example `{accelerator_type:A100: 0.001}`."""
+
+
+class TrainWorkersConfig(ProcessResources):
+    """The train workers: one process per GPU, all restarted together when one dies."""
+
+    num_workers: int = Field(default=1, gt=0)
+    """Train workers, the world size."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Strategy of the placement group: close together, or apart."""
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts from the newest checkpoint after a lost worker or node; an error of the run itself
+    (bad data, non-finite loss) is never retried."""
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    """Wait for the workers' resources; must cover the boot of autoscaled nodes."""
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> TrainWorkersConfig:
+        if self.gpus not in (0.0, 1.0):
+            raise ValueError(
+                f"gpus: {self.gpus} per train worker; expected 0 (CPU) or 1 (one process per GPU)"
+            )
+        return self
+
+
+class PoolConfig(ProcessResources):
+    """A pool of actors that pull chunks of work; it has no state beyond what they commit."""
+
+    min_actors: int = Field(default=1, gt=0)
+    """Actors to start with."""
+    max_actors: int = Field(default=1, gt=0)
+    """Actors to ask for while chunks wait; equal to min_actors: a fixed size."""
+    max_failures_per_chunk: int = Field(default=3, ge=0)
+    """Times that a chunk may lose its actor before the pool gives up on it."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> PoolConfig:
+        if self.max_actors < self.min_actors:
+            raise ValueError(
+                f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
+            )
+        return self
+
+
+class PoolsConfig(Config):
+    """One pool for each stage that works on chunks."""
+
+    teachers: PoolConfig = PoolConfig()
+    codes: PoolConfig = PoolConfig()
+    samples: PoolConfig = PoolConfig()
+    evaluation: PoolConfig = PoolConfig()
+
+
+class RayConfig(Config):
+    """What the stages reserve on a Ray cluster (`execution: ray`).
+
+    The cluster is that of RAY_ADDRESS (set by `ray job submit`); without it a Ray of this machine
+    is started for the run.
+    """
+
+    train: TrainWorkersConfig = TrainWorkersConfig()
+    pools: PoolsConfig = PoolsConfig()
+    local_cpus: int | None = Field(default=None, gt=0)
+    """CPU slots of a Ray that is started here; None takes the machine's."""

@@ -1,0 +1,114 @@
+"""Where the processes of a run would be: train workers and pools, and what they reserve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.execution import PoolConfig, ProcessResources
+from fqgan_dist.stages.names import StageName
+
+TRAINING_STAGES: tuple[StageName, ...] = ("tokenizer", "autoregressive")
+
+
+def planned_world_size(config: RunConfig) -> int:
+    """Return how many train workers `fqgan run` starts."""
+    return config.ray.train.num_workers if config.execution == "ray" else 1
+
+
+def training_stages(config: RunConfig) -> tuple[StageName, ...]:
+    """Return the stages of a run that train."""
+    return tuple(stage for stage in TRAINING_STAGES if stage in config.stages)
+
+
+def used_pools(config: RunConfig) -> dict[StageName, PoolConfig]:
+    """Return the actor pools that a run on a cluster starts, by stage."""
+    pools = config.ray.pools
+    by_stage: dict[StageName, PoolConfig] = {
+        "teachers": pools.teachers,
+        "codes": pools.codes,
+        "samples": pools.samples,
+        "evaluation": pools.evaluation,
+    }
+    has_features = bool(config.teachers.networks) and config.teachers.precompute
+    return {
+        stage: pool
+        for stage, pool in by_stage.items()
+        if stage in config.stages and (stage != "teachers" or has_features)
+    }
+
+
+def plan_placement(config: RunConfig) -> dict[str, Any]:
+    """Say which processes a run starts and what they reserve; JSON-able."""
+    match config.execution:
+        case "local":
+            return {
+                "execution": "local",
+                "processes": 1,
+                "device": config.device,
+                "description": "every stage in this process, one after the other; a step runs its "
+                "micro-batches in turn",
+            }
+        case "ray":
+            return _place_on_cluster(config)
+
+
+def _place_on_cluster(config: RunConfig) -> dict[str, Any]:
+    train, pools = config.ray.train, used_pools(config)
+    does_train = bool(training_stages(config))
+    workers = [(train.num_workers, train)] if does_train else []
+    # Stages follow each other, so the largest of them is what the cluster must have.
+    groups = [*workers, *((pool.max_actors, pool) for pool in pools.values())]
+    return {
+        "execution": "ray",
+        "processes": max((count for count, _ in groups), default=0),
+        "device": config.device,
+        "description": "stages one after the other; training on its workers, chunks on pools of "
+        "actors, shards and the report in the driver",
+        "train_workers": {
+            "count": train.num_workers,
+            **_describe(train),
+            "strategy": train.placement,
+            "max_failures": train.max_failures,
+        }
+        if does_train
+        else None,
+        "pools": {
+            stage: {
+                "min_actors": pool.min_actors,
+                "max_actors": pool.max_actors,
+                **_describe(pool),
+                "max_failures_per_chunk": pool.max_failures_per_chunk,
+            }
+            for stage, pool in pools.items()
+        },
+        "most_at_a_time": {
+            "cpus": max((count * resources.cpus for count, resources in groups), default=0.0),
+            "gpus": max((count * resources.gpus for count, resources in groups), default=0.0),
+        },
+    }
+
+
+def find_device_conflicts(config: RunConfig) -> list[str]:
+    """Compare `device` with the GPUs that processes reserve: Ray hides all others from them."""
+    if config.execution != "ray" or config.device == "auto":
+        return []
+    reserved = {f"ray.pools.{stage}": pool.gpus for stage, pool in used_pools(config).items()}
+    if training_stages(config):
+        reserved["ray.train"] = config.ray.train.gpus
+    wants_gpu = config.device == "cuda"
+    return [
+        f"{field}.gpus: {gpus:g} with device: {config.device!r}; expected "
+        f"{'more than 0, as Ray hides GPUs that are not reserved' if wants_gpu else '0'}: change "
+        "it, or device=auto"
+        for field, gpus in reserved.items()
+        if bool(gpus) != wants_gpu
+    ]
+
+
+def _describe(resources: ProcessResources) -> dict[str, Any]:
+    return {
+        "cpus_each": resources.cpus,
+        "gpus_each": resources.gpus,
+        "custom_each": dict(resources.custom),
+    }

@@ -1,0 +1,151 @@
+"""One log file for every process of a run, in the run's storage.
+
+Below a local root a process writes its file in place. An object cannot be appended to: for a bucket
+the file lies in a temporary folder and is published whole every 30 seconds and at the end, so a
+process that is killed loses at most its last 30 seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from fqgan_dist.errors import FqganError
+
+PUBLISH_INTERVAL_S = 30.0
+LOG_FOLDER = "logs"
+
+logger = logging.getLogger(__name__)
+
+
+class LogStorage(Protocol):
+    """What is needed of a run's storage."""
+
+    def local_path(self, path: str) -> Path | None:
+        """Give the file of an object, or None where the root is a bucket."""
+        ...
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a whole object, replacing a former one."""
+        ...
+
+
+def name_log_file(process: str) -> str:
+    """Name the log file of this process: unique, and sorted by process and time of its start.
+
+    Args:
+        process: who it is, for example `tokenizer-rank-00003` or `teachers-actor-00002`.
+    """
+    # Attempts at one rank may overlap, on nodes whose clocks differ: time alone is not unique.
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{process}-{started}-{secrets.token_hex(4)}.log"
+
+
+def open_log_file(
+    storage: LogStorage, process: str, *, interval_s: float = PUBLISH_INTERVAL_S
+) -> logging.FileHandler:
+    """Open the log file of this process under the root's `logs/`, for `configure_logging`.
+
+    Args:
+        storage: the run's storage.
+        process: see `name_log_file`.
+        interval_s: time between two publications, where the root is a bucket.
+    """
+    path = f"{LOG_FOLDER}/{name_log_file(process)}"
+    local = storage.local_path(path)
+    if local is None:
+        return PublishedLogFile(path, storage.write_bytes, interval_s)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    return logging.FileHandler(local, encoding="utf-8")
+
+
+def publish_log() -> None:
+    """Bring the log of this process to the run's storage now; nothing to do below a local root."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PublishedLogFile):
+            handler.publish()
+
+
+class PublishedLogFile(logging.FileHandler):
+    """A temporary log file that is published from time to time, and when it is closed."""
+
+    def __init__(
+        self, path: str, write_bytes: Callable[[str, bytes], None], interval_s: float
+    ) -> None:
+        """Open the file and begin to publish it.
+
+        Args:
+            path: name in the storage.
+            write_bytes: writes an object of the storage.
+            interval_s: time between two publications.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
+        self._file = Path(self._folder.name) / "process.log"
+        super().__init__(self._file, encoding="utf-8")
+        self._path = path
+        self._write_bytes = write_bytes
+        self._interval_s = interval_s
+        self._published_bytes = 0
+        self._is_failing = False
+        self._publishing = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._publish_regularly, name="logs", daemon=True)
+        self._thread.start()
+        atexit.register(self._close_at_exit)
+
+    def publish(self) -> None:
+        """Write the file's content to the storage if it has grown.
+
+        A storage that cannot be reached is warned of once: a log never fails the work it tells of.
+        """
+        with self._publishing:
+            data = self._file.read_bytes()
+            if len(data) == self._published_bytes:
+                return
+            try:
+                self._write_bytes(self._path, data)
+            # At the interpreter's end clients raise RuntimeError: their thread pools are gone.
+            except (FqganError, OSError, RuntimeError) as error:
+                self._warn_once(error)
+                return
+            self._published_bytes = len(data)
+            self._is_failing = False
+
+    def close(self) -> None:
+        """Publish the rest and remove the temporary file; closing twice is harmless."""
+        if not self._stop.is_set():
+            atexit.unregister(self._close_at_exit)
+            self._stop.set()
+            self._thread.join()
+            self.flush()
+            self.publish()
+            super().close()
+            self._folder.cleanup()
+
+    def _close_at_exit(self) -> None:
+        # Before logging's own end, which closes under the handler's lock: a client that logs while
+        # we publish would wait for that lock for ever.
+        logging.getLogger().removeHandler(self)
+        self.close()
+
+    def _publish_regularly(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self.publish()
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._is_failing:
+            self._is_failing = True
+            logger.warning(
+                "%s cannot be published (%s: %s); it is tried again every %g s",
+                self._path,
+                type(error).__name__,
+                error,
+                self._interval_s,
+            )

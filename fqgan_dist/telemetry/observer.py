@@ -1,0 +1,64 @@
+"""What running work tells whoever watches it: how far it is, and its newest numbers.
+
+Work knows an `Observer` only. In one process that is a progress bar; on a cluster it is a message
+to the run's progress board (orchestration/progress_board.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+
+from fqgan_dist.telemetry.progress import ProgressBar, track
+
+
+class Observer(Protocol):
+    """Is told about work; small and picklable, as it travels to the process that works.
+
+    It never fails or blocks the work that it watches.
+    """
+
+    def track(
+        self, total: int | None, description: str, unit: str
+    ) -> AbstractContextManager[ProgressBar]:
+        """Watch the block, which calls `advance` on what it is given.
+
+        Args:
+            total: number of units; None when it is not known.
+            description: what is being done.
+            unit: what is counted, in the plural.
+        """
+        ...
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Note the newest values of some metrics.
+
+        Args:
+            stage: the stage that trains.
+            step: optimizer steps done.
+            values: `<stage>/<group>/<name>` -> value.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalObserver:
+    """Show progress in this process: a live bar on a terminal, else log lines."""
+
+    has_bar: bool = True
+    """False: log lines also on a terminal, for ranks that share it with another one's bar."""
+
+    def track(
+        self, total: int | None, description: str, unit: str
+    ) -> AbstractContextManager[ProgressBar]:
+        """Show the progress of the block, see `Observer`."""
+        console = None if self.has_bar else Console(file=io.StringIO())
+        return track(total, description, unit, console=console)
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: in one process the metrics file is at hand."""

@@ -1,0 +1,204 @@
+"""What all engines share: freezing, the check for finite values, state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqgan_dist.errors import NumericsError
+from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.config import OptimizerConfig
+from fqgan_dist.training.named_tensors import copy_named_tensors, require_same_layout
+from fqgan_dist.training.optimizer_state import (
+    load_named_optimizer_state,
+    named_optimizer_state,
+    reset_optimizer_state,
+)
+from fqgan_dist.training.parameter_pieces import Pieces, share_pieces, whole_pieces
+from fqgan_dist.world import World
+
+ParameterGroups = Sequence[dict[str, Any]]
+"""Torch optimizer groups: `params` and, where it differs, `weight_decay`."""
+
+
+class EngineBase:
+    """A module on its device, its optimizer, and what is the same in every engine."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        *,
+        name: str,
+        world: World,
+        num_micro_batches: int,
+        device: torch.device,
+        ranks_per_micro_batch: int = 1,
+        parameter_groups: ParameterGroups | None = None,
+    ) -> None:
+        """Move the module to the device and build its optimizer.
+
+        Args:
+            module: the model.
+            config: optimizer settings.
+            name: what error messages call the model.
+            world: rank geometry; with several ranks the process group must be initialised.
+            num_micro_batches: M.
+            device: where the model lives.
+            ranks_per_micro_batch: g; the loss of a micro-batch is the mean of its ranks'.
+            parameter_groups: optimizer groups; all parameters in one group when None.
+        """
+        self.module = module.to(device)
+        self.world = world
+        self.device = device
+        self.config = config
+        self.name = name
+        self._slot_weight = 1 / (num_micro_batches * ranks_per_micro_batch)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = _build_optimizer(
+            parameter_groups or [{"params": self._parameters}], config
+        )
+        self._pieces: Pieces = whole_pieces(self.module, self.optimizer)
+        self._has_partitions = False
+        # A flag on the device: once set, every later step is refused until somebody looks. The
+        # fused kernels skip the update on the device while found_inf is 1: no wait, no damage.
+        self._is_not_finite = torch.zeros((), device=device)
+        self.optimizer.found_inf = self._is_not_finite  # pyright: ignore[reportAttributeAccessIssue] GradScaler's contract with fused optimizers
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Take the parameters out of autograd."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+
+    def require_frozen(self) -> None:
+        """Check that no parameter would receive a gradient."""
+        if any(parameter.requires_grad for parameter in self._parameters):
+            raise NumericsError(
+                f"{self.name} is trainable while another model's loss flows through it; "
+                f"enclose the pass in engine.frozen()"
+            )
+
+    def raise_if_not_finite(self) -> None:
+        """Raise if a step was refused."""
+        if self._is_not_finite.item():
+            raise NumericsError(
+                f"{self.name}: a loss or gradient is not finite; no parameter has moved since. "
+                f"The last checkpoint is good: lower the learning rate or use precision: fp32"
+            )
+
+    def advance(self, num_steps: int) -> None:
+        """Put the optimizer where `num_steps` steps of zero gradient would have put it.
+
+        Weight decay, if there is any, begins with the first real step.
+
+        FQGAN's discriminator takes 20,000 such steps before it starts: its moments stay zero, but
+        Adam's bias correction fades. Skipping them is exact when the count is advanced.
+        """
+        reset_optimizer_state(self._pieces, self.optimizer, num_steps=num_steps)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
+        """Return what this rank saves of the weights and the optimizer state.
+
+        Partitions are saved by their ranks, everything else by the main rank.
+        """
+        if not (self._has_partitions or self.world.is_main):
+            return {"weights": {}, "optimizer": {}}
+        values = {name: piece.find(piece.owner.detach()) for name, piece in self._pieces.items()}
+        weights = share_pieces(self._pieces, values)
+        if self.world.is_main:
+            weights |= self._outside_the_optimizer()
+        return {
+            "weights": weights,
+            "optimizer": named_optimizer_state(self._pieces, self.optimizer),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore weights and optimizer state from whole tensors."""
+        weights = parts["weights"]
+        others = self._outside_the_optimizer()
+        expected = {
+            name: torch.empty(piece.shape, dtype=piece.owner.dtype, device="meta")
+            for name, piece in self._pieces.items()
+        }
+        require_same_layout(weights, expected | others, what=self.name)
+        for name, piece in self._pieces.items():
+            piece.find(piece.owner).copy_(piece.cut(weights[name]))
+        copy_named_tensors({name: weights[name] for name in others}, others, what=self.name)
+        load_named_optimizer_state(self._pieces, self.optimizer, parts["optimizer"])
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Return the values of all parameters that this rank keeps: here, whole ones."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
+        """Return what this rank saves of values like the local parameters."""
+        return dict(values) if self.world.is_main else {}
+
+    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut values of whole parameters as the local parameters are cut."""
+        return dict(values)
+
+    @contextmanager
+    def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Give a block the model with whole parameters, of other values if any are given."""
+        if values is None:
+            yield self.module
+            return
+        parameters = self.local_parameters()
+        own = {name: parameter.clone() for name, parameter in parameters.items()}
+        _copy_all(values, parameters)
+        try:
+            yield self.module
+        finally:
+            _copy_all(own, parameters)
+
+    def _outside_the_optimizer(self) -> dict[str, Tensor]:
+        """Return buffers, and parameters that were never to be trained."""
+        state = self.module.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self._pieces}
+
+    def _weigh(self, loss: Tensor, is_idle: bool) -> Tensor:
+        return loss * (0.0 if is_idle else self._slot_weight)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _note_if_not_finite(self, *values: Tensor) -> None:
+        """Refuse this and all later steps if a value is not finite, without a wait."""
+        for value in values:
+            self._is_not_finite.logical_or_(~torch.isfinite(value).all())
+
+    def _clip(self) -> Tensor:
+        """Clip whole gradients and return their norm before that."""
+        return nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip, foreach=True)
+
+
+@torch.no_grad()
+def _copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def _build_optimizer(groups: ParameterGroups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    # The learning rate is set at every step. `fused` is required: it honours found_inf.
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.kind]
+    return kind(
+        list(groups),
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,206 @@
+"""Actor pools on a real Ray cluster, with small work that dies, waits or is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+from support import pool_work
+from support.pool_work import (
+    DeadlyWork,
+    FileWork,
+    GatedWork,
+    RecordingObserver,
+    UnpicklableError,
+    WrongWork,
+    wait_until,
+)
+
+from fqgan_dist.errors import ClusterError, DataError
+from fqgan_dist.orchestration.pools import run_chunks_on_pool
+from fqgan_dist.stages.execution import PoolConfig
+
+pytestmark = pytest.mark.ray
+
+TESTS_DIR = Path(__file__).parents[1]
+SLOT = {"slot": 1.0}
+"""A resource of which each node has one, so that a second actor needs a second node."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One node with two CPU slots."""
+    # Actors cannot import `support`: its classes travel as code.
+    cloudpickle.register_pickle_by_value(pool_work)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": SLOT})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    cloudpickle.unregister_pickle_by_value(pool_work)
+
+
+def run(work: FileWork, check_node: Callable[[], None] | None = None, **settings: object) -> None:
+    config = PoolConfig.model_validate(settings)
+    run_chunks_on_pool(work, config, observer=RecordingObserver(), check_node=check_node)
+
+
+def start(work: FileWork, **settings: object) -> Future[None]:
+    """Run a pool in a thread: nodes can be added from the main thread only."""
+    future: Future[None] = Future()
+
+    def fill() -> None:
+        try:
+            run(work, **settings)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=fill, daemon=True).start()
+    return future
+
+
+def test_chunk_committed_by_an_actor_that_died_is_not_made_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    work = DeadlyWork(tmp_path, 3, chunk=1, times=1, after_commit=True)
+    observer = RecordingObserver()
+    work.context.storage.write_bytes("files/0", b"{}")
+    run_chunks_on_pool(work, PoolConfig(max_failures_per_chunk=0), observer=observer)
+    assert [len(work.tries(chunk)) for chunk in work.chunks()] == [0, 1, 1]
+    # Every chunk is counted once: the one that was done, the one with the lost answer, the last.
+    (bar,) = observer.bars
+    assert (bar.total, bar.skipped, bar.advanced) == (6, 1, [2, 3])
+
+
+def test_chunk_that_kills_its_actors_ends_the_pool_by_its_name(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    work = DeadlyWork(tmp_path, 3, chunk=1, times=99)
+    with pytest.raises(ClusterError, match=r"files: chunk 1 lost its actor 2 times.*worker process"):
+        run(work, max_failures_per_chunk=1)
+    assert len(work.tries(1)) == 2
+    assert work.is_done(0)
+
+
+def test_error_of_the_work_ends_the_pool_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    work = WrongWork(tmp_path, 9, chunk=1, error=lambda: UnpicklableError("a.tar", 3))
+    with pytest.raises(DataError, match=r"^a\.tar: line 3 is wrong") as caught:
+        run(work)
+    (note,) = caught.value.__notes__
+    assert "in chunk 1 of files, actor 0" in note
+    assert "raise self.error()" in note
+    assert not any(work.is_done(chunk) for chunk in range(1, 9))
+
+
+def test_memory_that_is_short_in_one_process_is_found_in_another(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    work = WrongWork(tmp_path, 3, chunk=1, error=MemoryError)
+    run(work)
+    first, second = work.tries(1)
+    assert first != second == work.outputs()[1]["pid"]
+
+
+def test_node_that_fails_its_check_ends_the_pool(cluster: Cluster, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise ClusterError("no shared root here")
+
+    work = FileWork(tmp_path, 3)
+    with pytest.raises(ClusterError, match="no shared root here"):
+        run(work, check_node=refuse)
+    assert not any(work.tries(chunk) for chunk in work.chunks())
+
+
+def test_actors_that_all_die_while_they_start_end_the_pool(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match=r"files: 1 actors died while they started.*process"):
+        run(FileWork(tmp_path, 3), check_node=die, max_failures_per_chunk=0)
+
+
+def test_idle_actors_are_released_while_the_last_chunk_is_worked_on(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    work = GatedWork(tmp_path, 2)
+    future = start(work, min_actors=2, max_actors=2)
+    wait_until(lambda: bool(work.tries(0) and work.tries(1)))
+    assert ray.available_resources().get("CPU", 0) == 0
+    pid = work.tries(0)[0]
+    work.open_gates(0)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 1)
+    wait_until(lambda: not psutil.pid_exists(pid))
+    assert not future.done()
+    work.open_gates(1)
+    future.result(timeout=30)
+
+
+def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> None:
+    program = (
+        "import ray, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from support import pool_work\n"
+        "from fqgan_dist.orchestration.pools import run_chunks_on_pool\n"
+        "from fqgan_dist.stages.execution import PoolConfig\n"
+        "ray.cloudpickle.register_pickle_by_value(pool_work)\n"
+        "ray.init(address=sys.argv[2])\n"
+        "work = pool_work.GatedWork(Path(sys.argv[3]), 1)\n"
+        "run_chunks_on_pool(work, PoolConfig(), observer=pool_work.RecordingObserver())\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program, str(TESTS_DIR), cluster.address, str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    work = GatedWork(tmp_path, 1)
+    wait_until(lambda: bool(work.tries(0)))
+    driver.kill()
+    driver.wait()
+    (pid,) = work.tries(0)
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_node_that_joins_a_running_pool_gets_the_work_that_waits(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = GatedWork(tmp_path, 2)
+    with caplog.at_level(logging.WARNING):
+        future = start(work, max_actors=2, custom=SLOT)
+        wait_until(lambda: "actors have waited" in caplog.text)
+    assert "files: 1 of 2 actors have waited" in caplog.text
+    assert "each needs 1 CPU, 1 slot, and free in the whole cluster are 1 CPU, 0 slot" in caplog.text
+    assert not work.tries(1)
+    node = cluster.add_node(num_cpus=1, resources=SLOT)
+    wait_until(lambda: bool(work.tries(1)))
+    work.open_gates(0, 1)
+    future.result(timeout=30)
+    assert work.outputs()[1]["node"] == node.node_id != work.outputs()[0]["node"]
+
+
+def test_resources_that_no_node_has_are_named(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = FileWork(tmp_path, 1)
+    with caplog.at_level(logging.WARNING):
+        future = start(work, custom={"rocket": 1.0})
+        wait_until(lambda: "actors have waited" in caplog.text)
+    assert "each needs 1 CPU, 1 rocket, and no node of the cluster has that" in caplog.text
+    assert "(the largest: 2 CPU, 0 rocket)" in caplog.text
+    cluster.add_node(num_cpus=1, resources={"rocket": 1.0})
+    future.result(timeout=60)

@@ -1,0 +1,131 @@
+"""Runs submitted as jobs to a real Ray cluster with token authentication, as users submit them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ray_clusters import NodeSpec, RayCluster, run_ray_cluster
+
+TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
+STEPS = 30
+TRAINING = [
+    "execution=ray",
+    "ray.train.num_workers=2",
+    f"tokenizer.training.steps={STEPS}",
+    "tokenizer.training.engine=deepspeed",
+    "autoregressive.training.engine=deepspeed",
+    "autoregressive.training.zero_stage=3",
+]
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with run_ray_cluster(tmp_path_factory.mktemp("cluster"), [NodeSpec(num_cpus=2)]) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def finished_run(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run") / "root"
+    done = cluster.submit(*command(root), timeout_s=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+def command(root: Path) -> list[str]:
+    return ["fqgan", "run", str(TINY), f"storage.root={root}", *TRAINING]
+
+
+def metrics(root: Path) -> dict[str, Any]:
+    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    assert {stage["state"] for stage in summary.values()} == {"done"}
+    return {name: stage["metrics"] for name, stage in summary.items()}
+
+
+def files(root: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime for path in root.rglob("*") if path.is_file()}
+
+
+def wait_for_metrics(root: Path, *, step: int) -> None:
+    path = root / "tokenizer" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no step {step} in {path}")
+
+
+def find_driver(root: Path) -> int:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it has ended
+        if f"storage.root={root}" in words and any(word.endswith("/fqgan") for word in words):
+            return int(path.parent.name)
+    pytest.fail("no driver process")
+
+
+def test_a_job_without_the_token_is_refused(cluster: RayCluster) -> None:
+    before = len(cluster.list_jobs())
+    refused = cluster.submit("fqgan", "--help", with_token=False)
+    assert refused.returncode != 0
+    assert "token" in refused.stdout + refused.stderr
+    assert len(cluster.list_jobs()) == before
+
+
+def test_the_same_job_again_does_nothing_and_says_so(
+    cluster: RayCluster, finished_run: Path
+) -> None:
+    before = files(finished_run)
+    again = cluster.submit(*command(finished_run))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to do: every stage of this run is done already" in again.stdout
+    # The driver's own log is all that the second job may have touched.
+    after = files(finished_run)
+    changed = {path for path in after if after[path] != before.get(path)}
+    assert before.keys() <= after.keys()
+    assert {Path(path).parent.name for path in changed} <= {"logs"}
+
+
+def test_a_killed_driver_is_resumed_to_the_same_bits(
+    cluster: RayCluster, finished_run: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    submitted = cluster.submit(*command(root), wait=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for_metrics(root, step=STEPS // 2)
+    os.kill(find_driver(root), signal.SIGKILL)
+    resumed = cluster.submit(*command(root), timeout_s=600)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed at step" in resumed.stdout
+    assert metrics(root) == metrics(finished_run)
+
+
+def test_a_wrong_setting_fails_the_job_with_its_cause(cluster: RayCluster, tmp_path: Path) -> None:
+    wrong = cluster.submit(*command(tmp_path / "root"), "tokenizer.training.stepz=3")
+    assert wrong.returncode != 0
+    assert "did you mean 'steps'" in wrong.stdout
+
+
+def test_a_relative_root_is_refused_in_a_job_with_a_working_directory(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_bytes(TINY.read_bytes())
+    done = cluster.submit(
+        "fqgan", "run", "tiny.yaml", "execution=ray", working_dir=tmp_path, timeout_s=120
+    )
+    assert done.returncode != 0
+    assert "storage.root" in done.stdout
+    assert "working directory" in done.stdout

@@ -1,0 +1,169 @@
+"""Small work for actor pools, told by files under its storage root what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from fqgan_dist.config import load_config
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.stage import ProcessLocalCaches, RunContext, select_device
+from fqgan_dist.telemetry.progress import ProgressBar
+from fqgan_dist.telemetry.summary import Metric
+from fqgan_dist.world import World
+
+TINY = Path(__file__).parent / "tiny.yaml"
+_POLL_S = 0.02
+_WAIT_S = 60.0
+
+
+def open_context(root: Path) -> RunContext:
+    """A run whose root is empty."""
+    config = load_config(TINY, [f"storage.root={root}"], RunConfig)
+    device = select_device(config.device, World())
+    return RunContext(config=config, storage=Storage(root), world=World(), device=device)
+
+
+class FileWork(ProcessLocalCaches):
+    """Writes `files/<chunk>`: where it was made, by which process."""
+
+    description = "files"
+    unit = "files"
+
+    def __init__(self, root: Path, count: int) -> None:
+        self.context = open_context(root)
+        self.root = root
+        self.count = count
+
+    def chunks(self) -> range:
+        return range(self.count)
+
+    def size(self, chunk: int) -> int:
+        return 1 + chunk
+
+    def is_done(self, chunk: int) -> bool:
+        return self.context.storage.exists(f"files/{chunk}")
+
+    def process(self, chunk: int) -> None:
+        self.count_try(chunk)
+        self.write(chunk)
+
+    def write(self, chunk: int) -> None:
+        content = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        self.context.storage.write_bytes(f"files/{chunk}", json.dumps(content).encode())
+
+    def count_try(self, chunk: int) -> int:
+        """Note that a chunk is tried, and return how often it was before."""
+        before = len(self.tries(chunk))
+        self.context.storage.write_bytes(f"tries/{chunk}/{before}", str(os.getpid()).encode())
+        return before
+
+    def tries(self, chunk: int) -> list[int]:
+        """The process ids that tried a chunk."""
+        storage = self.context.storage
+        names = storage.list(f"tries/{chunk}")
+        return [int(storage.read_bytes(f"tries/{chunk}/{name}")) for name in names]
+
+    def outputs(self) -> list[dict[str, str | int]]:
+        storage = self.context.storage
+        return [json.loads(storage.read_bytes(f"files/{chunk}")) for chunk in self.chunks()]
+
+
+class GatedWork(FileWork):
+    """A chunk waits for the file `gates/<chunk>`."""
+
+    def process(self, chunk: int) -> None:
+        self.count_try(chunk)
+        wait_until((self.root / "gates" / str(chunk)).exists)
+        self.write(chunk)
+
+    def open_gates(self, *chunks: int) -> None:
+        for chunk in chunks:
+            self.context.storage.write_bytes(f"gates/{chunk}", b"")
+
+
+class DeadlyWork(FileWork):
+    """Kills its process at a chunk, the first `times`, before or after the commit."""
+
+    def __init__(
+        self, root: Path, count: int, *, chunk: int, times: int, after_commit: bool = False
+    ) -> None:
+        super().__init__(root, count)
+        self.chunk, self.times, self.after_commit = chunk, times, after_commit
+
+    def process(self, chunk: int) -> None:
+        is_deadly = self.count_try(chunk) < self.times and chunk == self.chunk
+        if self.after_commit:
+            self.write(chunk)
+        if is_deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.write(chunk)
+
+
+class WrongWork(FileWork):
+    """Raises at a chunk."""
+
+    def __init__(self, root: Path, count: int, *, chunk: int, error: Callable[[], Exception]):
+        super().__init__(root, count)
+        self.chunk, self.error = chunk, error
+
+    def process(self, chunk: int) -> None:
+        if chunk == self.chunk and self.count_try(chunk) == 0:
+            raise self.error()
+        self.write(chunk)
+
+
+class UnpicklableError(DataError):
+    """Does not survive the way to another process."""
+
+    def __init__(self, file: str, line: int) -> None:
+        super().__init__(f"{file}: line {line} is wrong")
+        self.lock = threading.Lock()  # no pickle takes that
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
+    """Wait for something that another process or thread does."""
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+
+
+class RecordingObserver:
+    """Keeps what it is told of the progress."""
+
+    def __init__(self) -> None:
+        self.bars: list[RecordedBar] = []
+
+    @contextmanager
+    def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
+        bar = RecordedBar(total)
+        self.bars.append(bar)
+        yield bar
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        raise AssertionError("no pool measures anything")
+
+
+class RecordedBar(ProgressBar):
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.skipped = 0
+        self.advanced: list[int] = []
+
+    def advance(self, count: int = 1, **fields: Metric) -> None:
+        self.advanced.append(count)
+
+    def skip(self, count: int) -> None:
+        self.skipped += count

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import WorkerGroupError
+
+from fqgan_dist.errors import ClusterError, DataError, NumericsError
+from fqgan_dist.orchestration import failures
+from fqgan_dist.orchestration.failures import StampedError, explain_failure, stamp_errors
+
+ACTOR_DIED = (
+    "The actor died unexpectedly before finishing this task.\n"
+    "\tclass_name: RayTrainWorker\n\tpid: 7\n\tip: 10.0.0.3\n"
+    "The actor is dead because its node has died."
+)
+
+
+class PollFailedError(Exception):
+    """As Ray Train's wrapper of what a poll of a worker raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("A worker health check failed.")
+        self.health_check_failure = cause
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+@pytest.fixture(autouse=True)
+def no_hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "HOLD_BACK_S", 0.0)
+
+
+def stamp(error: Exception, rank: int, moment: float, patch: pytest.MonkeyPatch) -> StampedError:
+    """Let a rank fail at a moment; what arrives at the driver has been pickled."""
+    patch.setenv("RANK", str(rank))
+    patch.setenv("WORLD_SIZE", "4")
+    patch.setattr(failures.time, "time", lambda: moment)
+    with pytest.raises(StampedError) as caught, stamp_errors():
+        raise error
+    return pickle.loads(pickle.dumps(caught.value))
+
+
+def group_error(errors: Mapping[int, Exception]) -> WorkerGroupError:
+    return WorkerGroupError("several", dict(errors))
+
+
+def test_the_first_error_by_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = explain_failure(
+        group_error(
+            {
+                0: stamp(DataError("shard 7 is missing"), 0, 200.0, monkeypatch),
+                3: stamp(NumericsError("loss is not finite"), 3, 100.0, monkeypatch),
+            }
+        )
+    )
+    assert report.first.place.startswith("rank 3/4 node0 ")
+    assert report.is_permanent
+    lines = report.text.splitlines()
+    assert "NumericsError: loss is not finite" in lines[0]
+    assert "DataError: shard 7 is missing" in lines[1]
+    assert isinstance(report.error, NumericsError)
+    assert str(report.error).startswith("[rank 3/4 node0 ")
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.3]"),
+        RuntimeError("NCCL communicator was aborted on rank 0."),
+        dist.DistBackendError("ncclRemoteError"),
+        ConnectionResetError("Connection reset by peer"),
+    ],
+    ids=lambda error: str(error)[:12],
+)
+def test_the_echo_of_another_ranks_end_comes_last_whatever_its_clock_says(
+    echo: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = explain_failure(
+        group_error(
+            {
+                0: stamp(echo, 0, 1.0, monkeypatch),
+                1: stamp(DataError("cannot decode"), 1, 900.0, monkeypatch),
+            }
+        )
+    )
+    assert report.first.place.startswith("rank 1/4")
+    assert [other.kind for other in report.others] == ["echo"]
+
+
+def test_a_lost_process_comes_before_its_echo_and_is_not_permanent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    died = RayActorError(error_msg=ACTOR_DIED)
+    echo = stamp(RuntimeError("gloo: timed out"), 0, 1.0, monkeypatch)
+    report = explain_failure(group_error({0: echo, 2: PollFailedError(died)}))
+    assert report.first.kind == "lost"
+    assert not report.is_permanent
+    assert isinstance(report.error, ClusterError)
+    assert report.text.startswith("[rank 2 10.0.0.3] its process or node was lost: ")
+    assert "class_name" not in report.text
+
+
+def test_an_echo_alone_is_a_loss_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = explain_failure(
+        group_error({0: stamp(RuntimeError("Broken pipe"), 0, 1.0, monkeypatch)})
+    )
+    assert not report.is_permanent
+    assert isinstance(report.error, ClusterError)
+
+
+def test_an_error_of_ours_that_names_a_connection_is_no_echo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = stamp(DataError("s3://b: connection reset; check the network"), 1, 1.0, monkeypatch)
+    report = explain_failure(group_error({1: error}))
+    assert report.first.kind == "own"
+    assert report.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("error", "is_permanent"),
+    [
+        (TypeError("a mistake"), True),
+        (KeyError("a mistake"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (MemoryError(), False),
+        (OSError("No space left on device"), False),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_would_come_again_is_permanent(
+    error: Exception, is_permanent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = explain_failure(group_error({0: stamp(error, 0, 1.0, monkeypatch)}))
+    assert report.is_permanent is is_permanent
+    assert type(report.error) is type(error)
+    assert any("rank 0/4" in note for note in report.error.__notes__)
+
+
+def test_an_error_that_cannot_be_pickled_still_tells_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = stamp(UnpicklableError("bad", "thing"), 0, 1.0, monkeypatch)
+    report = explain_failure(group_error({0: error}))
+    assert "UnpicklableError: bad thing" in report.text
+
+
+def test_errors_that_no_rank_stamped_are_explained() -> None:
+    died = explain_failure(RayActorError(error_msg=ACTOR_DIED))
+    assert died.text.startswith("[an actor 10.0.0.3] its process or node was lost")
+    task_error = RayTaskError("process", "traceback", DataError("cannot decode"))
+    explained = explain_failure(task_error)
+    assert explained.is_permanent
+    assert isinstance(explained.error, DataError)
+
+
+def test_a_rank_logs_its_error_and_an_echo_only_as_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stamp(DataError("cannot decode"), 1, 1.0, monkeypatch)
+    stamp(RuntimeError("Broken pipe"), 0, 2.0, monkeypatch)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
+    assert caplog.messages[0] == "DataError: cannot decode"
+
+
+def test_no_error_is_no_error() -> None:
+    with stamp_errors():
+        pass

@@ -1,0 +1,88 @@
+"""Decisions of an actor pool, without Ray."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
+from fqgan_dist.stages.execution import PoolConfig
+
+
+def make_queue(count: int = 3, max_failures: int = 2) -> ChunkQueue:
+    return ChunkQueue(range(count), description="codes", max_failures=max_failures)
+
+
+def test_chunks_come_in_order() -> None:
+    queue = make_queue(count=3)
+    assert [queue.take() for _ in range(len(queue))] == [0, 1, 2]
+    assert not queue
+
+
+def test_chunk_that_lost_its_actor_comes_next() -> None:
+    queue = make_queue(count=3)
+    queue.take()
+    queue.put_back(0, "killed")
+    assert queue.take() == 0
+
+
+def test_chunk_that_loses_too_many_actors_is_named_with_the_last_cause() -> None:
+    queue = make_queue(max_failures=1)
+    queue.put_back(queue.take(), "first cause")
+    with pytest.raises(ClusterError, match=r"codes: chunk 0 lost its actor 2 times.*: last cause"):
+        queue.put_back(queue.take(), "last cause")
+
+
+def test_losses_of_another_chunk_do_not_count() -> None:
+    queue = make_queue(max_failures=1)
+    first, second = queue.take(), queue.take()
+    queue.put_back(first, "killed")
+    queue.put_back(second, "killed")
+    assert len(queue) == 3
+
+
+def test_loss_with_a_drained_node_is_not_the_chunks_fault() -> None:
+    queue = make_queue(max_failures=0)
+    for _ in range(5):
+        queue.put_back(queue.take(), "preempted", counts=False)
+    assert queue.take() == 0
+
+
+@pytest.mark.parametrize(
+    ("waiting", "busy", "present", "wanted"),
+    [
+        (100, 0, 0, 2),  # starts with min_actors
+        (100, 0, 2, 2),  # and asks for no more before one works
+        (99, 1, 2, 8),  # then for all, as more wait than work
+        (3, 4, 8, 7),  # never for more than there are chunks
+        (2, 4, 5, 5),  # fewer wait than work: what is there is used, nothing more is asked for
+        (0, 3, 8, 3),  # an empty queue: only the busy ones stay
+        (0, 0, 8, 0),
+        (1, 0, 0, 1),  # the last chunk lost its actor
+    ],
+)
+def test_number_of_actors_follows_the_queue(
+    waiting: int, busy: int, present: int, wanted: int
+) -> None:
+    config = PoolConfig(min_actors=2, max_actors=8)
+    assert count_wanted_actors(config, waiting=waiting, busy=busy, present=present) == wanted
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(0, 9)),
+    waiting=st.integers(0, 30),
+    busy=st.integers(0, 9),
+    others=st.integers(0, 9),
+)
+def test_number_of_actors_stays_within_bounds(
+    sizes: tuple[int, int], waiting: int, busy: int, others: int
+) -> None:
+    least, more = sizes
+    config = PoolConfig(min_actors=least, max_actors=least + more)
+    present = min(busy + others, config.max_actors)
+    busy = min(busy, present)
+    wanted = count_wanted_actors(config, waiting=waiting, busy=busy, present=present)
+    assert busy <= wanted <= min(config.max_actors, busy + waiting)
+    assert wanted > 0 or waiting + busy == 0

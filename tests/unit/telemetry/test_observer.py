@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+
+import pytest
+
+from fqgan_dist.telemetry.observer import LocalObserver, Observer
+
+
+def test_it_tracks_in_this_process_and_survives_pickling(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    observer: Observer = pickle.loads(pickle.dumps(LocalObserver()))
+    with (
+        caplog.at_level(logging.INFO),
+        observer.track(4, "teachers", "images") as bar,
+    ):
+        bar.skip(1)
+        bar.advance(3)
+    observer.record_metrics("tokenizer", 1, {"tokenizer/loss/total": 0.5})
+    (line,) = caplog.messages
+    assert line.startswith("teachers: 4/4 images")
+    assert observer == LocalObserver()
+
+
+def test_without_a_bar_a_terminal_gets_log_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with (
+        caplog.at_level(logging.INFO),
+        LocalObserver(has_bar=False).track(2, "training", "steps") as bar,
+    ):
+        bar.advance(2)
+    assert len(caplog.messages) == 1
