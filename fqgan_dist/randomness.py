@@ -137,6 +137,11 @@ _NOT_SHARED = {
     torch.randn,
     torch.randn_like,
     torch.randperm,
+    Tensor.bernoulli_,
+    Tensor.exponential_,
+    Tensor.normal_,
+    Tensor.random_,
+    Tensor.uniform_,
 }
 """Other functions that draw numbers; none of our networks uses one in a training pass."""
 

@@ -18,11 +18,6 @@ def diagnose_node(config: RunConfig | None) -> list[Verdict]:
     return run_checks(list_checks(config))
 
 
-def time_limit_s(config: RunConfig | None) -> float:
-    """Return the seconds after which `diagnose_node` has certainly ended."""
-    return sum(check.time_limit_s for check in list_checks(config))
-
-
 def list_checks(config: RunConfig | None) -> list[Check]:
     """List the checks of a node: software, devices, machine, and what the config names."""
     checks = [

@@ -51,7 +51,9 @@ class Diagnosis:
             lines += [title, *(f"  {line}" for line in _format(verdicts)), ""]
         lines += [f"note: {note}" for note in self.notes]
         counts = self._counts
-        lines.append(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['failed']} failed")
+        lines.append(
+            f"ok: {counts['ok']}, warnings: {counts['warning']}, failed: {counts['failed']}"
+        )
         return "\n".join(lines)
 
     @property

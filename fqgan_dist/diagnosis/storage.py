@@ -1,11 +1,13 @@
 """The storage root: what this process may do there, and how fast.
 
-Everything is tried for real, in a folder of its own below the root, which is removed at the end.
+Everything is tried for real, in a folder of its own below the root, which is removed at the end. A
+local root that is not there is made, as a run would make it.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import shutil
 import statistics
@@ -15,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok, warning
+from fqgan_dist.diagnosis.connections import explain_silent_url
+from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.errors import DataError
 
 ACCESS, SPEED, SPACE = "storage access", "storage speed", "storage space"
@@ -31,6 +34,7 @@ _SLOW_DOWNLOAD_MB_PER_S = 90.0
 """What the tokenizer's training reads on a node of 8 A100 (performance.md, section 5)."""
 _LEAST_GIB, _LITTLE_GIB = 1, 20
 
+_GRANT = "grant s3:PutObject, GetObject, ListBucket and DeleteObject on the bucket and the root"
 _ADVICE_BY_CODE = {
     "InvalidAccessKeyId": "the access key is unknown to this server: correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret does not fit the key: correct AWS_SECRET_ACCESS_KEY",
@@ -38,7 +42,8 @@ _ADVICE_BY_CODE = {
     "InvalidToken": "renew the credentials (AWS_SESSION_TOKEN)",
     "RequestTimeTooSkewed": "set this node's clock (NTP)",
     "NoSuchBucket": "create the bucket, or correct storage.root",
-    "AccessDenied": "grant s3:PutObject, GetObject, ListBucket and DeleteObject on bucket and root",
+    "AccessDenied": _GRANT,
+    "403": _GRANT,  # what a HEAD request says: its answers have no body
     "QuotaExceeded": "free space in the bucket, or raise its quota",
 }
 _ADVICE_BY_ERRNO = {
@@ -49,11 +54,14 @@ _ADVICE_BY_ERRNO = {
     errno.EACCES: "give this user the right to write there, or choose another storage.root",
     errno.EPERM: "give this user the right to write there, or choose another storage.root",
 }
+_UNREACHABLE_ADVICE = "correct AWS_ENDPOINT_URL, start the server, or mend the network"
 _OTHER_ADVICE = "check the root, the endpoint (AWS_ENDPOINT_URL), the credentials and the network"
 
 
 def check_access(root: str) -> Verdict:
     """Write, read, create, list and delete below the root."""
+    if silence := _explain_silence(root):
+        return failed(ACCESS, f"{root}: {silence}", _UNREACHABLE_ADVICE)
     granted: list[str] = []
     with _own_folder(root) as folder:
         for name, operation in _OPERATIONS:
@@ -62,11 +70,13 @@ def check_access(root: str) -> Verdict:
             except (DataError, OSError) as error:
                 return _explain(root, name, error, granted)
             granted.append(name)
-    return ok(ACCESS, f"{root}: {', '.join(granted)} work")
+    return ok(ACCESS, f"{root}: {', '.join(granted)} fine")
 
 
 def check_speed(root: str) -> Verdict:
     """Measure small requests and the transfer of one object."""
+    if silence := _explain_silence(root):
+        return failed(SPEED, f"{root}: not measured: {silence}", _UNREACHABLE_ADVICE)
     data = secrets.token_bytes(_TRANSFER_BYTES)
     with _own_folder(root) as folder:
         try:
@@ -80,7 +90,7 @@ def check_speed(root: str) -> Verdict:
             )
             download_s = time.perf_counter() - start
         except (DataError, OSError) as error:
-            return warning(SPEED, f"not measured: {error}", "mend the access first")
+            return failed(SPEED, f"{root}: not measured: {error}", _find_advice(error))
     if b"".join(parts) != data:
         advice = "do not use this storage, or what lies between it and this node"
         return failed(SPEED, f"{root}: other bytes were read than were written", advice)
@@ -136,7 +146,14 @@ def judge_space(check: str, where: str, free_bytes: int) -> Verdict:
 
 def find_existing(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    path = path.absolute()
+    # os.path, unlike pathlib, takes a folder that may not be entered for a missing one.
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+
+
+def _explain_silence(root: str) -> str | None:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    return None if Storage(root).is_local or not endpoint else explain_silent_url(endpoint)
 
 
 def _write(folder: Storage) -> None:
@@ -182,9 +199,8 @@ _OPERATIONS: tuple[tuple[str, Callable[[Storage], None]], ...] = (
 
 @contextmanager
 def _own_folder(root: str) -> Iterator[Storage]:
-    """Give a folder below the root, and leave nothing of it behind."""
+    """Give a folder below the root, and remove it at the end; a new root stays, empty."""
     folder = Storage(root).child(f"doctor-{secrets.token_hex(8)}")
-    missing = None if not folder.is_local else _first_missing(Path(folder.root))
     try:
         yield folder
     finally:
@@ -192,30 +208,13 @@ def _own_folder(root: str) -> Iterator[Storage]:
         with suppress(DataError, OSError):
             for name in folder.list():
                 folder.delete(name)
-        if missing is not None:
-            _remove_empty(Path(folder.root), missing)
-
-
-def _first_missing(path: Path) -> Path:
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    return missing
-
-
-def _remove_empty(folder: Path, last: Path) -> None:
-    """Remove a folder and those above it up to `last`, as far as they are empty."""
-    with suppress(OSError):
-        while True:
-            folder.rmdir()
-            if folder == last:
-                return
-            folder = folder.parent
+            if folder.is_local:
+                Path(folder.root).rmdir()
 
 
 def _explain(root: str, operation: str, error: Exception, granted: list[str]) -> Verdict:
-    works = f"; {', '.join(granted)} work" if granted else ""
-    finding = f"{root}: {operation}: {error}{works}"
+    before = f"{', '.join(granted)} fine; " if granted else ""
+    finding = f"{root}: {before}{operation}: {error}"
     return failed(ACCESS, finding, _find_advice(error))
 
 

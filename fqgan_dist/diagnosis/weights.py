@@ -175,9 +175,9 @@ def _find_in_repository(repository: str, names: list[str]) -> HubState:
 
 
 def _find_perceptual(network: str) -> HubState:
-    from fqgan_dist.tokenizer.perceptual import _torchvision_url
+    from fqgan_dist.tokenizer.perceptual import torchvision_url
 
-    return _find_torch_file(_torchvision_url(network))
+    return _find_torch_file(torchvision_url(network))
 
 
 def _find_inception() -> HubState:

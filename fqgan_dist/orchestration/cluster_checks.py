@@ -11,10 +11,10 @@ import ray
 
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.diagnosis.credentials import scrub
-from fqgan_dist.diagnosis.node_checks import diagnose_node, time_limit_s
+from fqgan_dist.diagnosis.node_checks import diagnose_node
 from fqgan_dist.diagnosis.results import CLUSTER, RAY
 from fqgan_dist.diagnosis.verdict import Check, Verdict, failed, judge, ok, run_checks, warning
-from fqgan_dist.errors import ClusterError
+from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.cluster import connected_cluster
 from fqgan_dist.orchestration.node_network import CLOCKS, NETWORK, check_clocks, check_network
 from fqgan_dist.orchestration.nodes import list_nodes, run_on_every_node
@@ -27,8 +27,8 @@ from fqgan_dist.telemetry.environment import collect_environment
 AUTHENTICATION, VERSIONS = "authentication", "versions"
 RESOURCES, SHARED_ROOT = "resources", "shared storage"
 
-_START_S = 90.0
-"""For the first worker process of a node: it imports torch, from a cold disk."""
+_NODE_LIMIT_S = 600.0
+"""For all checks of a node; usual are 20 s to 60 s, hub weights and slow storage may take more."""
 _CLUSTER_CHECK_S = 300.0
 _COMPARED = ("fqgan-dist", "torch", "ray", "deepspeed", "numpy", "pydantic")
 
@@ -53,8 +53,7 @@ def diagnose_cluster(config: RunConfig | None) -> dict[str, list[Verdict]]:
 
 
 def _diagnose(config: RunConfig | None) -> dict[str, list[Verdict]]:
-    limit_s = time_limit_s(config) + _START_S
-    reports = run_on_every_node(_report_node, config, timeout_s=limit_s)
+    reports = run_on_every_node(_report_node, config, timeout_s=_NODE_LIMIT_S)
     versions = {
         label: report.versions
         for label, report in reports.items()
@@ -112,7 +111,7 @@ def check_ray() -> Verdict:
     """Count the nodes and their slots."""
     nodes, total = len(list_nodes()), ray.cluster_resources()
     slots = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-    return ok(RAY, f"{ray.__version__}: {nodes} nodes alive, {slots}")
+    return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {slots}")
 
 
 def check_authentication() -> Verdict:
@@ -144,7 +143,7 @@ def judge_versions(versions: dict[str, dict[str, str]]) -> Verdict:
     if problems:
         advice = "give all nodes the same image or environment"
         return failed(VERSIONS, "; ".join(problems), advice)
-    return ok(VERSIONS, f"equal on {len(versions)} nodes: {', '.join(names)}")
+    return ok(VERSIONS, f"equal on all nodes: {', '.join(names)}")
 
 
 def _group_by_version(
@@ -190,5 +189,5 @@ def check_shared_root(root: str) -> Verdict:
     try:
         with shared_root(Storage(root)):
             return ok(SHARED_ROOT, f"{root}: one storage, seen by every node")
-    except ClusterError as error:
+    except (ClusterError, DataError, OSError) as error:
         return failed(SHARED_ROOT, str(error), "use s3:// or a folder mounted on all nodes")

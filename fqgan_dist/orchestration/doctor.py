@@ -6,8 +6,8 @@ Ray is imported only where a cluster is named: the doctor also works where Ray d
 from __future__ import annotations
 
 import os
-import socket
 
+from fqgan_dist.diagnosis.connections import explain_silence
 from fqgan_dist.diagnosis.credentials import scrub
 from fqgan_dist.diagnosis.node_checks import diagnose_node
 from fqgan_dist.diagnosis.results import CLUSTER, RAY, THIS_MACHINE, Diagnosis
@@ -16,7 +16,6 @@ from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE
 from fqgan_dist.stages.config import RunConfig
 
-_CONNECT_TIMEOUT_S = 10.0
 _NO_CONFIG = "no CONFIG was given: storage, clock and weights were not looked at"
 _NO_CLUSTER = (
     f"{ADDRESS_VARIABLE} is not set: only this machine was looked at; set it, or submit this "
@@ -55,8 +54,5 @@ def find_unreachable(address: str) -> str | None:
     host, separator, port = address.rpartition(":")
     if not separator or "/" in address or not port.isdigit():
         return None
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return f"{ADDRESS_VARIABLE}: {address!r} does not answer ({error})"
-    return None
+    silence = explain_silence(host, int(port))
+    return silence and f"{ADDRESS_VARIABLE}: {silence}"

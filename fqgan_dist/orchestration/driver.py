@@ -28,8 +28,10 @@ from fqgan_dist.stages.run import (
 )
 from fqgan_dist.stages.stage import ChunkWork, RunContext, find_pending
 from fqgan_dist.stages.summary import Summary, load_summary
+from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import render_summary
+from fqgan_dist.training.run import process_group
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -53,15 +55,25 @@ def run_pipeline(config: RunConfig) -> Summary:
             f"`fqgan` is one driver process, and a launcher started {launched.world_size}; train "
             f"with python -m fqgan_dist.training.run CONFIG stage=..."
         )
-    if config.execution == "ray":
-        if not os.environ.get(ADDRESS_VARIABLE):
-            require_token()
-        # Ray is imported here only, so that a run in one process needs none.
-        from fqgan_dist.orchestration.ray_driver import run_on_cluster
+    try:
+        return _run_on_cluster(config) if config.execution == "ray" else _run_here(config)
+    finally:
+        publish_log()
 
-        return run_on_cluster(config)
+
+def _run_on_cluster(config: RunConfig) -> Summary:
+    if not os.environ.get(ADDRESS_VARIABLE):
+        require_token()
+    # Ray is imported here only, so that a run in one process needs none.
+    from fqgan_dist.orchestration.ray_driver import run_on_cluster
+
+    return run_on_cluster(config)
+
+
+def _run_here(config: RunConfig) -> Summary:
     context = open_checked_run(config)
-    run_stages(context, run_stage_here)
+    with process_group(config, context.world):
+        run_stages(context, run_stage_here)
     return finish(context)
 
 
@@ -83,14 +95,26 @@ def open_checked_run(config: RunConfig, *, device: torch.device | None = None) -
     return context
 
 
-def run_stages(context: RunContext, run_one: RunStage) -> None:
-    """Run the configured stages in order, and say so when there was nothing to do."""
+def run_stages(
+    context: RunContext,
+    run_one: RunStage,
+    *,
+    note_skipped: Callable[[StageName], None] = lambda _: None,
+) -> None:
+    """Run the configured stages in order, and say so when there was nothing to do.
+
+    Args:
+        context: the run.
+        run_one: runs a stage that is not done.
+        note_skipped: is told of each that is.
+    """
     has_run = False
     for name in STAGE_NAMES:
         if name not in context.config.stages:
             continue
         if is_stage_done(build_stage(name, context), context):
             logger.info("%s: already done from the same inputs, skipped", name)
+            note_skipped(name)
             continue
         if not has_run:
             write_run_files(context)

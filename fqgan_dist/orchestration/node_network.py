@@ -71,7 +71,7 @@ def judge_clocks(bounds: dict[str, tuple[float, float]]) -> Verdict:
         if verdict.status != "ok":
             return Verdict(CLOCKS, verdict.status, f"{label}: {verdict.finding}", verdict.advice)
     within_s = max(max(abs(low), abs(high)) for low, high in bounds.values())
-    return ok(CLOCKS, f"{len(bounds)} nodes agree within {within_s:.1f} s")
+    return ok(CLOCKS, f"all nodes agree with the driver's within {within_s:.1f} s")
 
 
 def check_network() -> Verdict:

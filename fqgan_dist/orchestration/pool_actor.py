@@ -2,31 +2,32 @@
 
 Exceptions of the work come back as values, `Failure`: what Ray raises then means that the process
 or its node was lost, and nothing else.
+
+Torch takes seconds to import, so it is imported in `prepare`: an actor says where it is as soon as
+its process runs, and the driver can tell who waits for resources from who loads.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from ray import cloudpickle
+from typing import TYPE_CHECKING
 
 from fqgan_dist import errors
 from fqgan_dist.errors import FqganError
-from fqgan_dist.stages.stage import ChunkWork, RunContext, configure_torch
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from fqgan_dist.stages.stage import ChunkWork, RunContext
 
-_PROCESS_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What a fresh process may be free of: memory held by somebody else, a GPU's sticky error state."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Failure:
             message=str(error),
             traceback_text="".join(traceback.format_exception(error)).rstrip(),
             pickled=_pickle_checked(error),
-            is_of_process=isinstance(error, _PROCESS_ERRORS),
+            is_of_process=_is_of_process(error),
         )
 
     def __str__(self) -> str:
@@ -74,7 +75,7 @@ class Failure:
     def restore(self) -> Exception:
         """Return the exception, or if it did not survive the nearest one that says the same."""
         if self.pickled is not None:
-            return cloudpickle.loads(self.pickled)
+            return pickle.loads(self.pickled)
         for name in self.type_names:
             known = getattr(errors, name, None)
             if isinstance(known, type) and issubclass(known, FqganError):
@@ -116,23 +117,27 @@ class PoolActor:
     def __repr__(self) -> str:
         return f"{self._description} {self._number}"  # Ray puts it before lines on the console
 
-    def prepare(self) -> ActorPlace | Failure:
+    def locate(self) -> ActorPlace:
+        """Say where this is, which is known as soon as the resources are there."""
+        return ActorPlace(socket.gethostname(), os.getpid())
+
+    def prepare(self) -> Failure | None:
         """Unpack the work, which chooses the device of this process; check and set up the node."""
         try:
-            task: PoolTask = cloudpickle.loads(self._pickled_task)
+            task: PoolTask = pickle.loads(self._pickled_task)
             if task.check_node is not None:
                 task.check_node()
             self._configure(task.work.context)
             self._work = task.work
         except Exception as error:  # noqa: BLE001  the entry point of this process
             return Failure.of(error)
-        return ActorPlace(socket.gethostname(), os.getpid())
+        return None
 
     def process(self, chunk: int) -> Failure | None:
         """Make and commit a chunk."""
         try:
             self._work.process(chunk)
-        except Exception as error:  # noqa: BLE001  the entry point of this process
+        except Exception as error:
             # Not an error yet: the driver shows it, unless another actor succeeds.
             logger.info("chunk %d failed", chunk, exc_info=True)
             publish_log()
@@ -145,6 +150,8 @@ class PoolActor:
         publish_log()
 
     def _configure(self, context: RunContext) -> None:
+        from fqgan_dist.stages.stage import configure_torch
+
         configure_torch(context.config)
         name = f"{self._description.replace(' ', '-')}-actor-{self._number:05d}"
         log_file = open_log_file(context.storage, name)
@@ -152,11 +159,18 @@ class PoolActor:
         logger.info("%s, device %s", socket.gethostname(), context.device)
 
 
+def _is_of_process(error: Exception) -> bool:
+    """Whether a fresh process may be free of it: short memory, a GPU's sticky error state."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError)
+
+
 def _pickle_checked(error: Exception) -> bytes | None:
     """Pickle an exception; None if it cannot be restored from that."""
     try:
-        data = cloudpickle.dumps(error)
-        restored = cloudpickle.loads(data)
+        data = pickle.dumps(error)
+        restored = pickle.loads(data)
     except Exception:  # noqa: BLE001  an exception's own code can raise anything here
         return None
     return data if isinstance(restored, Exception) else None

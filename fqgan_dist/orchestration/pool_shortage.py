@@ -1,43 +1,42 @@
-"""What an actor that does not start waits for."""
+"""What an actor that is pending waits for."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import ray
 
 from fqgan_dist.stages.execution import ProcessResources
 
 
-def find_shortage(needs: ProcessResources) -> str | None:
-    """Say which of a process's resources the connected cluster lacks now; None if it has them all.
+def describe_shortage(needs: ProcessResources) -> str:
+    """Say what the connected cluster lacks for one more process.
 
     Args:
-        needs: what one process reserves, all of it on one node.
+        needs: what the process reserves, all of it on one node.
     """
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus, **needs.custom}
     wanted = {name: amount for name, amount in wanted.items() if amount}
-    text = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(_covers(node, wanted) for node in nodes):
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}
         return (
-            f"each needs {text}, and no node of the cluster has that (the largest: "
+            f"each needs {_list(wanted)}, and no node of the cluster has that (the most of each: "
             f"{_list(largest)}); they start when such a node joins, which an autoscaler may "
             f"bring - else lower what ray.pools reserves, or add nodes"
         )
     free = ray.available_resources()
-    if not _covers(free, wanted):
-        free = {name: free.get(name, 0) for name in wanted}
-        return (
-            f"each needs {text}, and free in the whole cluster are {_list(free)}; they start when "
-            f"other work ends or a node joins, which an autoscaler may bring - else lower "
-            f"max_actors or what ray.pools reserves, or add nodes"
-        )
-    return None
+    return (
+        f"each needs {_list(wanted) or 'no resource'}, and free in the whole cluster are "
+        f"{_list({name: free.get(name, 0) for name in wanted})}; they start when other work ends "
+        f"or a node joins, which an autoscaler may bring - else lower max_actors or what ray.pools "
+        f"reserves, or add nodes"
+    )
 
 
-def _covers(offer: dict[str, float], wanted: dict[str, float]) -> bool:
+def _covers(offer: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
     return all(offer.get(name, 0) >= amount for name, amount in wanted.items())
 
 
-def _list(amounts: dict[str, float]) -> str:
+def _list(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())

@@ -25,7 +25,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.pool_actor import ActorPlace, Failure, PoolActor, PoolTask
 from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
-from fqgan_dist.orchestration.pool_shortage import find_shortage
+from fqgan_dist.orchestration.pool_shortage import describe_shortage
 from fqgan_dist.stages.execution import PoolConfig
 from fqgan_dist.stages.stage import ChunkWork, find_pending
 from fqgan_dist.telemetry.observer import Observer
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
 """Longest wait for an answer before the driver looks at what is pending."""
-_SHORTAGE_WARNING_S = 5.0
+_SHORTAGE_WARNING_S = 10.0
 _SLOW_START_WARNING_S = 60.0
 _WARNING_INTERVAL_S = 60.0
 _GRACE_S = 10.0
@@ -79,7 +79,7 @@ def run_chunks_on_pool(
 
 @dataclass(eq=False)
 class _Member:
-    """An actor as the driver sees it: starting, idle, or busy with a chunk."""
+    """An actor as the driver sees it: pending, loading, idle, or busy with a chunk."""
 
     number: int
     handle: Any
@@ -87,19 +87,17 @@ class _Member:
     """The answer that is due; None while idle."""
     asked_at: float = field(default_factory=time.monotonic)
     place: ActorPlace | None = None
-    """None while it starts: its resources are pending, or its process loads."""
+    """None while its resources are pending."""
+    is_ready: bool = False
+    """False until its process has loaded the work."""
     chunk: int | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.place is not None
 
     @property
     def is_idle(self) -> bool:
         return self.is_ready and self.chunk is None
 
     def __str__(self) -> str:
-        return f"actor {self.number} ({self.place or 'starting'})"
+        return f"actor {self.number} ({self.place or 'pending'})"
 
 
 class _Pool:
@@ -108,8 +106,9 @@ class _Pool:
     def __init__(self, task: PoolTask, config: PoolConfig) -> None:
         self._work = task.work
         self._config = config
-        self._pickled_task = ray.put(cloudpickle.dumps(task))
-        self._actor_class = ray.remote(PoolActor).options(
+        data = cloudpickle.dumps(task)  # pyright: ignore[reportPrivateImportUsage] it is public
+        self._pickled_task = ray.put(data)
+        self._actor_class: Any = ray.remote(PoolActor).options(
             num_cpus=config.cpus,
             num_gpus=config.gpus,
             resources=dict(config.custom),
@@ -204,7 +203,7 @@ class _Pool:
             number=number,
             gpus=self._config.gpus,
         )
-        self._members.append(_Member(number, handle, handle.prepare.remote()))
+        self._members.append(_Member(number, handle, handle.locate.remote()))
 
     def _let_go(self, member: _Member) -> None:
         """End an actor that has no chunk, so that its node may go too."""
@@ -237,16 +236,20 @@ class _Pool:
         member = members[ready[0]]
         answer = _fetch(ready[0])
         if isinstance(answer, RayError):
-            return self._replace(member, queue, _describe_loss(answer), counts=not _is_drain(answer))
+            return self._replace(
+                member, queue, _describe_loss(answer), counts=not _is_drain(answer)
+            )
         if isinstance(answer, Failure):
             if not answer.is_of_process:
                 raise self._explain(answer, member)
             return self._replace(member, queue, str(answer), counts=True)
-        self._num_lost_starts = 0
         if isinstance(answer, ActorPlace):
-            member.place = answer
+            member.place, member.ref = answer, member.handle.prepare.remote()
+            return None
+        self._num_lost_starts = 0
+        if not member.is_ready:
             logger.info("%s: %s is ready", self._work.description, member)
-        chunk, member.chunk, member.ref = member.chunk, None, None
+        chunk, member.chunk, member.ref, member.is_ready = member.chunk, None, None, True
         return chunk
 
     def _replace(
@@ -287,22 +290,29 @@ class _Pool:
     def _warn_of_pending(self) -> None:
         """Say now and then what actors wait for: an autoscaler may bring it, or nobody."""
         now = time.monotonic()
-        pending = [member for member in self._members if not member.is_ready]
-        waited = max((now - member.asked_at for member in pending), default=0.0)
-        if waited < _SHORTAGE_WARNING_S or now < self._next_warning:
+        if now < self._next_warning:
             return
-        shortage = find_shortage(self._config)
-        if shortage is None and waited < _SLOW_START_WARNING_S:
-            return  # it has its resources, and loads
+        pending = [member for member in self._members if member.place is None]
+        loading = [member for member in self._members if member.place and not member.is_ready]
+        if _longest_wait(pending, now) >= _SHORTAGE_WARNING_S:
+            slow, state = pending, f"wait for resources: {describe_shortage(self._config)}"
+        elif _longest_wait(loading, now) >= _SLOW_START_WARNING_S:
+            slow, state = loading, "have resources and still load; look at their nodes' load"
+        else:
+            return
         self._next_warning = now + _WARNING_INTERVAL_S
         logger.warning(
-            "%s: %d of %d actors have waited %.0f s to start: %s",
+            "%s: since %.0f s %d of %d actors %s",
             self._work.description,
-            len(pending),
+            _longest_wait(slow, now),
+            len(slow),
             len(self._members),
-            waited,
-            shortage or "the cluster has room for them; look at the nodes' load and Ray's logs",
+            state,
         )
+
+
+def _longest_wait(members: list[_Member], now: float) -> float:
+    return max((now - member.asked_at for member in members), default=0.0)
 
 
 def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:

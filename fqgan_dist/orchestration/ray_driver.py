@@ -47,7 +47,11 @@ def run_on_cluster(config: RunConfig) -> Summary:
         with shared_root(context.storage) as root:
             board = start_board(config.name, config.stages)
             with board.shown():
-                run_stages(context, lambda name, context: _run_stage(name, context, root, board))
+                run_stages(
+                    context,
+                    lambda name, context: _run_stage(name, context, root, board),
+                    note_skipped=lambda name: board.finish_stage(name, "skipped"),
+                )
     return finish(context)
 
 

@@ -13,13 +13,18 @@ import threading
 import time
 from typing import Any
 
-from ray.train import FailureConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from fqgan_dist.errors import ClusterError
-from fqgan_dist.orchestration.failures import explain_failure, stamp_errors
+from fqgan_dist.orchestration.failures import describe_loss, explain_failure, stamp_errors
 from fqgan_dist.orchestration.shared_root import SharedRoot
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.execution import TrainWorkersConfig
@@ -52,6 +57,12 @@ def launch_training(
             return
         except ControllerError as error:
             raise _explain_no_start(error, workers) from error
+        except RayActorError as error:
+            raise ClusterError(
+                f"{stage}: the process that controls the train workers was lost "
+                f"({describe_loss(error)}) - look at the memory of the driver's node - the same "
+                f"command continues from the newest checkpoint"
+            ) from error
         except TrainingFailedError as error:
             report = explain_failure(error)
             if report.is_permanent:
@@ -81,7 +92,7 @@ def _run_workers(arguments: dict[str, Any], workers: TrainWorkersConfig, *, name
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     resources = {"CPU": workers.cpus, "GPU": workers.gpus, **workers.custom}
     with tempfile.TemporaryDirectory(prefix="fqgan-ray-train-") as scratch:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _train_worker,
             train_loop_config=arguments,
             torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
@@ -96,9 +107,28 @@ def _run_workers(arguments: dict[str, Any], workers: TrainWorkersConfig, *, name
                 name=name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                # It would print a failure several times; the driver tells its cause, once.
+                logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
         _fit_in_thread(trainer)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer without the process that watches over its placement group.
+
+    That process asks the State API of whatever Ray started last on its node whether the controller
+    lives. Where several run, as on a developer's machine, it asks a stranger, who knows of none,
+    and takes the workers' resources away in the middle of training (Ray 2.60). It is needed where
+    a controller dies and its driver does not: ours ends then, and its job's groups with it.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [
+            callback
+            for callback in super()._create_default_callbacks()
+            if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
 
 
 def _fit_in_thread(trainer: TorchTrainer) -> None:

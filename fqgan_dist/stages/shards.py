@@ -19,7 +19,6 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
-from fqgan_dist.telemetry.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class ShardsStage:
             # Validation keeps its bytes: it is the reference of rFID.
             short_side=data.short_side if split == "train" else None,
         )
-        with track(len(source), f"{split} shards", "images") as bar:
+        with self.context.observer.track(len(source), f"{split} shards", "images") as bar:
             done = 0
 
             def advance(description: str, now: int, total: int, /) -> None:  # noqa: ARG001

@@ -25,7 +25,6 @@ from fqgan_dist.stages.names import StageName
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World
 
-
 _CONCURRENT_CHECKS = 32
 """Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there."""
 

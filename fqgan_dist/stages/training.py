@@ -66,7 +66,7 @@ def run_training(
     observer = context.observer if context.world.is_main else LocalObserver(has_bar=False)
     with (
         _deterministic_kernels(training.deterministic),
-        _MetricsFile(context.storage, stage, observer) as metrics,
+        MetricsFile(context.storage, stage, observer) as metrics,
         observer.track(training.steps, f"training the {stage}", "steps") as bar,
     ):
         trainer = Trainer(
@@ -133,10 +133,17 @@ def _weights_part(stage: str, training: TrainingConfig) -> str:
     return f"{stage}_ema" if training.ema_decay else stage
 
 
-class _MetricsFile(ExitStack):
+class MetricsFile(ExitStack):
     """A metrics file that is appended to locally and published to the run's storage."""
 
     def __init__(self, storage: Storage, stage: str, observer: Observer) -> None:
+        """Choose the place of the file.
+
+        Args:
+            storage: the run's storage.
+            stage: the stage that trains.
+            observer: is told every record.
+        """
         super().__init__()
         self.storage = storage
         self.path = f"{stage}/metrics.jsonl"
@@ -146,19 +153,23 @@ class _MetricsFile(ExitStack):
         if local is None:
             local = Path(self.enter_context(tempfile.TemporaryDirectory())) / "metrics.jsonl"
         self.local = local
+        self._writer: MetricsWriter | None = None
 
     def open(self, resumed_step: int) -> MetricsWriter:
         """Open the file as it was after a step."""
         if self._is_remote and resumed_step and self.storage.exists(self.path):
             self.local.write_bytes(self.storage.read_bytes(self.path))
-        return MetricsWriter(
+        self._writer = MetricsWriter(
             self.local, resumed_step=resumed_step, tensorboard=True, on_write=self.on_write
         )
+        return self._writer
 
     def publish(self) -> None:
         """Bring the file and TensorBoard's to the storage, where they are not there already."""
         if not self._is_remote:
             return
+        if self._writer is not None:
+            self._writer.flush()  # TensorBoard's events wait for two minutes otherwise
         folder = PurePosixPath(self.path).parent
         for file in (self.local, *self.local.parent.glob("tensorboard/*")):
             name = file.relative_to(self.local.parent).as_posix()

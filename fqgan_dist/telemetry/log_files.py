@@ -8,6 +8,7 @@ process that is killed loses at most its last 30 seconds.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import secrets
 import tempfile
@@ -73,6 +74,21 @@ def publish_log() -> None:
             handler.publish()
 
 
+@functools.cache
+def _publish_at_exit() -> None:
+    """Publish once more when the main thread ends.
+
+    An ordinary atexit function is too late for clients of object stores: concurrent.futures refuses
+    work by then. Only this private hook of Python comes earlier; its functions are called in
+    reverse order. Where it is missing, the log's last seconds may be.
+    """
+    import concurrent.futures.thread  # noqa: F401  registers its own end before ours
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(publish_log)
+
+
 class PublishedLogFile(logging.FileHandler):
     """A temporary log file that is published from time to time, and when it is closed."""
 
@@ -98,6 +114,7 @@ class PublishedLogFile(logging.FileHandler):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish_regularly, name="logs", daemon=True)
         self._thread.start()
+        _publish_at_exit()
         atexit.register(self._close_at_exit)
 
     def publish(self) -> None:

@@ -27,8 +27,8 @@ def configure_logging(
 
     The main rank's console shows everything from INFO, others' consoles errors only; every
     process's file holds everything. Each line of an error, tracebacks included, starts with
-    `[rank 3/8 node1]`. Calling it again replaces what the last call set up. Handlers of others stay,
-    but for those that write to the console too: every line is shown once, by these rules.
+    `[rank 3/8 node1]`. Calling it again replaces what the last call set up. Handlers of others
+    stay, but for those of the console: every line is shown once, by these rules.
 
     Args:
         world: rank geometry.
@@ -84,7 +84,7 @@ def _add_handler(
 
 
 def _remove_handlers(root: logging.Logger) -> None:
-    """Remove our own handlers, and others' of the console (Ray Train's shows every rank's lines)."""
+    """Remove our own handlers, and others' of the console: Ray Train's shows all ranks' lines."""
     consoles = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     for handler in list(root.handlers):
         if (handler.get_name() or "").startswith(_HANDLER_PREFIX):

@@ -123,12 +123,13 @@ class RunLedger:
             entry.ended = self._clock()
 
     def apply(self, update: Update) -> None:
-        """Take a message in; one of a stage that has ended, or of a former attempt, is late."""
+        """Take a message in; one of a former attempt is late, and counts no more.
+
+        The last message of a stage may come after its end: it changes numbers, not the state.
+        """
         with self._lock:
             now = self._clock()
             entry = self._entry(update.stage)
-            if entry.state not in ("waiting", "running"):
-                return
             entry.start(now)
             if isinstance(update, MetricsUpdate):
                 entry.metrics.update(_shown_metrics(update.values))

@@ -123,7 +123,7 @@ def build_perceptual_loss(
     network = _build_network(config)
     if config.weights == "torchvision":
         # lpips would load them through torch.hub, which unpickles whatever the file holds.
-        path = download_torch_file(_torchvision_url(config.network), field="perceptual.weights")
+        path = download_torch_file(torchvision_url(config.network), field="perceptual.weights")
         _fill(network.net, load_torch_checked(path), source=str(path))
     elif config.weights == "random":
         warn_random_weights("perceptual loss", seed)
@@ -172,7 +172,8 @@ def _build_network(config: PerceptualConfig) -> Any:
             )
 
 
-def _torchvision_url(network: str) -> str:
+def torchvision_url(network: str) -> str:
+    """Name the file of a backbone's ImageNet weights."""
     from torchvision.models import get_model_weights  # as lpips, more than a second
 
     name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[network]

@@ -9,6 +9,7 @@ and `_refresh_weights`.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -338,6 +339,10 @@ def _prepare_deepspeed(world: World, device: torch.device) -> None:
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != device.type:
         set_accelerator(CPU_Accelerator() if device.type == "cpu" else CUDA_Accelerator())
+    # By itself it prints; so its messages go where ours go, and name the rank.
+    messages = logging.getLogger("DeepSpeed")
+    messages.handlers.clear()
+    messages.propagate = True
     # Compiling DeepSpeed's collectives for one CPU host takes 30 s and g++, and two ranks race.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It keeps process groups beyond the end of the world that they were made in.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -47,7 +49,9 @@ def build_engine(
                 parameter_groups=parameter_groups,
             )
         case "deepspeed":
-            # Here, because the library works without it, and its import takes 3 seconds.
+            # Imported here: the library works without it, and the import takes 3 seconds. When it
+            # is imported it looks for an accelerator of its own accord, if none is named.
+            os.environ.setdefault("DS_ACCELERATOR", device.type)
             from fqgan_dist.training.engine_deepspeed import DeepSpeedEngine
 
             return DeepSpeedEngine(

@@ -91,7 +91,7 @@ def train_stage(config: RunConfig, stage_name: str, world: World, *, observer: O
     Raises:
         FqganError: an earlier stage has not finished, or the training failed.
     """
-    context = open_run(config, world, observer=observer)
+    context = open_run(config, world, process=stage_name, observer=observer)
     check_run(context)
     stage = build_training_stage(stage_name, context)
     check_static_inputs(stage, context)

@@ -98,7 +98,7 @@ class Trainer(Generic[BatchT]):
             if self.open_metrics:
                 self.metrics = self.open_metrics(first_step)
             try:
-                self.progress.advance(first_step)
+                self.progress.skip(first_step)
                 return self._run_steps(first_step, attempt)
             finally:
                 if self.metrics:

@@ -37,7 +37,7 @@ DONE = 8
 
 def load_config(ranks_per_micro_batch: int) -> RunConfig:
     # Four micro-batches leave idle passes to three groups. FAR's dropouts and LPIPS's are on.
-    sizes = ("global_batch_size=16", "micro_batch_size=4", "steps=40")
+    sizes = ("global_batch_size=24", "micro_batch_size=6", "steps=40")
     group = f"ranks_per_micro_batch={ranks_per_micro_batch}"
     return load_tiny(
         *(

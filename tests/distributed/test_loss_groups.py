@@ -6,20 +6,27 @@ run is in loss_groups_worker.py.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.distributed import finish, start_torchrun
+from support.tiny_tasks import TINY_CONFIG
 from torch import Tensor
+
+from fqgan_dist.cli import main as fqgan
+from fqgan_dist.training import run as training_run
+from fqgan_dist.training.run import main as train
 
 WORKER = Path(__file__).with_name("loss_groups_worker.py")
 TASKS = ("tokenizer", "autoregressive")
 ALONE = (1, 1)
-SHARED = ((2, 2), (4, 2), (6, 2), (4, 4))
-"""World sizes and ranks per micro-batch. There are four micro-batches of four images: three groups
-have idle passes, and groups of four ranks have one image each."""
+SHARED = ((2, 2), (4, 2), (6, 2), (3, 3))
+"""World sizes and ranks per micro-batch. There are four micro-batches of six images: three groups
+have idle passes."""
 
 Results = dict[tuple[int, int], dict[str, dict[str, Tensor]]]
 
@@ -105,3 +112,44 @@ def test_the_discriminator_and_all_losses_are_compared(results: Results) -> None
     assert {"single/discriminator/gradient", "single/main/gradient"} <= set(compared)
     # total, reconstruction, perceptual, disentanglement; 3 x 3 of the quantizers; 2 semantic; GAN.
     assert compared["single/main/losses"].shape == (4, 16)
+
+
+@pytest.fixture(scope="module")
+def prepared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prepared")
+    arguments = [str(TINY_CONFIG), f"storage.root={root}"]
+    assert fqgan(["run", *arguments, "stages=[shards, teachers]"]) == 0
+    return root
+
+
+@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+def test_two_ranks_train_the_stage_on_the_micro_batches_of_one(
+    prepared_root: Path, tmp_path: Path, engine: str
+) -> None:
+    """With the real loaders and stored features; the first step from the same weights."""
+    settings = ["stage=tokenizer", "tokenizer.training.steps=3"]
+    roots = {"alone": tmp_path / "alone", "shared": tmp_path / "shared"}
+    for root in roots.values():
+        shutil.copytree(prepared_root, root)
+    assert train([str(TINY_CONFIG), f"storage.root={roots['alone']}", *settings]) == 0
+    group = ["tokenizer.training.ranks_per_micro_batch=2", f"tokenizer.training.engine={engine}"]
+    arguments = [str(TINY_CONFIG), f"storage.root={roots['shared']}", *settings, *group]
+    finish(start_torchrun(Path(training_run.__file__), *arguments, world_size=2))
+    alone, shared = (read_metrics(root) for root in roots.values())
+    compared = [name for name in alone[1] if name.startswith("tokenizer/loss/")]
+    assert len(compared) == 15
+    for name in compared:
+        assert shared[1][name] == pytest.approx(alone[1][name], rel=1e-6), name
+    # The discriminator starts; two Adam steps have made a little of the last bits.
+    assert alone[3].keys() == shared[3].keys()
+    name = "tokenizer/loss/discriminator"
+    assert shared[3][name] == pytest.approx(alone[3][name], rel=1e-2)
+
+
+def read_metrics(root: Path) -> dict[int, dict[str, float]]:
+    """Read a run's training metrics by step."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (root / "tokenizer" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        steps.setdefault(record["step"], {}).update(record)
+    return steps

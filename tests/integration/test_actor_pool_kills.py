@@ -5,18 +5,22 @@ from __future__ import annotations
 import pickle
 import random
 import shutil
-import threading
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from support.pool_work import TINY, RecordingObserver
+from ray import cloudpickle
+from support import pool_work
+from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_files, wait_until
 
 from fqgan_dist.config import load_config
-from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.orchestration.pools import run_chunks_on_pool
@@ -27,6 +31,7 @@ from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import open_run, run_stage
 from fqgan_dist.stages.stage import ChunkWork, RunContext
 from fqgan_dist.stages.teachers import TeacherWork
+from fqgan_dist.weights import WeightsConfig
 from fqgan_dist.world import World
 
 pytestmark = [
@@ -46,14 +51,14 @@ OUTPUTS: dict[StageName, str] = {
 """Folder of each stage that works on chunks."""
 KILLS: dict[StageName, int] = {"teachers": 4, "codes": 3, "evaluation": 3}
 POOL = PoolConfig(min_actors=2, max_actors=2, max_failures_per_chunk=10)
-# Many small chunks: kills fall between and into them.
-MANY_CHUNKS = ("data.samples_per_shard=4", "evaluation.chunk_size=3", "evaluation.batch_size=3")
+MANY_CHUNKS = "data.samples_per_shard=4"
 ACTOR_TITLE = "ray::PoolActor"
-TIMEOUT_S = 300.0
+SLACK_FILES = 3
+"""How far the work may get beyond the point of the next kill: it is killed amid its work."""
 
 
 def load(root: Path) -> RunConfig:
-    return load_config(TINY, [f"storage.root={root}", *MANY_CHUNKS], RunConfig)
+    return load_config(TINY, [f"storage.root={root}", MANY_CHUNKS], RunConfig)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +70,12 @@ def unbroken_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
+    # Actors cannot import `support`: its classes travel as code.
+    cloudpickle.register_pickle_by_value(pool_work)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(pool_work)
 
 
 @pytest.fixture
@@ -82,37 +90,33 @@ def context(unbroken_root: Path, tmp_path: Path) -> RunContext:
 
 
 class Killer:
-    """Kills actors of this process's Ray by SIGKILL, some of each stage, at random moments.
+    """Kills actors of this process's Ray by SIGKILL, some in each stage, at random moments.
 
-    A kill is due when a random share of a stage's files is there, and comes up to half a second
-    later, to whatever the victim is doing then: starting, loading networks, or working.
+    A kill is due when a random part of a stage's files is there, and comes up to 0.3 s later, to
+    whatever the victim is doing then: starting, loading networks, or working.
     """
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self._root = root
+    def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self.victims: list[tuple[StageName, int, str]] = []
+        self.victims: list[tuple[StageName, int]] = []
 
-    def haunt(self, stage: StageName, num_files: int, is_over: threading.Event) -> None:
-        """Kill the stage's share of victims."""
+    def haunt(self, stage: StageName, leash: Leash, num_files: int) -> None:
+        """Kill the stage's share of actors, of a pool that will write so many files."""
         # At most half of the files: there is something left to do for the actors that follow.
         dues = [self._random.randrange(1 + num_files // 2) for _ in range(KILLS.get(stage, 0))]
         for due in sorted(dues):
-            while not (victims := find_actors()) or self._count_files(stage) < due:
-                if is_over.wait(0.01):
-                    return
-            time.sleep(self._random.uniform(0.0, 0.5))
-            victim = self._random.choice(victims)
-            try:
-                title = victim.name()
-                victim.kill()
-                victim.wait(10)
-            except psutil.NoSuchProcess:
-                continue
-            self.victims.append((stage, victim.pid, title))
+            leash.set_limit(due + SLACK_FILES)
+            wait_until(lambda due=due: leash.count() >= due)
+            self._kill_one(stage)
+        leash.set_limit(sys.maxsize)
 
-    def _count_files(self, stage: StageName) -> int:
-        return count_files(self._root / OUTPUTS[stage])
+    def _kill_one(self, stage: StageName) -> None:
+        wait_until(lambda: bool(find_actors()))
+        time.sleep(self._random.uniform(0.0, 0.3))
+        victim = self._random.choice(find_actors())
+        victim.kill()
+        wait_until(lambda: victim not in find_actors())
+        self.victims.append((stage, victim.pid))
 
 
 def find_actors() -> list[psutil.Process]:
@@ -127,43 +131,37 @@ def find_actors() -> list[psutil.Process]:
     return found
 
 
-def count_files(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*"))
-
-
 def read_outputs(root: Path) -> dict[str, bytes]:
     """Read everything that the chunked stages have written."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for folder in OUTPUTS.values()
-        for path in sorted((root / folder).rglob("*"))
-        if path.is_file()
+        for path in list_files(root / folder)
     }
 
 
 def run_haunted(context: RunContext, stage: StageName, killer: Killer, num_files: int) -> None:
+    root = Path(context.storage.root)
+    leash = Leash(root.with_name("leash"), root / OUTPUTS[stage])
+
     def run_chunks(work: ChunkWork) -> None:
-        run_chunks_on_pool(work, POOL, observer=RecordingObserver())
+        run_chunks_on_pool(LeashedWork(work, leash), POOL, observer=RecordingObserver())
 
-    is_over = threading.Event()
-    thread = threading.Thread(target=killer.haunt, args=(stage, num_files, is_over))
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1) as thread:
+        haunting = thread.submit(killer.haunt, stage, leash, num_files)
         run_stage(build_stage(stage, context), context, run_chunks)
-    finally:
-        is_over.set()
-        thread.join()
+        haunting.result()
 
 
-@pytest.mark.timeout(TIMEOUT_S)
 def test_ten_random_kills_change_no_byte(
     local_ray: None, unbroken_root: Path, context: RunContext
 ) -> None:
     root = Path(context.storage.root)
-    killer = Killer(root, seed=20)
+    killer = Killer(seed=20)
     for stage in OUTPUTS:
-        run_haunted(context, stage, killer, count_files(unbroken_root / OUTPUTS[stage]))
-    assert len(killer.victims) == 10, killer.victims
+        run_haunted(context, stage, killer, len(list_files(unbroken_root / OUTPUTS[stage])))
+    assert Counter(stage for stage, _ in killer.victims) == KILLS
+    assert len({pid for _, pid in killer.victims}) == 10
     expected, found = read_outputs(unbroken_root), read_outputs(root)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
@@ -181,14 +179,11 @@ def test_work_travels_without_its_networks(context: RunContext) -> None:
 
 def test_node_with_other_weights_is_refused(context: RunContext) -> None:
     copy: TeacherWork = pickle.loads(pickle.dumps(TeacherWork(context)))
-    path, other = context.storage.root, "teachers.networks.0.weights.seed=7"
-    networks = [item.model_dump() for item in context.config.teachers.networks]
-    networks[0]["weights"]["seed"] = 7
-    teachers = type(context.config.teachers)(networks=networks)  # pyright: ignore
+    dinov2, clip = context.config.teachers.networks
+    other = dinov2.model_copy(update={"weights": WeightsConfig(source="random", seed=7)})
+    teachers = context.config.teachers.model_copy(update={"networks": (other, clip)})
     config = context.config.model_copy(update={"teachers": teachers})
-    copy.context = RunContext(
-        config=config, storage=Storage(path), world=World(), device=context.device
-    )
+    copy.context = replace(context, config=config)
     with pytest.raises(DataError, match="teacher 'dinov2': the network loaded on this node is"):
         copy.process(0)
-    assert not copy.is_done(0), other
+    assert not copy.is_done(0)

@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,25 +53,25 @@ def cluster() -> Iterator[Cluster]:
     cloudpickle.unregister_pickle_by_value(pool_work)
 
 
-def run(work: FileWork, check_node: Callable[[], None] | None = None, **settings: object) -> None:
+def run(work: FileWork, check_node: Callable[[], None] | None = None, **settings: Any) -> None:
     config = PoolConfig.model_validate(settings)
     run_chunks_on_pool(work, config, observer=RecordingObserver(), check_node=check_node)
 
 
-def start(work: FileWork, **settings: object) -> Future[None]:
-    """Run a pool in a thread: nodes can be added from the main thread only."""
-    future: Future[None] = Future()
+@contextmanager
+def running(work: FileWork, **settings: Any) -> Iterator[Callable[[], bool]]:
+    """Run a pool in a thread during the block and then to its end; gives whether it has ended.
 
-    def fill() -> None:
+    Nodes can be added from the main thread only.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(run, work, **settings)
         try:
-            run(work, **settings)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=fill, daemon=True).start()
-    return future
+            yield future.done
+        finally:
+            if isinstance(work, GatedWork):
+                work.open_gates(*work.chunks())
+        future.result()
 
 
 def test_chunk_committed_by_an_actor_that_died_is_not_made_again(
@@ -90,7 +91,9 @@ def test_chunk_that_kills_its_actors_ends_the_pool_by_its_name(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     work = DeadlyWork(tmp_path, 3, chunk=1, times=99)
-    with pytest.raises(ClusterError, match=r"files: chunk 1 lost its actor 2 times.*worker process"):
+    with pytest.raises(
+        ClusterError, match=r"files: chunk 1 lost its actor 2 times.*worker process"
+    ):
         run(work, max_failures_per_chunk=1)
     assert len(work.tries(1)) == 2
     assert work.is_done(0)
@@ -139,16 +142,13 @@ def test_idle_actors_are_released_while_the_last_chunk_is_worked_on(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     work = GatedWork(tmp_path, 2)
-    future = start(work, min_actors=2, max_actors=2)
-    wait_until(lambda: bool(work.tries(0) and work.tries(1)))
-    assert ray.available_resources().get("CPU", 0) == 0
-    pid = work.tries(0)[0]
-    work.open_gates(0)
-    wait_until(lambda: ray.available_resources().get("CPU", 0) == 1)
-    wait_until(lambda: not psutil.pid_exists(pid))
-    assert not future.done()
-    work.open_gates(1)
-    future.result(timeout=30)
+    with running(work, min_actors=2, max_actors=2) as has_ended:
+        wait_until(lambda: bool(work.tries(0) and work.tries(1)))
+        assert ray.available_resources().get("CPU", 0) == 0
+        work.open_gates(0)
+        wait_until(lambda: ray.available_resources().get("CPU", 0) == 1)
+        wait_until(lambda: not psutil.pid_exists(work.tries(0)[0]))
+        assert not has_ended()
 
 
 def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> None:
@@ -164,14 +164,16 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
         "run_chunks_on_pool(work, PoolConfig(), observer=pool_work.RecordingObserver())\n"
     )
     driver = subprocess.Popen(
-        [sys.executable, "-c", program, str(TESTS_DIR), cluster.address, str(tmp_path)],
+        [sys.executable, "-c", program, str(TESTS_DIR), str(cluster.address), str(tmp_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     work = GatedWork(tmp_path, 1)
-    wait_until(lambda: bool(work.tries(0)))
-    driver.kill()
-    driver.wait()
+    try:
+        wait_until(lambda: bool(work.tries(0)))
+    finally:
+        driver.kill()
+        driver.wait()
     (pid,) = work.tries(0)
     wait_until(lambda: not psutil.pid_exists(pid))
 
@@ -179,28 +181,25 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
 def test_node_that_joins_a_running_pool_gets_the_work_that_waits(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = GatedWork(tmp_path, 2)
-    with caplog.at_level(logging.WARNING):
-        future = start(work, max_actors=2, custom=SLOT)
-        wait_until(lambda: "actors have waited" in caplog.text)
-    assert "files: 1 of 2 actors have waited" in caplog.text
-    assert "each needs 1 CPU, 1 slot, and free in the whole cluster are 1 CPU, 0 slot" in caplog.text
-    assert not work.tries(1)
-    node = cluster.add_node(num_cpus=1, resources=SLOT)
-    wait_until(lambda: bool(work.tries(1)))
-    work.open_gates(0, 1)
-    future.result(timeout=30)
-    assert work.outputs()[1]["node"] == node.node_id != work.outputs()[0]["node"]
+    work = GatedWork(tmp_path, 3)
+    with caplog.at_level(logging.WARNING), running(work, max_actors=2, custom=SLOT):
+        wait_until(lambda: "wait for resources" in caplog.text)
+        assert "1 of 2 actors wait for resources: each needs 1 CPU, 1 slot, and free" in caplog.text
+        assert not work.tries(1)
+        node = cluster.add_node(num_cpus=1, resources=SLOT)
+        wait_until(lambda: bool(work.tries(1)))
+    first, second, _ = (output["node"] for output in work.outputs())
+    assert first != second == node.node_id
 
 
 def test_resources_that_no_node_has_are_named(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = FileWork(tmp_path, 1)
-    with caplog.at_level(logging.WARNING):
-        future = start(work, custom={"rocket": 1.0})
-        wait_until(lambda: "actors have waited" in caplog.text)
+    with caplog.at_level(logging.WARNING), running(work, custom={"rocket": 1.0}):
+        try:
+            wait_until(lambda: "wait for resources" in caplog.text)
+        finally:
+            cluster.add_node(num_cpus=1, resources={"rocket": 1.0})
     assert "each needs 1 CPU, 1 rocket, and no node of the cluster has that" in caplog.text
-    assert "(the largest: 2 CPU, 0 rocket)" in caplog.text
-    cluster.add_node(num_cpus=1, resources={"rocket": 1.0})
-    future.result(timeout=60)
+    assert "(the most of each: 2 CPU, 0 rocket)" in caplog.text

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -56,7 +57,8 @@ def test_a_node_that_has_no_free_slot_answers(cluster: Cluster, labels: list[str
         def is_ready(self) -> bool:
             return True
 
-    occupant = ray.remote(num_cpus=1)(Occupant).remote()
+    actor_type: Any = ray.remote(num_cpus=1)(Occupant)
+    occupant = actor_type.remote()
     assert ray.get(occupant.is_ready.remote())
     results = run_on_every_node(os.getpid, timeout_s=TIMEOUT_S)
     assert [type(result) for result in results.values()] == [int, int]

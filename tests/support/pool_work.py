@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from fqgan_dist.config import load_config
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import ProcessLocalCaches, RunContext, select_device
+from fqgan_dist.stages.stage import ChunkWork, ProcessLocalCaches, RunContext, select_device
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.summary import Metric
 from fqgan_dist.world import World
 
 TINY = Path(__file__).parent / "tiny.yaml"
 _POLL_S = 0.02
-_WAIT_S = 60.0
+_WAIT_S = 120.0
 
 
 def open_context(root: Path) -> RunContext:
@@ -121,6 +122,56 @@ class WrongWork(FileWork):
         if chunk == self.chunk and self.count_try(chunk) == 0:
             raise self.error()
         self.write(chunk)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """List a folder's files without those that a killed writer has not finished."""
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
+
+
+class Leash:
+    """Lets work commit only so many files, however many processes do it."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        """Start without a limit.
+
+        `path` holds the limit, `folder` the files that count.
+        """
+        self.path, self.folder = path, folder
+        self.set_limit(sys.maxsize)
+
+    def set_limit(self, count: int) -> None:
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(str(count))
+        temporary.replace(self.path)
+
+    def wait(self) -> None:
+        wait_until(lambda: self.count() < int(self.path.read_text()))
+
+    def count(self) -> int:
+        return len(list_files(self.folder))
+
+
+class LeashedWork:
+    """Other work, each chunk of which waits for a leash."""
+
+    def __init__(self, work: ChunkWork, leash: Leash) -> None:
+        self.work, self.leash = work, leash
+        self.context, self.description, self.unit = work.context, work.description, work.unit
+
+    def chunks(self) -> Sequence[int]:
+        return self.work.chunks()
+
+    def size(self, chunk: int) -> int:
+        return self.work.size(chunk)
+
+    def is_done(self, chunk: int) -> bool:
+        return self.work.is_done(chunk)
+
+    def process(self, chunk: int) -> None:
+        self.leash.wait()
+        self.work.process(chunk)
 
 
 class UnpicklableError(DataError):

@@ -129,8 +129,10 @@ def test_a_full_size_plan_takes_seconds_and_knows_the_epochs() -> None:
     assert plan["stored"]["codes_bytes"] == 1_281_167 * 10 * 768 * 2
     # performance.md 3: 15.1 GB of fp32 states, and 12 of the 16 bytes are shared by ZeRO-1's ranks.
     memory = plan["autoregressive"]["memory"]
-    assert memory["plain_bytes"]["total"] == 16 * 944_776_960
-    assert memory["zero1_bytes"]["total"] == (8 * 944_776_960) + 12 * 944_776_960 // 8
+    assert memory["states_bytes"]["total"] == 16 * 944_776_960
+    others = memory["other_engines"]
+    assert others["ranks"] == 8
+    assert others["states_bytes"]["ZeRO-1"] == (8 * 944_776_960) + 12 * 944_776_960 // 8
 
 
 def test_a_group_of_another_kind_replaces_the_bases() -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
+from fqgan_dist.loss_group import LossGroup
 from fqgan_dist.randomness import (
     derive_seed,
     keyed_torch_rng,
@@ -96,3 +98,76 @@ def test_an_error_in_a_keyed_block_restores_the_generator_too() -> None:
     with pytest.raises(RuntimeError, match="inside"), keyed_torch_rng(3, device=CPU):
         raise RuntimeError(f"inside, at {torch.rand(1)}")
     assert torch.equal(torch.rand(3), expected)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+PROBABILITIES = [0.1, 0.3, 0.5]
+
+
+def draw_alone_and_together(
+    whole: torch.Tensor, probability: float, size: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Two dropouts and uniform numbers of one rank, and those of its members put together."""
+
+    def draw(images: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            functional.dropout(images, probability),
+            functional.dropout(images, probability, training=True),
+            torch.rand(images.shape[:1], device=whole.device),
+            torch.rand(len(images), 2, device=whole.device),
+        ]
+
+    with keyed_torch_rng(3, device=whole.device):
+        alone = draw(whole)
+    parts: list[list[torch.Tensor]] = []
+    for member in range(size):
+        group = LossGroup(member=member, size=size)
+        with keyed_torch_rng(3, device=whole.device, loss_group=group):
+            parts.append(draw(whole[group.rows(len(whole) // size)]))
+    return alone, [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("probability", PROBABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_members_draw_their_rows_of_what_one_rank_draws(
+    device: str, dtype: torch.dtype, probability: float
+) -> None:
+    whole = torch.randn(8, 33, 5, device=device).to(dtype)
+    alone, together = draw_alone_and_together(whole, probability, 4)
+    for one, several in zip(alone, together, strict=True):
+        assert torch.equal(several, one)
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_members_draw_in_the_order_of_memory_as_one_rank_does() -> None:
+    # The squeeze network's 1 x 1 convolutions give channels last.
+    whole = torch.randn(4, 8, 5, 3).to(memory_format=torch.channels_last)
+    alone, together = draw_alone_and_together(whole, 0.5, 2)
+    for one, several in zip(alone, together, strict=True):
+        assert torch.equal(several, one)
+
+
+def test_a_member_s_dropout_has_the_gradient_of_dropout() -> None:
+    images = torch.randn(2, 6, requires_grad=True)
+    with keyed_torch_rng(3, device=CPU, loss_group=LossGroup(member=1, size=2)):
+        dropped = functional.dropout(images, 0.4)
+    dropped.sum().backward()
+    assert images.grad is not None
+    torch.testing.assert_close(images.grad * images.detach(), dropped.detach())
+
+
+def test_a_member_drops_nothing_where_nobody_would() -> None:
+    images = torch.randn(2, 6)
+    with keyed_torch_rng(3, device=CPU, loss_group=LossGroup(member=1, size=2)):
+        assert torch.equal(functional.dropout(images, 0.5, training=False), images)
+        assert torch.equal(functional.dropout(images, 0.0), images)
+
+
+def test_draws_that_members_would_not_share_are_refused() -> None:
+    group = LossGroup(member=0, size=2)
+    with (
+        keyed_torch_rng(3, device=CPU, loss_group=group),
+        pytest.raises(AssertionError, match="randn is not shared between members"),
+    ):
+        torch.randn(4)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.loss_group import LossGroup
 
 VIEW = ViewConfig(policy="random_crop_flip", image_size=16)
 FINGERPRINT = "a" * 64
@@ -95,6 +96,52 @@ def assert_equal(first: ImageBatch, second: ImageBatch) -> None:
     assert first.features.keys() == second.features.keys()
     for name, values in first.features.items():
         assert torch.equal(values, second.features[name])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_members_of_a_group_load_their_run_of_each_micro_batch(
+    storage: Storage, workers: int
+) -> None:
+    options = {"micro_batch_size": 6, "micro_batches_per_step": 2, "num_views": NUM_VIEWS}
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    whole = take(make_loader(storage, **options, features=store).batches(2, [1, 0]), 2)
+    for member in range(3):
+        loader = make_loader(storage, **options, features=store, loader_workers=workers)
+        group = LossGroup(member=member, size=3)
+        own = take(loader.batches(2, [1, 0], loss_group=group), 2)
+        rows = group.rows(2)
+        for ours, theirs in zip(itertools.chain(*own), itertools.chain(*whole), strict=True):
+            expected = ImageBatch(
+                theirs.images[rows],
+                theirs.labels[rows],
+                theirs.keys[rows],
+                theirs.views[rows],
+                {name: values[rows] for name, values in theirs.features.items()},
+                micro_batch=theirs.micro_batch,
+            )
+            assert_equal(ours, expected)
+
+
+def test_a_member_reads_no_image_of_the_others(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_ranges = Storage.read_ranges
+
+    def count(self: Storage, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        read.append(len(ranges))
+        return read_ranges(self, ranges)
+
+    monkeypatch.setattr(Storage, "read_ranges", count)
+    loader = make_loader(storage, micro_batch_size=6)
+    stream = loader.batches(0, [0], loss_group=LossGroup(member=1, size=3))
+    take(stream, 1)
+    assert set(read) == {2}
+
+
+def test_a_micro_batch_that_the_members_cannot_split_is_refused(storage: Storage) -> None:
+    with pytest.raises(ValueError, match="micro_batch_size 3: 2 ranks cannot share it"):
+        make_loader(storage).batches(0, [0], loss_group=LossGroup(member=1, size=2))
 
 
 def test_images_are_the_views_of_the_samples(storage: Storage) -> None:

@@ -21,7 +21,7 @@ def test_every_verdict_is_one_line() -> None:
         "  FAILED   Python  3.9 is old -> use 3.11",
         "",
         "note: a note",
-        "1 ok, 1 warnings, 1 failed",
+        "ok: 1, warnings: 1, failed: 1",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The storage checks on local roots; those on a bucket are in tests/integration/test_doctor_s3.py."""
+"""The storage checks on local roots; for buckets see tests/integration/test_doctor_s3.py."""
 
 from __future__ import annotations
 
@@ -36,21 +36,27 @@ def test_a_root_that_works_is_left_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
-def test_a_root_that_is_not_there_yet_is_not_left_behind(tmp_path: Path) -> None:
+def test_a_root_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
     verdict = check_access(str(tmp_path / "new" / "run"))
     assert verdict.status == "ok"
-    assert verdict.finding.endswith("write, read, create-only, list, delete work")
-    assert list(tmp_path.iterdir()) == []
+    assert verdict.finding.endswith("write, read, create-only, list, delete fine")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
 def test_a_folder_without_the_right_to_write_is_explained(
-    tmp_path: Path, without_root: None
+    tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    # The folder of tests is another user's, which nobody else may enter or write to.
     root = tmp_path / "run"
-    if os.geteuid() == os.stat("/proc/self").st_uid:
-        pass
+    root.mkdir()
+    root.chmod(0o555)
+    request.getfixturevalue("without_root")
     verdict = check_access(str(root))
+    assert verdict.status == "failed"
+    assert f"{root}: write: " in verdict.finding
+    assert "access is refused" in verdict.finding
+    assert "give this user the right to write there" in verdict.advice
+
+
 def test_a_full_disk_fails_the_transfer(tmp_path: Path, small_files: None) -> None:
     assert check_access(str(tmp_path)).status == "ok"
     verdict = check_speed(str(tmp_path))
@@ -71,9 +77,7 @@ def test_the_space_of_a_root_that_is_not_there_yet_is_that_of_its_disk(tmp_path:
     assert "GiB free" in check_space(str(tmp_path / "a" / "b")).finding
 
 
-@pytest.mark.parametrize(
-    ("free_gib", "status"), [(0.5, "failed"), (1.5, "warning"), (25.0, "ok")]
-)
+@pytest.mark.parametrize(("free_gib", "status"), [(0.5, "failed"), (1.5, "warning"), (25.0, "ok")])
 def test_little_space_is_said(free_gib: float, status: str) -> None:
     assert judge_space("x", "/run", int(free_gib * GIB)).status == status
 

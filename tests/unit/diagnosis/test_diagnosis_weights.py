@@ -18,6 +18,7 @@ TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
 HUB = (
     "teachers.networks.0.architecture=facebook/dinov2-small",
     "teachers.networks.0.weights={source: hub}",
+    "teachers.networks.0.input_size=28",
     "teachers.networks.1.architecture=ViT-B-16-quickgelu",
     "teachers.networks.1.weights={source: hub}",
     "tokenizer.perceptual.weights=torchvision",
@@ -76,7 +77,7 @@ def test_cached_weights_need_no_hub(hub: Path) -> None:
     put_in_repository(hub, clip.rstrip("/"), "open_clip_model.safetensors")
     checkpoints = hub / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    for name in ("vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"):
+    for name in ("squeezenet1_1-b8a52dc0.pth", "weights-inception-2015-12-05-6726825d.pth"):
         (checkpoints / name).touch()
     for verdict in check_all(*HUB).values():
         assert verdict.status == "ok", verdict
@@ -128,8 +129,11 @@ def test_a_damaged_file_fails(tmp_path: Path, data: bytes, problem: str) -> None
     assert problem in verdict.finding
 
 
-def test_a_refused_file_fails(weights_file: tuple[Path, str], without_root: None) -> None:
-    # The folder of tests is another user's.
+def test_a_refused_file_fails(
+    weights_file: tuple[Path, str], request: pytest.FixtureRequest
+) -> None:
+    weights_file[0].chmod(0o000)
+    request.getfixturevalue("without_root")
     verdict = check_file("x", str(weights_file[0]), None)
     assert verdict.status == "failed"
     assert "access is refused" in verdict.finding

@@ -16,7 +16,7 @@ def catch(error: Exception) -> Failure:
     """What an actor answers when its work raises."""
     try:
         raise error
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001  as in the actor
         return pickle.loads(pickle.dumps(Failure.of(raised)))
 
 

@@ -34,10 +34,15 @@ def test_states_follow_from_parameters_and_average(tmp_path: Path) -> None:
     made = plan(tmp_path)["tokenizer"]
     counts, states = made["parameters"], made["memory"]
     trained = counts["tokenizer"] + counts["discriminator"]
-    assert states["plain_bytes"]["ema"] == 4 * counts["tokenizer"]
-    assert states["plain_bytes"]["total"] == 16 * trained + 4 * counts["tokenizer"]
-    assert states["zero1_ranks"] == 2
-    assert states["zero1_bytes"]["adam_moments"] == 4 * trained
+    assert states["engine"] == {"name": "plain", "zero_stage": None, "ranks": 1}
+    assert states["states_bytes"]["ema"] == 4 * counts["tokenizer"]
+    assert states["states_bytes"]["total"] == 16 * trained + 4 * counts["tokenizer"]
+    # One process alone is compared with the two that its two micro-batches could have.
+    others = states["other_engines"]
+    assert others["ranks"] == 2
+    assert others["states_bytes"]["plain/DDP"] == states["states_bytes"]["total"]
+    assert others["states_bytes"]["ZeRO-1"] == (8 + 12 // 2) * trained + 4 * counts["tokenizer"]
+    assert "ZeRO-3" not in others["states_bytes"]
     assert states["checkpoint_bytes"] == 12 * trained + 4 * counts["tokenizer"]
 
 
@@ -88,3 +93,88 @@ def test_missing_files_are_notes_but_conflicts_are_errors(tmp_path: Path) -> Non
         )
     assert "'dinov2' is 18" in str(caught.value)
     assert "codes.views.policy" in str(caught.value)
+
+
+ON_RAY = (
+    "execution=ray",
+    "ray.train.num_workers=4",
+    *(
+        f"{stage}.training.{setting}"
+        for stage in ("tokenizer", "autoregressive")
+        for setting in ("engine=deepspeed", "ranks_per_micro_batch=2")
+    ),
+)
+
+
+def test_memory_on_a_cluster_is_of_the_chosen_engine_and_world_size(tmp_path: Path) -> None:
+    made = plan(tmp_path, *ON_RAY, "autoregressive.training.zero_stage=3")
+    tokenizer, far = made["tokenizer"], made["autoregressive"]
+    assert tokenizer["memory"]["engine"] == {"name": "deepspeed", "zero_stage": 1, "ranks": 4}
+    assert far["memory"]["engine"] == {"name": "deepspeed", "zero_stage": 3, "ranks": 4}
+    total = far["parameters"]["autoregressive"]
+    assert far["memory"]["states_bytes"]["parameters"] == total
+    for memory in (tokenizer["memory"], far["memory"]):
+        activations = max(memory["saved_activations_bytes"].values())
+        assert memory["per_gpu_bytes"] == (
+            memory["states_bytes"]["total"] + memory["frozen_bytes"] + activations
+        )
+        name = f"ZeRO-{memory['engine']['zero_stage']}"
+        assert memory["other_engines"]["states_bytes"][name] == memory["states_bytes"]["total"]
+        assert memory["other_engines"]["ranks"] == 4
+
+
+def test_ranks_that_share_a_micro_batch_keep_activations_of_their_images_only(
+    tmp_path: Path,
+) -> None:
+    def saved(*overrides: str) -> int:
+        memory = plan(tmp_path, *overrides)["tokenizer"]["memory"]
+        return memory["saved_activations_bytes"]["tokenizer_pass"]
+
+    two_images = saved("tokenizer.training.micro_batch_size=2")
+    assert saved(*ON_RAY) == two_images
+
+
+def test_ranks_and_passes_are_counted(tmp_path: Path) -> None:
+    training = plan(tmp_path, *ON_RAY)["tokenizer"]["training"]
+    assert training["largest_world_size"] == 8  # M x micro-batch: one image per rank
+    assert (training["ranks"], training["ranks_per_micro_batch"]) == (4, 2)
+    assert (training["images_per_pass"], training["passes_per_step"]) == (2, 1)
+    assert training["idle_passes_per_step"] == 0
+
+
+def test_idle_passes_are_said(tmp_path: Path) -> None:
+    made = plan(
+        tmp_path,
+        *ON_RAY,
+        "ray.train.num_workers=6",
+        "tokenizer.training.global_batch_size=16",
+        "autoregressive.training.global_batch_size=16",
+    )
+    assert made["tokenizer"]["training"]["idle_passes_per_step"] == 2
+    assert any(note.startswith("tokenizer: 2 of 6 passes") for note in made["notes"])
+    assert "2 pass(es) of all are idle" in render_plan(made)
+
+
+def test_a_plan_on_a_cluster_is_readable(tmp_path: Path) -> None:
+    rendered = render_plan(plan(tmp_path, *ON_RAY, "ray.pools.codes.max_actors=3"))
+    text = " ".join(rendered.split())  # lines of the table are wrapped
+    for words in (
+        "4 with 1 CPU each, PACK",
+        "pool of codes",
+        "1 to 3 with 1 CPU each",
+        "4, 2 to a micro-batch: 1 pass(es) of 2 image(s) each per step",
+        "states, ZeRO-1 x4",
+    ):
+        assert words in text
+
+
+def test_stages_that_do_not_run_are_not_planned(tmp_path: Path) -> None:
+    made = plan(tmp_path, "stages=[tokenizer, codes]")
+    assert "tokenizer" in made
+    assert "autoregressive" not in made
+    assert render_plan(made)
+
+
+def test_a_world_size_that_cannot_train_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="6 train workers cannot share 2 micro-batches"):
+        plan(tmp_path, *ON_RAY, "ray.train.num_workers=6")

@@ -125,9 +125,8 @@ def test_the_rate_is_that_of_the_last_minute() -> None:
     meter = RateMeter(window_s=60)
     assert meter.add(0, 0) is None
     assert meter.add(10, 100) == 10
-    for now in range(20, 110, 10):
-        rate = meter.add(now, 100 + 2 * (now - 10))
-    assert rate == 2
+    rates = [meter.add(now, 100 + 2 * (now - 10)) for now in range(20, 110, 10)]
+    assert rates[-1] == 2
 
 
 def test_the_rate_of_units_rarer_than_the_window_is_known() -> None:

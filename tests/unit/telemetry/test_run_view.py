@@ -94,12 +94,18 @@ def test_a_new_attempt_replaces_the_old_one_whose_late_messages_count_no_more() 
     assert work.fields == {}
 
 
-def test_messages_of_a_stage_that_has_ended_are_late() -> None:
-    ledger = RunLedger(["teachers"])
-    ledger.finish("teachers", "failed")
+def test_the_last_message_of_a_stage_may_come_after_its_end() -> None:
+    clock = Clock()
+    ledger = RunLedger(["teachers"], clock=clock)
     ledger.apply(update(1))
-    assert view_of(ledger, "teachers").state == "failed"
-    assert view_of(ledger, "teachers").work is None
+    clock.now = 5
+    ledger.finish("teachers", "done")
+    clock.now = 6
+    ledger.apply(update(100))
+    view = view_of(ledger, "teachers")
+    assert (view.state, view.seconds) == ("done", 5)
+    assert view.work is not None
+    assert view.work.done == 100
 
 
 def test_the_loss_and_the_throughput_are_shown() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training import checkpoint_attempt
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_files import PartTensors
 
@@ -254,3 +255,27 @@ def test_a_damaged_report_is_never_committed(tmp_path: Path) -> None:
 def test_only_other_ranks_of_the_world_join(rank: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"rank {rank}: expected 1 to 1"):
         _store(tmp_path).join_attempt("a" * 32, rank=rank, world_size=2)
+
+
+def test_the_error_of_a_training_is_not_kept_waiting_by_a_rank_that_died(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_attempt, "_ABANDONED_WAIT_S", 0.1)
+    with (  # noqa: PT012
+        pytest.raises(RuntimeError, match="the training failed"),
+        _store(tmp_path, rank_timeout_s=3600).begin_attempt(world_size=2) as attempt,
+    ):
+        _save(attempt, 1)
+        raise RuntimeError("the training failed")
+    assert "the save of step 1 was not committed: " in caplog.text
+    assert "1 of 2 ranks have not written their part" in caplog.text
+
+
+def test_a_last_save_is_committed_though_the_training_failed(tmp_path: Path) -> None:
+    with (  # noqa: PT012
+        pytest.raises(RuntimeError, match="the training failed"),
+        _store(tmp_path).begin_attempt() as attempt,
+    ):
+        _save(attempt, 1)
+        raise RuntimeError("the training failed")
+    assert _store(tmp_path).load_latest(step=1) is not None

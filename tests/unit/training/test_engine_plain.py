@@ -289,3 +289,52 @@ def test_groups_keep_their_own_weight_decay() -> None:
     engine.step(lr=0.1, losses=add_gradients(engine, 0, factor=0.0))
     torch.testing.assert_close(module.layers[0].weight, before.layers[0].weight * (1 - 0.1 * 0.5))
     assert torch.equal(module.layers[0].bias, before.layers[0].bias)
+
+
+def test_other_weights_are_lent_and_taken_back_after_an_error() -> None:
+    engine = build()
+    own = snapshot(engine)
+    doubled = {name: 2 * value for name, value in engine.local_parameters().items()}
+
+    def use() -> None:
+        with engine.whole_weights(doubled) as module:
+            assert all(torch.equal(p, doubled[name]) for name, p in module.named_parameters())
+            raise RuntimeError("evaluation failed")
+
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        use()
+    assert is_equal(snapshot(engine), own)
+
+
+def test_its_own_weights_are_the_module_s() -> None:
+    engine = build()
+    with engine.whole_weights() as module:
+        assert module is engine.module
+
+
+def test_only_the_main_rank_saves() -> None:
+    engine = build()
+    parameters = engine.local_parameters()
+    assert engine.share(parameters).keys() == parameters.keys()
+    engine.world = World(rank=1, world_size=2)
+    assert engine.share(parameters) == {}
+    assert engine.state_dict() == {"weights": {}, "optimizer": {}}
+
+
+def test_a_pass_of_a_shared_micro_batch_counts_as_its_share() -> None:
+    alone = build()
+    torch.manual_seed(0)
+    shared = PlainEngine(
+        Network(),
+        OptimizerConfig(),
+        name="network",
+        world=World(),
+        num_micro_batches=NUM_MICRO_BATCHES,
+        device=CPU,
+        ranks_per_micro_batch=2,
+    )
+    for engine in (alone, shared):
+        add_gradients(engine, 0)
+    for half, whole in zip(shared.module.parameters(), alone.module.parameters(), strict=True):
+        assert half.grad is not None
+        torch.testing.assert_close(2 * half.grad, whole.grad)

