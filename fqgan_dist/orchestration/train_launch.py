@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -53,7 +54,7 @@ def launch_training(
     failures = 0
     while True:
         try:
-            _run_workers(arguments, workers, name=f"{config.name}-{stage}")
+            run_workers(_train_worker, arguments, workers, name=f"{config.name}-{stage}")
             return
         except ControllerError as error:
             raise _explain_no_start(error, workers) from error
@@ -84,7 +85,25 @@ def launch_training(
             time.sleep(_RETRY_WAIT_S)
 
 
-def _run_workers(arguments: dict[str, Any], workers: TrainWorkersConfig, *, name: str) -> None:
+def run_workers(
+    train_fn: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    workers: TrainWorkersConfig,
+    *,
+    name: str,
+) -> None:
+    """Run a function once on every rank of a group of train workers, which is started for it.
+
+    Args:
+        train_fn: is called with the arguments, in a process group with all ranks.
+        arguments: picklable.
+        workers: how many, and what each reserves.
+        name: of the group, in Ray's own views.
+
+    Raises:
+        TrainingFailedError: a rank failed, or the group did not start.
+        RayActorError: the process that controls the group was lost.
+    """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
     # Workers stay in the folder that they started in: paths of a config are relative to it.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -93,7 +112,7 @@ def _run_workers(arguments: dict[str, Any], workers: TrainWorkersConfig, *, name
     resources = {"CPU": workers.cpus, "GPU": workers.gpus, **workers.custom}
     with tempfile.TemporaryDirectory(prefix="fqgan-ray-train-") as scratch:
         trainer = _Trainer(
-            _train_worker,
+            train_fn,
             train_loop_config=arguments,
             torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=ScalingConfig(

@@ -183,9 +183,9 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    world, root = World.from_environment(), Storage(sys.argv[1])
+def run_comparisons(world: World, folder: Path) -> None:
+    """Run all engines of one world size; the process group is there."""
+    root = Storage(folder)
     for comparison in COMPARISONS:
         if world.world_size == 1:
             source = comparison.new_task(world, "plain")
@@ -196,7 +196,12 @@ def main() -> None:
             results |= record_gradient(comparison, engine, world, root)
             if world.is_main:
                 name = f"{comparison.name}-{engine}-world-{world.world_size}.safetensors"
-                save_file(results, Path(sys.argv[1]) / name)
+                save_file(results, folder / name)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    run_comparisons(World.from_environment(), Path(sys.argv[1]))
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed trains as the plain engine does, and either loads what the other saved.
 
-Real DeepSpeed under torchrun with gloo, at 1, 2 and 3 ranks, ZeRO 0 to 2 for the tokenizer and 0 to
-3 for the generator. What is run is in engine_deepspeed_worker.py.
+Real DeepSpeed with gloo, under torchrun and as train workers of Ray, at 1, 2 and 3 ranks, ZeRO 0 to
+2 for the tokenizer and 0 to 3 for the generator. What is run is in engine_deepspeed_worker.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.distributed import finish, start_torchrun
+from support.distributed import finish, start_python, start_torchrun
 from torch import Tensor
 
 from fqgan_dist.data.storage import Storage
@@ -31,9 +31,12 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["torchrun", pytest.param("ray", marks=pytest.mark.ray)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("engines")
+    if request.param == "ray":
+        finish(start_python(WORKER.with_name("engines_on_ray.py"), str(path)), timeout_s=500)
+        return path
     finish(start_torchrun(WORKER, str(path), world_size=1))
     processes = [start_torchrun(WORKER, str(path), world_size=size) for size in WORLD_SIZES[1:]]
     for process in processes:

@@ -104,19 +104,27 @@ class Killer:
         """Kill the stage's share of actors, of a pool that will write so many files."""
         # At most half of the files: there is something left to do for the actors that follow.
         dues = [self._random.randrange(1 + num_files // 2) for _ in range(KILLS.get(stage, 0))]
-        for due in sorted(dues):
-            leash.set_limit(due + SLACK_FILES)
-            wait_until(lambda due=due: leash.count() >= due)
-            self._kill_one(stage)
-        leash.set_limit(sys.maxsize)
+        try:
+            for due in sorted(dues):
+                leash.set_limit(due + SLACK_FILES)
+                wait_until(lambda due=due: leash.count() >= due)
+                wait_until(lambda: self._kill_one(stage))
+        finally:
+            leash.set_limit(sys.maxsize)
 
-    def _kill_one(self, stage: StageName) -> None:
-        wait_until(lambda: bool(find_actors()))
+    def _kill_one(self, stage: StageName) -> bool:
         time.sleep(self._random.uniform(0.0, 0.3))
-        victim = self._random.choice(find_actors())
-        victim.kill()
+        actors = find_actors()
+        if not actors:
+            return False  # between two pools
+        victim = self._random.choice(actors)
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            return False
         wait_until(lambda: victim not in find_actors())
         self.victims.append((stage, victim.pid))
+        return True
 
 
 def find_actors() -> list[psutil.Process]:

@@ -203,3 +203,17 @@ def test_resources_that_no_node_has_are_named(
             cluster.add_node(num_cpus=1, resources={"rocket": 1.0})
     assert "each needs 1 CPU, 1 rocket, and no node of the cluster has that" in caplog.text
     assert "(the most of each: 2 CPU, 0 rocket)" in caplog.text
+
+
+def test_chunk_of_a_lost_node_is_made_on_another(cluster: Cluster, tmp_path: Path) -> None:
+    island = {"island": 1.0}
+    first = cluster.add_node(num_cpus=1, resources=island)
+    work = GatedWork(tmp_path, 1)
+    with running(work, custom=island):
+        try:
+            wait_until(lambda: bool(work.tries(0)))
+        finally:
+            second = cluster.add_node(num_cpus=1, resources=island)
+            cluster.remove_node(first, allow_graceful=False)
+        wait_until(lambda: len(work.tries(0)) == 2)
+    assert work.outputs()[0]["node"] == second.node_id

@@ -13,11 +13,16 @@ def start_torchrun(script: Path, *arguments: str, world_size: int) -> subprocess
 
     Several may run side by side: each takes a free port.
     """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    return start_python(*launcher, script, *arguments)
+
+
+def start_python(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start Python on one thread with this project and its tests on the path."""
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        [*command, f"--nproc-per-node={world_size}", str(script), *arguments],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
@@ -89,6 +90,10 @@ class RayCluster:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return sorted(json.load(answer), key=lambda job: job["start_time"] or 0)
 
+    def count_nodes(self) -> int:
+        """Count the nodes that are alive."""
+        return _count_nodes(self)
+
     def log_files(self, pattern: str = "*") -> list[Path]:
         """Find Ray's log files of all nodes, jobs and workers."""
         return [
@@ -105,8 +110,16 @@ def can_separate_file_systems() -> bool:
 
 
 @contextmanager
-def run_ray_cluster(folder: Path, nodes: Sequence[NodeSpec]) -> Iterator[RayCluster]:
+def run_ray_cluster(
+    folder: Path, nodes: Sequence[NodeSpec], *, autoscaled: Mapping[str, Any] | None = None
+) -> Iterator[RayCluster]:
     """Run a cluster for a block; the first node is the head.
+
+    Args:
+        folder: of the nodes' own folders.
+        nodes: what is started.
+        autoscaled: a node type (Ray's `available_node_types`) of nodes that come when they are
+            needed and go when they are idle.
 
     Raises:
         RuntimeError: a node does not start; the message holds its output.
@@ -122,6 +135,11 @@ def run_ray_cluster(folder: Path, nodes: Sequence[NodeSpec]) -> Iterator[RayClus
         f"--dashboard-port={dashboard_port}",
         f"--ray-client-server-port={client_port}",
     ]
+    if autoscaled is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "autoscaling.json"
+        config.write_text(json.dumps(_autoscaling_config(ip, port, autoscaled)), encoding="utf-8")
+        head.append(f"--autoscaling-config={config}")
     with ExitStack() as stack:
         # Ray's sockets lie in it, and the path of a socket has at most 107 characters.
         temp_dir = stack.enter_context(_short_folder())
@@ -144,6 +162,10 @@ def _start_node(
     environment = {name: value for name, value in os.environ.items() if "RAY_" not in name}
     environment |= _separate_folders(folder)
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    # Of the autoscaler, where there is one: its fake nodes, and how often it looks.
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    if any(option.startswith("--autoscaling-config") for option in options):
+        environment["RAY_FAKE_CLUSTER"] = "1"
     environment["PATH"] = f"{_BIN}:{environment['PATH']}"
     command = [
         str(_BIN / "ray"),
@@ -181,22 +203,57 @@ def _stop_node(process: subprocess.Popen[bytes]) -> None:
 def _wait_for_nodes(
     cluster: RayCluster, count: int, process: subprocess.Popen[bytes], log: Path
 ) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if _count_nodes(cluster) >= count:
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"node {count - 1} of the Ray cluster did not start:\n{log.read_text()}")
+
+
+def _count_nodes(cluster: RayCluster) -> int:
     request = urllib.request.Request(
         f"{cluster.dashboard}/nodes?view=summary",
         headers={"Authorization": f"Bearer {cluster.token}"},
     )
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                summary = json.load(answer)["data"]["summary"]
-        except OSError:
-            summary = []
-        alive = [node for node in summary if node.get("raylet", {}).get("state") == "ALIVE"]
-        if len(alive) >= count:
-            return
-        time.sleep(0.2)
-    raise RuntimeError(f"node {count - 1} of the Ray cluster did not start:\n{log.read_text()}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            summary = json.load(answer)["data"]["summary"]
+    except OSError:
+        return 0  # the head does not answer yet
+    return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in summary)
+
+
+def _autoscaling_config(ip: str, port: int, node_type: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "cluster_name": "loopback",
+        "max_workers": 8,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            "type": "external",
+            "module": "support.loopback_nodes.LoopbackNodeProvider",
+            "gcs_address": f"{ip}:{port}",
+            "head_address": ip,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "worker": dict(node_type),
+        },
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }
 
 
 def _separate_folders(folder: Path) -> dict[str, str]:
