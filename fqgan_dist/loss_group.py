@@ -7,12 +7,17 @@ images, and the loss of the micro-batch is the mean over members of a member's l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fqgan_dist.world import World
+
+RANK_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other, as under Ray Train: the main one may be writing a checkpoint,
+and NCCL's own 10 minutes are less than a slow bucket may take."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,5 +70,5 @@ def build_loss_group(world: World, size: int) -> LossGroup:
         )
     if size == 1:
         return ALONE
-    process_group, _ = dist.new_subgroups(group_size=size)
+    process_group, _ = dist.new_subgroups(group_size=size, timeout=RANK_TIMEOUT)
     return LossGroup(member=world.rank % size, size=size, process_group=process_group)

@@ -173,10 +173,14 @@ def _fit_in_thread(trainer: TorchTrainer) -> None:
 def _train_worker(arguments: dict[str, Any]) -> None:
     """Be one rank; Ray Train has set its variables and joined the process group."""
     root: SharedRoot = arguments["root"]
+    config: RunConfig = arguments["config"]
+    if config.ray.train.gpus == 0:
+        # Ray 2.60 hides no GPU from who has reserved none: `device: auto` would take one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with stamp_errors():
         root.check()
         train_stage(
-            arguments["config"],
+            config,
             arguments["stage"],
             World.from_environment(),
             observer=arguments["observer"],

@@ -77,7 +77,9 @@ class AutoregressiveTask:
         lr = compute_lr(self.training.schedule, step, self.training.steps)
 
         def loss_fn(slot: Slot, batch: CodeBatch) -> tuple[Tensor, Tensor]:
-            codes, labels = batch.codes.to(device), batch.labels.to(device)
+            # Copies that block would make the host wait for the pass before.
+            codes = batch.codes.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
             key = (self.training.seed, STAGE, step, slot.micro_batch)
             with (
                 keyed_torch_rng(*key, device=device, loss_group=self.loss_group),

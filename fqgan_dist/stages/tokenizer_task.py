@@ -359,7 +359,11 @@ class TokenizerTask:
         )
 
     def _teacher_features(self, images: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
-        stored = {name: value.to(images.device) for name, value in batch.features.items()}
+        # Copies that block would make the host wait for the pass before.
+        stored = {
+            name: value.to(images.device, non_blocking=True)
+            for name, value in batch.features.items()
+        }
         if stored or self.teachers is None:
             return stored
         with torch.no_grad():

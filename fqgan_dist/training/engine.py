@@ -120,7 +120,7 @@ class Engine(Protocol):
     ) -> AbstractContextManager[nn.Module]:
         """Give a block the model with whole parameters; every rank enters it.
 
-        It is for calls without gradient, in the block only, and its changes are discarded.
+        It is for calls without gradient, in the block only, which change no weight.
 
         Args:
             values: taken for the parameters, laid out like the local ones; None takes their own.

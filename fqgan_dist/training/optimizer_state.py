@@ -40,10 +40,14 @@ def named_optimizer_state(
         ValueError: another optimizer.
     """
     _require_adam(optimizer)
+    # Once for each owner: ZeRO's flat buffers have many pieces, and the state is twice the buffer.
+    states = {
+        id(owner): optimizer.state.get(owner) or _new_state(owner, optimizer)
+        for owner in _owners(pieces)
+    }
     named: dict[str, Tensor | Fragment] = {}
     for name, piece in pieces.items():
-        state = optimizer.state.get(piece.owner) or _new_state(piece.owner, optimizer)
-        for key, tensor in state.items():
+        for key, tensor in states[id(piece.owner)].items():
             if key == STEP and piece.is_first:
                 named[f"{name}.{key}"] = tensor
             elif key != STEP and (piece.count > 0 or piece.is_first):
@@ -68,21 +72,18 @@ def load_named_optimizer_state(
     """
     _require_adam(optimizer)
     # Fresh tensors: a graph or a staged copy may still hold the old ones.
-    states = {
-        id(piece.owner): (piece.owner, _new_state(piece.owner, optimizer))
-        for piece in pieces.values()
-    }
+    states = {id(owner): _new_state(owner, optimizer) for owner in _owners(pieces)}
     require_same_layout(tensors, _expected(pieces, states), what="optimizer state")
     _require_equal_steps(pieces, tensors)
     for name, piece in pieces.items():
-        for key, tensor in states[id(piece.owner)][1].items():
+        for key, tensor in states[id(piece.owner)].items():
             source = tensors[f"{name}.{key}"]
             target, source = (
                 (tensor, source) if key == STEP else (piece.find(tensor), piece.cut(source))
             )
             target.copy_(source)
-    for owner, state in states.values():
-        optimizer.state[owner] = state
+    for owner in _owners(pieces):
+        optimizer.state[owner] = states[id(owner)]
 
 
 def reset_optimizer_state(
@@ -94,23 +95,25 @@ def reset_optimizer_state(
         ValueError: another optimizer than Adam or AdamW.
     """
     _require_adam(optimizer)
-    owners = {id(piece.owner): piece.owner for piece in pieces.values()}
-    for owner in owners.values():
+    for owner in _owners(pieces):
         state = _new_state(owner, optimizer)
         state[STEP].fill_(num_steps)
         optimizer.state[owner] = state
 
 
-def _expected(
-    pieces: Pieces, states: Mapping[int, tuple[Tensor, Mapping[str, Tensor]]]
-) -> dict[str, Tensor]:
+def _owners(pieces: Pieces) -> list[Tensor]:
+    """List what the optimizer moves, each once."""
+    return list({id(piece.owner): piece.owner for piece in pieces.values()}.values())
+
+
+def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Describe the whole state of all parameters by tensors without storage."""
     return {
         f"{name}.{key}": torch.empty(
             tensor.shape if key == STEP else piece.shape, dtype=tensor.dtype, device="meta"
         )
         for name, piece in pieces.items()
-        for key, tensor in states[id(piece.owner)][1].items()
+        for key, tensor in states[id(piece.owner)].items()
     }
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.loss_group import RANK_TIMEOUT
 from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.preflight import check_run
@@ -111,7 +112,8 @@ def build_training_stage(name: str, context: RunContext) -> Stage:
 def process_group(config: RunConfig, world: World) -> Iterator[None]:
     """Join the other ranks for a block: NCCL between GPUs, gloo between CPUs.
 
-    One process needs no group, unless DeepSpeed trains it.
+    One process needs no group, unless DeepSpeed trains it. Where a block of several ranks fails,
+    its group stays until the process ends.
     """
     trainings = (config.tokenizer.training, config.autoregressive.training)
     if world.world_size == 1 and all(training.engine == "plain" for training in trainings):
@@ -125,11 +127,16 @@ def process_group(config: RunConfig, world: World) -> Iterator[None]:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] the documented name
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=RANK_TIMEOUT)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL destroys a group with all of its ranks. After an error the others wait in another
+        # collective: this one would wait for them, instead of ending and so ending them.
+        if world.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _refuse_chunks(work: ChunkWork) -> None:

@@ -24,6 +24,26 @@ from fqgan_dist.training.run import DONE, FAILED, WRONG_USAGE, main
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "support" / "tiny.yaml"
 
+FAIL_ON_RANK_1 = """
+import sys
+import torch.distributed as dist
+from fqgan_dist.config import load_config
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.training.run import process_group
+from fqgan_dist.world import World
+
+world = World.from_environment()
+try:
+    with process_group(load_config(sys.argv[1], ["device=cpu"], RunConfig), world):
+        dist.barrier()
+        if world.rank == 1:
+            raise RuntimeError("rank 1 fails")
+except RuntimeError:
+    assert world.rank == 1
+# With NCCL, to destroy the group would be to wait for ranks that wait for this one.
+assert dist.is_initialized() == (world.rank == 1)
+"""
+
 HIDE_AND_RUN = """
 import sys
 sys.modules["ray"] = sys.modules["deepspeed"] = None  # imports of these fail
@@ -120,6 +140,14 @@ def test_an_error_under_torchrun_names_its_rank_and_marks_nothing_done(root: Pat
     assert "[rank 0/2 node0]" in result.stderr
     assert "stage 'codes' has not finished" in result.stderr
     assert not (root / "manifests" / "autoregressive.json").exists()
+
+
+def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave_the_group(tmp_path: Path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text(FAIL_ON_RANK_1)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = launch(*command, str(script), str(TINY))
+    assert result.returncode == DONE, result.stderr
 
 
 @pytest.mark.parametrize(

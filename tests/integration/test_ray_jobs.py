@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with run_ray_cluster(tmp_path_factory.mktemp("cluster"), [NodeSpec(num_cpus=2)]) as cluster:
+def cluster() -> Iterator[RayCluster]:
+    with run_ray_cluster([NodeSpec(num_cpus=2)]) as cluster:
         yield cluster
 
 

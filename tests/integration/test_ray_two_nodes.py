@@ -30,10 +30,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @contextmanager
-def two_nodes(folder: Path, *private: Path) -> Iterator[RayCluster]:
+def two_nodes(*private: Path) -> Iterator[RayCluster]:
     """Run a head and a second node, of one CPU each; `private` are folders of the second alone."""
     nodes = [NodeSpec(num_cpus=1), NodeSpec(num_cpus=1, private_folders=private)]
-    with run_ray_cluster(folder, nodes) as cluster:
+    with run_ray_cluster(nodes) as cluster:
         yield cluster
 
 
@@ -75,12 +75,12 @@ def run_on_s3(
 
 
 def test_the_pipeline_runs_on_object_storage_and_leaks_no_credentials(
-    s3_credentials: None, tmp_path: Path
+    s3_credentials: None,
 ) -> None:
     root = f"s3://{S3_BUCKET}/two-nodes"
     settings = ["ray.train.num_workers=2", "tokenizer.training.engine=deepspeed"]
     pools = [f"ray.pools.{name}.max_actors=2" for name in ("teachers", "codes", "evaluation")]
-    with two_nodes(tmp_path) as cluster:
+    with two_nodes() as cluster:
         summary = run_on_s3(cluster, TINY, root, *settings, *pools, timeout_s=600)
         assert {stage["state"] for stage in summary.values()} == {"done"}
         # With one CPU each, the two train workers were on two nodes.
@@ -91,7 +91,7 @@ def test_the_pipeline_runs_on_object_storage_and_leaks_no_credentials(
 @pytest.mark.timeout(3600)
 def test_the_whole_quickstart_runs_on_object_storage(s3_credentials: None, tmp_path: Path) -> None:
     root = f"s3://{S3_BUCKET}/quickstart"
-    with two_nodes(tmp_path) as cluster:
+    with two_nodes() as cluster:
         summary = run_on_s3(cluster, QUICKSTART, root, timeout_s=3600)
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(summary), encoding="utf-8")
@@ -106,7 +106,7 @@ def test_a_local_root_that_one_node_does_not_see_is_refused_before_anything_star
         pytest.skip("no mount namespaces for this user: separate file systems are untested")
     folder = tmp_path / "data"
     folder.mkdir()
-    with two_nodes(tmp_path / "cluster", folder) as cluster:
+    with two_nodes(folder) as cluster:
         refused = cluster.submit(
             "fqgan", "run", str(TINY), "execution=ray", f"storage.root={folder / 'run'}"
         )

@@ -111,12 +111,11 @@ def can_separate_file_systems() -> bool:
 
 @contextmanager
 def run_ray_cluster(
-    folder: Path, nodes: Sequence[NodeSpec], *, autoscaled: Mapping[str, Any] | None = None
+    nodes: Sequence[NodeSpec], *, autoscaled: Mapping[str, Any] | None = None
 ) -> Iterator[RayCluster]:
     """Run a cluster for a block; the first node is the head.
 
     Args:
-        folder: of the nodes' own folders.
         nodes: what is started.
         autoscaled: a node type (Ray's `available_node_types`) of nodes that come when they are
             needed and go when they are idle.
@@ -135,15 +134,16 @@ def run_ray_cluster(
         f"--dashboard-port={dashboard_port}",
         f"--ray-client-server-port={client_port}",
     ]
-    if autoscaled is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "autoscaling.json"
-        config.write_text(json.dumps(_autoscaling_config(ip, port, autoscaled)), encoding="utf-8")
-        head.append(f"--autoscaling-config={config}")
     with ExitStack() as stack:
-        # Ray's sockets lie in it, and the path of a socket has at most 107 characters.
-        temp_dir = stack.enter_context(_short_folder())
+        # Sockets lie in it, Ray's own and Python's, and their paths have at most 107 characters.
+        folder = stack.enter_context(_short_folder())
+        temp_dir = folder / "ray"
         head.append(f"--temp-dir={temp_dir}")
+        if autoscaled is not None:
+            config = folder / "autoscaling.json"
+            content = json.dumps(_autoscaling_config(ip, port, autoscaled))
+            config.write_text(content, encoding="utf-8")
+            head.append(f"--autoscaling-config={config}")
         cluster = RayCluster(
             f"{ip}:{port}", f"http://{ip}:{dashboard_port}", token, folder, temp_dir
         )

@@ -197,6 +197,16 @@ def test_partitions_load_whole_state_and_share_it_once() -> None:
     assert all(torch.equal(merged[name].view(state[name].shape), state[name]) for name in state)
 
 
+def test_the_state_of_a_partition_before_its_first_step_is_made_once() -> None:
+    owner, pieces = halves(4)[1]
+    named = named_optimizer_state(pieces, torch.optim.Adam([owner], fused=True))
+    for key in ("exp_avg", "exp_avg_sq"):
+        values = [named[f"{name}.{key}"] for name in pieces]
+        assert all(isinstance(value, Fragment) for value in values)
+        storages = {value.tensor.untyped_storage().data_ptr() for value in values}  # pyright: ignore[reportAttributeAccessIssue] a fragment, see above
+        assert len(storages) == 1
+
+
 def test_a_partition_refuses_parameters_that_were_stepped_differently_often() -> None:
     owner, pieces = halves(4)[1]
     state = whole_state() | {"b.step": torch.tensor(4.0)}
