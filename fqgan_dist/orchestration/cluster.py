@@ -47,7 +47,7 @@ def connected_cluster(config: RayConfig) -> Iterator[None]:
 
 def is_attached() -> bool:
     """Whether the cluster outlives this process."""
-    return ADDRESS_VARIABLE in os.environ
+    return bool(os.environ.get(ADDRESS_VARIABLE))
 
 
 def _attach(address: str) -> None:

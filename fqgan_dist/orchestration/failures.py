@@ -20,6 +20,8 @@ import ray
 import torch.distributed as dist
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2.api.exceptions import ControllerError
 
 from fqgan_dist.errors import ClusterError, FqganError
 from fqgan_dist.orchestration.pool_actor import Failure
@@ -147,9 +149,17 @@ def stamp_errors() -> Iterator[None]:
         raise StampedError(stamped) from None
 
 
+def is_loss(error: ControllerError) -> bool:
+    """Whether a group of train workers did not start because a process or node of it was lost."""
+    return isinstance(error.controller_failure, RayActorError | WorkerGroupStartupFailedError)
+
+
 def explain_failure(error: BaseException) -> FailureReport:
     """Find the first cause in what Ray raised."""
-    if not isinstance(error, WorkerGroupError):
+    if isinstance(error, ControllerError):
+        first = _examine(error.controller_failure, place="a rank that started")
+        return FailureReport(first=first)
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return FailureReport(first=_examine(error, place="an actor"))
     failures = [
         _examine(failure, place=f"rank {rank}") for rank, failure in error.worker_failures.items()
@@ -161,7 +171,9 @@ def explain_failure(error: BaseException) -> FailureReport:
 
 def describe_loss(error: BaseException) -> str:
     """Write Ray's many lines about a lost actor on one, without ids that say nothing to a user."""
-    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
+    # Ray Train writes a whole traceback before what has happened.
+    text = str(error).rpartition("\nray.exceptions.")[2].partition("Some common causes")[0]
+    lines = [line for line in text.splitlines() if not line.startswith("\t")]
     return textwrap.shorten(" ".join(lines), _LOSS_CHARACTERS, placeholder=" ...")
 
 
@@ -180,7 +192,8 @@ def _examine(error: BaseException, *, place: str) -> RankFailure:
         return error.rank_failure
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return _examine(error.cause, place=place)
-    if isinstance(error, RayActorError) or not isinstance(error, Exception):
+    is_lost = isinstance(error, RayActorError | WorkerGroupStartupFailedError)
+    if is_lost or not isinstance(error, Exception):
         text = f"its process or node was lost: {describe_loss(error)}"
         if found := _NODE_ADDRESS.search(str(error)):
             place = f"{place} {found[1]}"

@@ -3,12 +3,13 @@
 Exceptions of the work come back as values, `Failure`: what Ray raises then means that the process
 or its node was lost, and nothing else.
 
-Torch takes seconds to import, so it is imported in `prepare`: an actor says where it is as soon as
-its process runs, and the driver can tell who waits for resources from who loads.
+Torch takes seconds to import, so it is imported in the first `load`: an actor says where it is as
+soon as its process runs, and the driver can tell who waits for resources from who loads.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -85,56 +86,69 @@ class Failure:
 
 @dataclass(frozen=True)
 class PoolTask:
-    """What all actors of a pool are given."""
+    """What all actors of a pool are given for one piece of work."""
 
     work: ChunkWork
     check_node: Callable[[], None] | None
-    """Raises on a node that cannot take part."""
+    """Raises on a node that cannot take part; asked once in each process."""
 
 
 class PoolActor:
-    """Makes chunks of some work.
+    """Makes chunks of one piece of work after another.
 
     Nothing is done in the constructor, as exceptions there would only come back as Ray's text.
     """
 
-    def __init__(self, pickled_task: bytes, *, description: str, number: int, gpus: float) -> None:
-        """Keep what `prepare` needs.
+    def __init__(self, pool: str, *, number: int, gpus: float) -> None:
+        """Keep what `load` needs.
 
         Args:
-            pickled_task: a `PoolTask`.
-            description: of the work.
-            number: of this actor in its pool, from 0.
+            pool: name of the pool.
+            number: of this actor in it, from 0.
             gpus: that were reserved for it.
         """
-        self._pickled_task = pickled_task
-        self._description = description
+        self._pool = pool
         self._number = number
+        self._work: ChunkWork | None = None
+        self._job: int | None = None
+        self._is_configured = False
         if gpus == 0:
             # Ray 2.60 hides no GPU from who has reserved none: `device: auto` would take one.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def __repr__(self) -> str:
-        return f"{self._description} {self._number}"  # Ray puts it before lines on the console
+        return f"{self._pool} {self._number}"  # Ray puts it before lines on the console
 
     def locate(self) -> ActorPlace:
         """Say where this is, which is known as soon as the resources are there."""
         return ActorPlace(socket.gethostname(), os.getpid())
 
-    def prepare(self) -> Failure | None:
-        """Unpack the work, which chooses the device of this process; check and set up the node."""
+    def load(self, pickled_task: bytes, *, job: int) -> Failure | None:
+        """Unpack the next work, which chooses the device of this process; at first set it up.
+
+        Args:
+            pickled_task: a `PoolTask`.
+            job: number of the work; loading it again does nothing.
+        """
+        if job == self._job:
+            return None
         try:
-            task: PoolTask = pickle.loads(self._pickled_task)
-            if task.check_node is not None:
-                task.check_node()
-            self._configure(task.work.context)
-            self._work = task.work
+            self._drop_work()
+            task: PoolTask = pickle.loads(pickled_task)
+            if not self._is_configured:
+                if task.check_node is not None:
+                    task.check_node()
+                self._configure(task.work.context)
+                self._is_configured = True
+            logger.info("%s", task.work.description)
+            self._work, self._job = task.work, job
         except Exception as error:  # noqa: BLE001  the entry point of this process
             return Failure.of(error)
         return None
 
     def process(self, chunk: int) -> Failure | None:
         """Make and commit a chunk."""
+        assert self._work is not None, "a chunk comes after its work"
         try:
             self._work.process(chunk)
         except Exception as error:
@@ -149,13 +163,23 @@ class PoolActor:
         """Be ready to be killed: no line of the log is lost."""
         publish_log()
 
+    def _drop_work(self) -> None:
+        """Free what the former work has loaded, networks above all."""
+        if self._work is None:
+            return
+        import torch
+
+        self._work = self._job = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def _configure(self, context: RunContext) -> None:
         from fqgan_dist.stages.stage import configure_torch
 
         configure_torch(context.config)
-        name = f"{self._description.replace(' ', '-')}-actor-{self._number:05d}"
-        log_file = open_log_file(context.storage, name)
-        configure_logging(World(), log_file, label=f"{self._description} actor {self._number}")
+        log_file = open_log_file(context.storage, f"{self._pool}-actor-{self._number:05d}")
+        configure_logging(World(), log_file, label=f"{self._pool} actor {self._number}")
         logger.info("%s, device %s", socket.gethostname(), context.device)
 
 

@@ -60,22 +60,23 @@ class ChunkQueue:
         self._waiting.appendleft(chunk)
 
 
-def count_wanted_actors(config: PoolConfig, *, waiting: int, busy: int, present: int) -> int:
+def count_wanted_actors(
+    config: PoolConfig, *, waiting: int, busy: int, located: int, present: int
+) -> int:
     """Decide how many actors to have, those that are still starting included.
 
     A pool starts with `min_actors` and asks for `max_actors` once it works and more chunks wait
-    than actors are busy; it never has more than can be used, so at an empty queue only the busy
-    ones stay.
+    than actors are busy. It never asks for more than can be used; of those that run, `min_actors`
+    stay for the work that may follow, so at an empty queue only these and the busy ones do.
 
     Args:
         config: size of the pool.
         waiting: chunks that no actor has.
         busy: actors with a chunk.
+        located: actors whose process runs.
         present: actors that the pool has or has asked for.
     """
-    if waiting == 0:
-        return busy
     # Nothing is asked for beyond the first actors before they have shown that the work runs.
     is_growing = 0 < busy < waiting
     wanted = config.max_actors if is_growing else max(config.min_actors, present)
-    return min(wanted, busy + waiting)
+    return max(min(wanted, busy + waiting), min(config.min_actors, located))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.driver import finish, open_checked_run, run_stage_here, run_stages
-from fqgan_dist.orchestration.pools import run_chunks_on_pool
+from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
 from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
 from fqgan_dist.stages.config import RunConfig, StorageConfig
+from fqgan_dist.stages.execution import ProcessResources
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary
@@ -43,7 +46,7 @@ def run_on_cluster(config: RunConfig) -> Summary:
     context = open_checked_run(config, device=_CPU)
     with connected_cluster(config.ray):
         if not is_attached():
-            _check_room(config)
+            check_room(config, ray.cluster_resources())
         with shared_root(context.storage) as root:
             board = start_board(config.name, config.stages)
             with board.shown():
@@ -69,13 +72,8 @@ def _run_stage(
                 context.require(name)
             case "teachers" | "codes" | "samples" | "evaluation":
                 pool = getattr(context.config.ray.pools, name)
-                run_stage(
-                    build_stage(name, context),
-                    context,
-                    lambda work: run_chunks_on_pool(
-                        work, pool, observer=observer, check_node=root.check
-                    ),
-                )
+                with open_pool(name, pool, observer=observer, check_node=root.check) as run_chunks:
+                    run_stage(build_stage(name, context), context, run_chunks)
             case "shards" | "report":
                 run_stage_here(name, context)
         state = "done"
@@ -96,23 +94,39 @@ def _with_absolute_root(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"storage": StorageConfig(root=str(root))})
 
 
-def _check_room(config: RunConfig) -> None:
-    """Check a Ray that cannot grow; on a cluster the autoscaler may bring what is missing."""
-    total = ray.cluster_resources()
-    reserve = config.ray.train
-    needed = {
-        "CPU": reserve.cpus * reserve.num_workers,
-        "GPU": reserve.gpus * reserve.num_workers,
-        **{name: count * reserve.num_workers for name, count in reserve.custom.items()},
-    }
-    missing = [
-        f"{count:g} {name} (has {total.get(name, 0):g})"
-        for name, count in needed.items()
-        if count > total.get(name, 0)
+def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
+    """Check a Ray that cannot grow; on a cluster the autoscaler may bring what is missing.
+
+    Args:
+        config: the run's settings.
+        total: Ray's resources of the whole machine, by name.
+
+    Raises:
+        ClusterError: train workers, or not even one actor of a pool, do not fit.
+    """
+    train = config.ray.train
+    wanted: list[tuple[str, int, ProcessResources]] = []
+    if training_stages(config):
+        wanted.append((f"ray.train: {train.num_workers} train workers", train.num_workers, train))
+    for name, pool in used_pools(config).items():
+        wanted.append((f"ray.pools.{name}: one actor", 1, pool))
+    problems = [
+        f"{who}: needed are {', '.join(missing)}"
+        for who, count, reserve in wanted
+        if (missing := _find_missing(reserve, count, total))
     ]
-    if missing:
+    if problems:
         raise ClusterError(
-            f"ray.train: {reserve.num_workers} train workers need {', '.join(missing)} of this "
-            f"machine - expected that they fit - lower ray.train.num_workers, raise "
-            f"ray.local_cpus, or set RAY_ADDRESS to a cluster"
+            f"{'; '.join(problems)} of this machine - expected that they fit - lower what is "
+            f"reserved or ray.train.num_workers, raise ray.local_cpus, or set RAY_ADDRESS to a "
+            f"cluster"
         )
+
+
+def _find_missing(reserve: ProcessResources, count: int, total: Mapping[str, float]) -> list[str]:
+    each = {"CPU": reserve.cpus, "GPU": reserve.gpus, **reserve.custom}
+    return [
+        f"{amount * count:g} {name} (has {total.get(name, 0):g})"
+        for name, amount in each.items()
+        if amount * count > total.get(name, 0)
+    ]

@@ -25,7 +25,12 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from fqgan_dist.errors import ClusterError
-from fqgan_dist.orchestration.failures import describe_loss, explain_failure, stamp_errors
+from fqgan_dist.orchestration.failures import (
+    describe_loss,
+    explain_failure,
+    is_loss,
+    stamp_errors,
+)
 from fqgan_dist.orchestration.shared_root import SharedRoot
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.execution import TrainWorkersConfig
@@ -56,8 +61,6 @@ def launch_training(
         try:
             run_workers(_train_worker, arguments, workers, name=f"{config.name}-{stage}")
             return
-        except ControllerError as error:
-            raise _explain_no_start(error, workers) from error
         except RayActorError as error:
             raise ClusterError(
                 f"{stage}: the process that controls the train workers was lost "
@@ -65,6 +68,8 @@ def launch_training(
                 f"command continues from the newest checkpoint"
             ) from error
         except TrainingFailedError as error:
+            if isinstance(error, ControllerError) and not is_loss(error):
+                raise _explain_no_start(error, workers) from error
             report = explain_failure(error)
             if report.is_permanent:
                 raise report.error from error

@@ -227,6 +227,8 @@ class DeepSpeedEngine(EngineBase):
             "zero_optimization": {
                 "stage": self.zero_stage,
                 "reduce_bucket_size": min(num_elements, _MAX_BUCKET_ELEMENTS),
+                # It would replace torch.nn.functional.linear in the whole process, for good.
+                "memory_efficient_linear": False,
             },
         }
         if precision == "bf16":

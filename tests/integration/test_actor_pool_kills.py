@@ -23,13 +23,13 @@ from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_pipeline
-from fqgan_dist.orchestration.pools import run_chunks_on_pool
+from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.execution import PoolConfig
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import open_run, run_stage
-from fqgan_dist.stages.stage import ChunkWork, RunContext
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import TeacherWork
 from fqgan_dist.weights import WeightsConfig
 from fqgan_dist.world import World
@@ -152,12 +152,14 @@ def run_haunted(context: RunContext, stage: StageName, killer: Killer, num_files
     root = Path(context.storage.root)
     leash = Leash(root.with_name("leash"), root / OUTPUTS[stage])
 
-    def run_chunks(work: ChunkWork) -> None:
-        run_chunks_on_pool(LeashedWork(work, leash), POOL, observer=RecordingObserver())
-
-    with ThreadPoolExecutor(1) as thread:
+    with (
+        ThreadPoolExecutor(1) as thread,
+        open_pool(stage, POOL, observer=RecordingObserver()) as run_chunks,
+    ):
         haunting = thread.submit(killer.haunt, stage, leash, num_files)
-        run_stage(build_stage(stage, context), context, run_chunks)
+        run_stage(
+            build_stage(stage, context), context, lambda work: run_chunks(LeashedWork(work, leash))
+        )
         haunting.result()
 
 

@@ -20,6 +20,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from support import pool_work
 from support.pool_work import (
+    BallastWork,
     DeadlyWork,
     FileWork,
     GatedWork,
@@ -30,7 +31,7 @@ from support.pool_work import (
 )
 
 from fqgan_dist.errors import ClusterError, DataError
-from fqgan_dist.orchestration.pools import run_chunks_on_pool
+from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.stages.execution import PoolConfig
 
 pytestmark = pytest.mark.ray
@@ -55,7 +56,10 @@ def cluster() -> Iterator[Cluster]:
 
 def run(work: FileWork, check_node: Callable[[], None] | None = None, **settings: Any) -> None:
     config = PoolConfig.model_validate(settings)
-    run_chunks_on_pool(work, config, observer=RecordingObserver(), check_node=check_node)
+    with open_pool(
+        "files", config, observer=RecordingObserver(), check_node=check_node
+    ) as run_chunks:
+        run_chunks(work)
 
 
 @contextmanager
@@ -80,7 +84,8 @@ def test_chunk_committed_by_an_actor_that_died_is_not_made_again(
     work = DeadlyWork(tmp_path, 3, chunk=1, times=1, after_commit=True)
     observer = RecordingObserver()
     work.context.storage.write_bytes("files/0", b"{}")
-    run_chunks_on_pool(work, PoolConfig(max_failures_per_chunk=0), observer=observer)
+    with open_pool("files", PoolConfig(max_failures_per_chunk=0), observer=observer) as run_chunks:
+        run_chunks(work)
     assert [len(work.tries(chunk)) for chunk in work.chunks()] == [0, 1, 1]
     # Every chunk is counted once: the one that was done, the one with the lost answer, the last.
     (bar,) = observer.bars
@@ -141,14 +146,70 @@ def test_actors_that_all_die_while_they_start_end_the_pool(
 def test_idle_actors_are_released_while_the_last_chunk_is_worked_on(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    work = GatedWork(tmp_path, 2)
-    with running(work, min_actors=2, max_actors=2) as has_ended:
+    work = GatedWork(tmp_path, 3)
+    with running(work, max_actors=2) as has_ended:
         wait_until(lambda: bool(work.tries(0) and work.tries(1)))
         assert ray.available_resources().get("CPU", 0) == 0
-        work.open_gates(0)
+        work.open_gates(0, 2)
         wait_until(lambda: ray.available_resources().get("CPU", 0) == 1)
         wait_until(lambda: not psutil.pid_exists(work.tries(0)[0]))
         assert not has_ended()
+
+
+def test_one_process_does_all_works_of_a_pool(cluster: Cluster, tmp_path: Path) -> None:
+    first, second = BallastWork(tmp_path / "first", 2), BallastWork(tmp_path / "second", 2)
+    checks = tmp_path / "checks"
+    checks.mkdir()
+
+    def check() -> None:
+        (checks / str(os.getpid())).touch(exist_ok=False)
+
+    with open_pool(
+        "files", PoolConfig(), observer=RecordingObserver(), check_node=check
+    ) as run_chunks:
+        run_chunks(first)
+        run_chunks(second)
+        (pid,) = {output["pid"] for output in first.outputs() + second.outputs()}
+        assert psutil.pid_exists(int(pid))
+    wait_until(lambda: not psutil.pid_exists(int(pid)))
+    # Each chunk has counted what is loaded in its process: never that of the former work too.
+    assert first.num_loaded() == second.num_loaded() == [1, 1]
+    logs = [path for path in tmp_path.glob("*/logs/*") if "-actor-" in path.name]
+    assert len(logs) == 1
+    assert logs[0].read_text().count("chunk 1 is done") == 2
+
+
+def test_actors_beyond_the_least_are_released_between_two_works(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    first, second = GatedWork(tmp_path / "first", 3), FileWork(tmp_path / "second", 1)
+    first.open_gates(2)
+    with (
+        open_pool("files", PoolConfig(max_actors=2), observer=RecordingObserver()) as run_chunks,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        work = thread.submit(run_chunks, first)
+        wait_until(lambda: bool(first.tries(0) and first.tries(1)))
+        first.open_gates(0, 1)
+        work.result()
+        wait_until(lambda: ray.available_resources().get("CPU", 0) == 1)
+        run_chunks(second)
+    assert second.tries(0)[0] in {first.tries(0)[0], first.tries(1)[0]}
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 2)
+
+
+def test_actor_that_died_between_two_works_is_replaced_and_no_chunk_blamed(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    first, second = FileWork(tmp_path / "first", 1), FileWork(tmp_path / "second", 1)
+    config = PoolConfig(max_failures_per_chunk=0)
+    with open_pool("files", config, observer=RecordingObserver()) as run_chunks:
+        run_chunks(first)
+        (pid,) = first.tries(0)
+        os.kill(pid, signal.SIGKILL)
+        run_chunks(second)
+    assert len(second.tries(0)) == 1
+    assert second.tries(0) != [pid]
 
 
 def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> None:
@@ -156,12 +217,14 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
         "import ray, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from support import pool_work\n"
-        "from fqgan_dist.orchestration.pools import run_chunks_on_pool\n"
+        "from fqgan_dist.orchestration.pools import open_pool\n"
         "from fqgan_dist.stages.execution import PoolConfig\n"
         "ray.cloudpickle.register_pickle_by_value(pool_work)\n"
         "ray.init(address=sys.argv[2])\n"
         "work = pool_work.GatedWork(Path(sys.argv[3]), 1)\n"
-        "run_chunks_on_pool(work, PoolConfig(), observer=pool_work.RecordingObserver())\n"
+        "observer = pool_work.RecordingObserver()\n"
+        "with open_pool('files', PoolConfig(), observer=observer) as run_chunks:\n"
+        "    run_chunks(work)\n"
     )
     driver = subprocess.Popen(
         [sys.executable, "-c", program, str(TESTS_DIR), str(cluster.address), str(tmp_path)],

@@ -77,6 +77,29 @@ def find_driver(root: Path) -> int:
     pytest.fail("no driver process")
 
 
+def find_train_worker(cluster: RayCluster) -> int:
+    """Find one of this cluster's train workers; other clusters may run on this machine."""
+    folder = str(cluster.folder).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            is_worker = path.read_bytes().startswith(b"ray::RayTrainWorker")
+            if is_worker and folder in (path.parent / "environ").read_bytes():
+                return int(path.parent.name)
+        except OSError:
+            continue  # it has ended
+    pytest.fail("no train worker")
+
+
+def wait_for_last_job(cluster: RayCluster) -> str:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        status = cluster.list_jobs()[-1]["status"]
+        if status not in ("PENDING", "RUNNING"):
+            return status
+        time.sleep(0.5)
+    return "no end"
+
+
 def test_a_job_without_the_token_is_refused(cluster: RayCluster) -> None:
     before = len(cluster.list_jobs())
     refused = cluster.submit("fqgan", "--help", with_token=False)
@@ -111,6 +134,24 @@ def test_a_killed_driver_is_resumed_to_the_same_bits(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resumed at step" in resumed.stdout
     assert metrics(root) == metrics(finished_run)
+
+
+def test_a_killed_train_worker_is_replaced_and_the_run_ends_with_the_same_bits(
+    cluster: RayCluster, finished_run: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    stages = "stages=[shards, teachers, tokenizer]"
+    submitted = cluster.submit(*command(root), stages, wait=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for_metrics(root, step=STEPS // 2)
+    os.kill(find_train_worker(cluster), signal.SIGKILL)
+    assert wait_for_last_job(cluster) == "SUCCEEDED"
+    log = "".join(path.read_text(encoding="utf-8") for path in (root / "logs").glob("run-*.log"))
+    assert "restarting from the newest checkpoint (failure 1 of 3 allowed)" in log
+    expected = metrics(finished_run)["tokenizer"]
+    found = metrics(root)["tokenizer"]
+    assert {"discriminator_loss", "training_usage"} <= found.keys()
+    assert found == {name: expected[name] for name in found}
 
 
 def test_a_wrong_setting_fails_the_job_with_its_cause(cluster: RayCluster, tmp_path: Path) -> None:

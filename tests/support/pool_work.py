@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -109,6 +110,27 @@ class DeadlyWork(FileWork):
         if is_deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         self.write(chunk)
+
+
+class Ballast:
+    """What some work loads at its first chunk."""
+
+
+class BallastWork(FileWork):
+    """Writes how many ballasts its process holds."""
+
+    ballast: Ballast | None = None
+
+    def process(self, chunk: int) -> None:
+        self.ballast = self.ballast or Ballast()
+        # By name: a class that travels as code need not be one class.
+        count = sum(type(item).__name__ == Ballast.__name__ for item in gc.get_objects())
+        self.context.storage.write_bytes(f"loaded/{chunk}", str(count).encode())
+        self.write(chunk)
+
+    def num_loaded(self) -> list[int]:
+        storage = self.context.storage
+        return [int(storage.read_bytes(f"loaded/{chunk}")) for chunk in self.chunks()]
 
 
 class WrongWork(FileWork):

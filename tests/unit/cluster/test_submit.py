@@ -171,7 +171,7 @@ def test_a_second_call_joins_the_running_job(cluster: Cluster) -> None:
             time.sleep(0.05)
         first.send_signal(signal.SIGINT)
         _, errors = first.communicate(timeout=60)
-    assert first.returncode == 130
+    assert first.returncode == 130, errors.decode()
     assert b"the same command joins it again" in errors
     state = json.loads((cluster.folder / "state.json").read_text())
     (running,) = state["jobs"].values()

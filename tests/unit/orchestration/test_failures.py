@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2.api.exceptions import ControllerError
 
 from fqgan_dist.errors import ClusterError, DataError, NumericsError
 from fqgan_dist.orchestration import failures
-from fqgan_dist.orchestration.failures import StampedError, explain_failure, stamp_errors
+from fqgan_dist.orchestration.failures import StampedError, explain_failure, is_loss, stamp_errors
 
 ACTOR_DIED = (
     "The actor died unexpectedly before finishing this task.\n"
@@ -107,6 +112,39 @@ def test_a_lost_process_comes_before_its_echo_and_is_not_permanent(
     assert isinstance(report.error, ClusterError)
     assert report.text.startswith("[rank 2 10.0.0.3] its process or node was lost: ")
     assert "class_name" not in report.text
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        WorkerGroupStartupFailedError(
+            "One of the worker actors failed to initialize due to error:\nTraceback\n  File x\n"
+            f"ray.exceptions.ActorDiedError: {ACTOR_DIED}"
+        ),
+        RayActorError(error_msg=ACTOR_DIED),
+    ],
+    ids=["failed start", "dead actor"],
+)
+def test_a_rank_that_is_lost_while_it_starts_is_a_loss_to_be_tried_again(
+    failure: Exception,
+) -> None:
+    error = ControllerError(failure)
+    assert is_loss(error)
+    report = explain_failure(error)
+    assert report.first.kind == "lost"
+    assert not report.is_permanent
+    assert "10.0.0.3] its process or node was lost: " in report.text
+    assert "its node has died" in report.text
+    assert "Traceback" not in report.text
+
+
+def test_a_group_without_room_is_no_loss() -> None:
+    assert not is_loss(ControllerError(WorkerGroupStartupTimeoutError(8)))
+
+
+def test_an_error_of_no_rank_is_explained_too() -> None:
+    report = explain_failure(WorkerGroupError("NCCL hangs", {}))
+    assert "NCCL hangs" in report.text
 
 
 def test_an_echo_alone_is_a_loss_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

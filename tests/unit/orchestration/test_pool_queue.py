@@ -51,38 +51,45 @@ def test_loss_with_a_drained_node_is_not_the_chunks_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "busy", "present", "wanted"),
+    ("waiting", "busy", "located", "present", "wanted"),
     [
-        (100, 0, 0, 2),  # starts with min_actors
-        (100, 0, 2, 2),  # and asks for no more before one works
-        (99, 1, 2, 8),  # then for all, as more wait than work
-        (3, 4, 8, 7),  # never for more than there are chunks
-        (2, 4, 5, 5),  # fewer wait than work: what is there is used, nothing more is asked for
-        (0, 3, 8, 3),  # an empty queue: only the busy ones stay
-        (0, 0, 8, 0),
-        (1, 0, 0, 1),  # the last chunk lost its actor
+        (100, 0, 0, 0, 2),  # starts with min_actors
+        (100, 0, 2, 2, 2),  # and asks for no more before one works
+        (99, 1, 2, 2, 8),  # then for all, as more wait than work
+        (3, 4, 8, 8, 7),  # never for more than there are chunks
+        (2, 4, 5, 5, 5),  # fewer wait than work: what is there is used, nothing more is asked for
+        (0, 3, 8, 8, 3),  # an empty queue: only the busy ones stay
+        (0, 1, 8, 8, 2),  # and min_actors for the work that may follow
+        (0, 0, 8, 8, 2),
+        (0, 1, 1, 2, 1),  # none of which need come any more
+        (1, 0, 0, 0, 1),  # the last chunk lost its actor
+        (1, 0, 2, 2, 2),  # the next work is small
     ],
 )
 def test_number_of_actors_follows_the_queue(
-    waiting: int, busy: int, present: int, wanted: int
+    waiting: int, busy: int, located: int, present: int, wanted: int
 ) -> None:
     config = PoolConfig(min_actors=2, max_actors=8)
-    assert count_wanted_actors(config, waiting=waiting, busy=busy, present=present) == wanted
+    count = count_wanted_actors(
+        config, waiting=waiting, busy=busy, located=located, present=present
+    )
+    assert count == wanted
 
 
 @given(
     sizes=st.tuples(st.integers(1, 9), st.integers(0, 9)),
     waiting=st.integers(0, 30),
-    busy=st.integers(0, 9),
-    others=st.integers(0, 9),
+    numbers=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
 )
 def test_number_of_actors_stays_within_bounds(
-    sizes: tuple[int, int], waiting: int, busy: int, others: int
+    sizes: tuple[int, int], waiting: int, numbers: tuple[int, int, int]
 ) -> None:
     least, more = sizes
     config = PoolConfig(min_actors=least, max_actors=least + more)
-    present = min(busy + others, config.max_actors)
-    busy = min(busy, present)
-    wanted = count_wanted_actors(config, waiting=waiting, busy=busy, present=present)
-    assert busy <= wanted <= min(config.max_actors, busy + waiting)
+    busy, located, present = (min(sum(numbers[:count]), config.max_actors) for count in range(1, 4))
+    wanted = count_wanted_actors(
+        config, waiting=waiting, busy=busy, located=located, present=present
+    )
+    assert busy <= wanted <= config.max_actors
+    assert wanted <= max(busy + waiting, min(least, located))
     assert wanted > 0 or waiting + busy == 0
