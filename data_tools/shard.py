@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from fqgan_dist.data.photographs import PhotographsConfig
-from fqgan_dist.data.shard_plan import plan_dataset
-from fqgan_dist.data.sharding import ShardingConfig, build_dataset
-from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS, Progress, open_source
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.building import ShardingConfig, build_dataset
+from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.plan import plan_dataset
+from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, Progress, open_source
 
 PartT = TypeVar("PartT", ShardingConfig, PhotographsConfig)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_index, load_samples
-from fqgan_dist.data.sources import Progress
 from fqgan_dist.data.storage import Storage
+from fqgan_dist.sharding.sources.opening import Progress
 
 
 class StatsOptions(Config):

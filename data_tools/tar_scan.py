@@ -6,7 +6,7 @@ import io
 import tarfile
 from dataclasses import dataclass
 
-from fqgan_dist.data.listing import IMAGE_SUFFIXES
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES
 
 _MAX_LABEL_BYTES = 20
 

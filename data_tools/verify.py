@@ -20,9 +20,9 @@ from fqgan_dist.data.index import (
     load_index,
     load_samples,
 )
-from fqgan_dist.data.sources import Progress
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.sources.opening import Progress
 
 Row = tuple[str, int, int, int, int]
 """Label, offset and size of the image, width, height."""

@@ -35,6 +35,7 @@ LEVELS = {
     "telemetry": SIBLING,
     "tokenizer": SIBLING,
     "evaluation": USER,
+    "sharding": USER,
     "training": USER,
     "stages": STAGES,
     "report": REPORT,

@@ -1,1 +1,1 @@
-"""Datasets: storage, index, sample order, views, decoding, loaders."""
+"""Reading datasets: storage, index, sample order, views, decoding, loaders."""

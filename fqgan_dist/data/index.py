@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,9 +33,9 @@ TABLE_SUFFIX = ".samples.parquet"
 _HASH_BLOCK_BYTES = 8 * 2**20
 
 # Names from an index are joined to a storage prefix, so they must stay below it on every system.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.tar")
-# webdataset ends a key at the first dot of the base name, so a key holds no dot and no separator.
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.tar")
+_MAX_KEY_LENGTH = 200
+_DIGEST_BYTES = 16
 
 _SCHEMA = pa.schema(
     [
@@ -44,19 +45,42 @@ _SCHEMA = pa.schema(
         pa.field("size", pa.int64(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
+        pa.field("digest", pa.binary(_DIGEST_BYTES), nullable=False),
     ]
 )
 
 
 def is_safe_key(key: str) -> bool:
-    """Whether a text may be a sample's key: letters, digits, `_`, `-`, at most 200."""
-    return _KEY.fullmatch(key) is not None
+    """Whether a text may be a sample's key, as webdataset cuts it out of a member's name.
+
+    A key is a relative path of printable characters without `..`, backslash or a dot in its last
+    part, where webdataset would end it; at most 200 characters.
+    """
+    parts = key.split("/")
+    return (
+        len(key) <= _MAX_KEY_LENGTH
+        and key.isprintable()
+        and "\\" not in key
+        and all(part not in ("", ".", "..") for part in parts)
+        and "." not in parts[-1]
+        and re.match(r"[A-Za-z]:", key) is None
+    )
+
+
+def image_digest(data: bytes) -> bytes:
+    """Hash an image's bytes as a table of samples holds it: 16 bytes of their sha256."""
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
+
+
+def stack_digests(digests: Sequence[bytes]) -> np.ndarray:
+    """Put digests of n images into an array, (n, 16) uint8."""
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), _DIGEST_BYTES)
 
 
 def _check_shard_name(name: str) -> str:
     if _SHARD_NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{name!r} is not a shard name; expected letters, digits, '_', '-' and '.tar', "
+            f"{name!r} is not a shard name; expected letters, digits, '.', '_', '-' and '.tar', "
             "without any folder"
         )
     return name
@@ -112,7 +136,7 @@ class SourceProblem(Config):
 class DatasetIndex(Config):
     """Everything about a dataset but its samples."""
 
-    format: Literal["fqgan-dataset-1"] = "fqgan-dataset-1"
+    format: Literal["fqgan-dataset-2"] = "fqgan-dataset-2"
     """Version of this format."""
     name: str
     """Name of the dataset, for people."""
@@ -126,9 +150,9 @@ class DatasetIndex(Config):
     """How the images were made from the source's, and the seed of their order."""
     shards: list[ShardEntry] = Field(min_length=1)
     """The shards, in order."""
-    plan_sha256: Sha256 | None = None
-    """Hash of the source's listing and the policy, by which a finished job knows itself; None: the
-    dataset was not made by `fqgan-data shard`."""
+    plans: list[Sha256] = Field(default_factory=list)
+    """Hashes of the plans (listing of a source and policy) that the shards were made by, first to
+    last, by which a finished job knows itself; empty: the shards were only indexed."""
     problems: list[SourceProblem] = Field(default_factory=list)
     """What was left out of the dataset, by name."""
 
@@ -182,6 +206,8 @@ class SampleTable:
     """Pixels per row, after the EXIF orientation, (n,) int32."""
     heights: np.ndarray
     """Rows, after the EXIF orientation, (n,) int32."""
+    digests: np.ndarray
+    """First 16 bytes of the sha256 of the image's bytes, (n, 16) uint8."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -254,13 +280,12 @@ def encode_samples(table: SampleTable, metadata: dict[str, str]) -> bytes:
 
     The bytes depend on the values and on pyarrow's version only.
     """
-    columns = [
-        pa.array(table.keys, pa.string()),
-        *(
-            pa.array(values, field.type)
-            for values, field in zip(_number_columns(table), list(_SCHEMA)[1:], strict=True)
-        ),
+    numbers = [
+        pa.array(values, field.type)
+        for values, field in zip(_number_columns(table), list(_SCHEMA)[1:-1], strict=True)
     ]
+    digests = pa.array([row.tobytes() for row in table.digests], pa.binary(_DIGEST_BYTES))
+    columns = [pa.array(table.keys, pa.string()), *numbers, digests]
     schema = _SCHEMA.with_metadata({key: metadata[key] for key in sorted(metadata)})
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
@@ -284,8 +309,11 @@ def decode_samples(data: bytes, *, source: str) -> tuple[SampleTable, dict[str, 
         }
     except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: not a table of samples: {error}") from error
+    if any(column.null_count for column in columns):
+        raise DataError(f"{source}: not a table of samples: a value is missing")
     keys: list[str] = columns[0].to_pylist()
-    samples = SampleTable(keys, *(column.to_numpy() for column in columns[1:]))
+    numbers = [column.to_numpy() for column in columns[1:-1]]
+    samples = SampleTable(keys, *numbers, stack_digests(columns[-1].to_pylist()))
     _check_samples(samples, source)
     metadata.pop("ARROW:schema", None)
     return samples, metadata
@@ -336,9 +364,12 @@ def _number_columns(table: SampleTable) -> list[np.ndarray]:
 
 
 def _check_samples(samples: SampleTable, source: str) -> None:
-    unsafe = next((key for key in samples.keys if not key or not is_safe_key(key)), None)
+    unsafe = next((key for key in samples.keys if not is_safe_key(key)), None)
     if unsafe is not None:
-        raise DataError(f"{source}: {unsafe!r} is not a safe key: letters, digits, '_' and '-'")
+        raise DataError(
+            f"{source}: {unsafe!r} is not a safe key: a relative path of printable characters "
+            "without '..', and without a dot in its last part"
+        )
     if len(set(samples.keys)) != len(samples.keys):
         raise DataError(f"{source}: a key occurs more than once")
     minima = (0, 0, 1, 1, 1)

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from fqgan_dist.autoregressive.config import AutoregressiveConfig
 from fqgan_dist.autoregressive.sampling import SamplingConfig
 from fqgan_dist.config import Config
-from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import PUBLISHED_RESOLUTION, InceptionConfig
+from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.stages.execution import RayConfig
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig

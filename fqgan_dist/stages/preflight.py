@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fqgan_dist.data.records import check_codebook_size
-from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.stages.adm_reference import describe_missing
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig

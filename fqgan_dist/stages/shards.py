@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from fqgan_dist.data.listing import SourceListing
-from fqgan_dist.data.photographs import PhotographsConfig
-from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_dataset
-from fqgan_dist.data.sources import BUILTIN_PHOTOGRAPHS, open_source
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
+from fqgan_dist.sharding.building import ShardingConfig, ShardingReport, build_dataset
+from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, open_source
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
 

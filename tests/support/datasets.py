@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.data.photographs import PhotographsConfig
-from fqgan_dist.data.shard_plan import ShardingConfig
-from fqgan_dist.data.sharding import build_dataset
-from fqgan_dist.data.sources import open_source
 from fqgan_dist.data.storage import Storage
+from fqgan_dist.sharding.building import build_dataset
+from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.plan import ShardingConfig
+from fqgan_dist.sharding.sources.opening import open_source
 
 
 def build_photographs(

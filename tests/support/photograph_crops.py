@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fqgan_dist.data.photographs import PHOTOGRAPHS, crop_photograph
+from fqgan_dist.sharding.photographs import PHOTOGRAPHS, crop_photograph
 
 IMAGE_SIZE = 64
 

@@ -36,6 +36,7 @@ def make_table(keys: list[str] | None = None) -> SampleTable:
         sizes=np.full(n, 100, np.int64),
         widths=np.full(n, 20, np.int32),
         heights=np.full(n, 10, np.int32),
+        digests=np.arange(16 * n, dtype=np.uint8).reshape(n, 16),
     )
 
 
@@ -126,6 +127,7 @@ def test_table_of_samples_reads_back_with_metadata():
     found, metadata = decode_samples(encode_samples(table, {"b": "2", "a": "1"}), source="x")
     assert metadata == {"a": "1", "b": "2"}
     assert found.keys == table.keys
+    assert np.array_equal(found.digests, table.digests)
     for name in ("labels", "offsets", "sizes", "widths", "heights"):
         expected = getattr(table, name)
         assert getattr(found, name).dtype == expected.dtype
@@ -139,11 +141,17 @@ def test_table_bytes_do_not_depend_on_the_order_of_metadata():
     )
 
 
-@pytest.mark.parametrize("key", ["../a", "a.b", "a/b", "", "-a", "a b"])
+@pytest.mark.parametrize("key", ["../a", "a.b", "/a", "a//b", "", "C:a", "a\\b", "a\nb", "k" * 201])
 def test_unsafe_keys_are_refused(key: str):
     data = encode_samples(make_table(["a", key]), {})
     with pytest.raises(DataError, match="not a safe key"):
         decode_samples(data, source="x")
+
+
+@pytest.mark.parametrize("key", ["a_1", "train/n01/a b", "-a", "ü"])
+def test_keys_may_be_what_webdataset_calls_keys(key: str):
+    table, _ = decode_samples(encode_samples(make_table(["a", key]), {}), source="table")
+    assert table.keys == ["a", key]
 
 
 def test_repeated_keys_are_refused():

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fqgan_dist.data.listing import SourceListing
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.stages.shards import _hold_out, _locate_splits
 
 

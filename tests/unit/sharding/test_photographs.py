@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fqgan_dist.data import photographs
-from fqgan_dist.data.photographs import PHOTOGRAPHS, crop_photograph, sample_photographs
+from fqgan_dist.sharding import photographs
+from fqgan_dist.sharding.photographs import PHOTOGRAPHS, crop_photograph, sample_photographs
 
 
 def decode(data: bytes) -> np.ndarray:

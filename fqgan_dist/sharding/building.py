@@ -29,12 +29,12 @@ from fqgan_dist.data.index import (
     table_name,
     write_index,
 )
-from fqgan_dist.data.listing import SourceListing
-from fqgan_dist.data.shard_plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
-from fqgan_dist.data.shard_writing import BuiltShard, build_shard
-from fqgan_dist.data.sources import Progress, ignore_progress
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
+from fqgan_dist.sharding.shard_building import BuiltShard, build_shard
+from fqgan_dist.sharding.sources.opening import Progress, ignore_progress
 
 _logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def build_dataset(
         class_descriptions=plan.class_descriptions,
         image_policy=config.describe_policy(),
         shards=entries,
-        plan_sha256=plan.plan_sha256,
+        plans=[plan.plan_sha256],
         problems=problems,
     )
     write_index(storage, prefix, index)
@@ -145,7 +145,7 @@ def _load_finished(storage: Storage, prefix: str, plan: DatasetPlan) -> DatasetI
     if not storage.exists(join_path(prefix, INDEX_NAME)):
         return None
     index = load_index(storage, prefix)
-    if index.plan_sha256 != plan.plan_sha256:
+    if index.plans[:1] != [plan.plan_sha256]:
         raise DataError(
             f"{storage.uri(join_path(prefix, INDEX_NAME))}: a dataset of another source or with "
             "other settings is there; choose another destination, or delete it first"

@@ -14,11 +14,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fqgan_dist.data import decoding
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
-from fqgan_dist.data.shard_plan import make_keys, plan_dataset
-from fqgan_dist.data.sharding import ShardingConfig, ShardingReport, build_dataset
-from fqgan_dist.data.sources import open_source
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.building import ShardingConfig, ShardingReport, build_dataset
+from fqgan_dist.sharding.plan import make_keys, plan_dataset
+from fqgan_dist.sharding.sources.opening import open_source
 
 NUM_CLASSES = 5
 

@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol, cast
 
-from fqgan_dist.data.listing import ListingBuilder, SourceListing
-from fqgan_dist.data.photographs import (
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.listing import ListingBuilder, SourceListing
+from fqgan_dist.sharding.photographs import (
     PhotographsConfig,
     Split,
     crop_photograph,
     sample_photographs,
 )
-from fqgan_dist.data.storage import Storage
-from fqgan_dist.errors import ConfigError, DataError
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fqgan_dist.data.photographs import PhotographsConfig
-from fqgan_dist.data.sources import open_source
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.sources.opening import open_source
 
 
 def png(color: int = 0) -> bytes:

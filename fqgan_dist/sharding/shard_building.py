@@ -19,9 +19,9 @@ from webdataset.writer import TarWriter
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.decoding import decode_image
-from fqgan_dist.data.index import SampleTable, SourceProblem
-from fqgan_dist.data.listing import SourceListing, class_of, printable
+from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import SourceListing, class_of, printable
 
 # Extension by content, not by name: ImageNet has a PNG that is named .JPEG.
 _EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
@@ -189,4 +189,5 @@ def _tabulate(stored: Sequence[tuple[PlannedSample, _EncodedImage]], tar: bytes)
         sizes=np.array([len(image.data) for _, image in stored], np.int64),
         widths=np.array([image.width for _, image in stored], np.int32),
         heights=np.array([image.height for _, image in stored], np.int32),
+        digests=stack_digests([image_digest(image.data) for _, image in stored]),
     )

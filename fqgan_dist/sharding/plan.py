@@ -17,13 +17,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from fqgan_dist.data.listing import SourceListing, class_of
-from fqgan_dist.data.shard_writing import ImagePolicy, PlannedSample
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
+from fqgan_dist.sharding.listing import SourceListing, class_of
+from fqgan_dist.sharding.shard_building import ImagePolicy, PlannedSample
 
 _SHOWN_NAMES = 5
-_LAYOUT = 1
+_LAYOUT = 2
 """To be raised when the bytes that are written for the same plan change."""
 # A tar header holds names of 100 bytes; a repeated key gets a hash, and all get an extension.
 _MAX_STEM_LENGTH = 72

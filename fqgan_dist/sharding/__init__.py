@@ -1,0 +1,1 @@
+"""Making and changing datasets: sources, plan, shards, index."""
