@@ -29,6 +29,7 @@ from support.pool_work import (
     WrongWork,
     wait_until,
 )
+from support.ray_clusters import start_head
 
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.pools import open_pool
@@ -46,7 +47,7 @@ def cluster() -> Iterator[Cluster]:
     """One node with two CPU slots."""
     # Actors cannot import `support`: its classes travel as code.
     cloudpickle.register_pickle_by_value(pool_work)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": SLOT})
+    cluster = start_head(num_cpus=2, resources=SLOT)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support.ray_clusters import start_head
 
 from fqgan_dist.cli import DONE, FAILED, main
 from fqgan_dist.orchestration.cluster_checks import check_shared_root
@@ -24,7 +25,7 @@ TINY = Path(__file__).resolve().parents[1] / "support" / "tiny.yaml"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without slots and a worker node."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = start_head(num_cpus=0)
     cluster.add_node(num_cpus=1)
     yield cluster
     cluster.shutdown()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support.ray_clusters import start_head
 
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.nodes import list_nodes, run_on_every_node
@@ -23,7 +24,7 @@ TIMEOUT_S = 60.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without CPU slots and a worker node."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = start_head(num_cpus=0)
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.cluster_utils import Cluster
+
 ROOT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
 _START_TIMEOUT_S = 90.0
@@ -288,6 +290,19 @@ def _own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def start_head(**resources: Any) -> Cluster:
+    """Start a cluster whose nodes are children of this process; the caller shuts it down.
+
+    Its dashboard has a port of its own: Ray 2.60 tests whether a port is free, 8265 unless told,
+    and leaves the socket open where another cluster's dashboard has it.
+
+    Args:
+        resources: of the head, as `ray.init` takes them.
+    """
+    (port,) = _free_ports(1)
+    return Cluster(initialize_head=True, head_node_args={**resources, "dashboard_port": port})
 
 
 def _free_ports(count: int) -> list[int]:
