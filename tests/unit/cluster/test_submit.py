@@ -164,7 +164,12 @@ def test_lines_of_a_log_whose_stream_breaks_are_printed_once(cluster: Cluster) -
 def test_a_second_call_joins_the_running_job(cluster: Cluster) -> None:
     cluster.plan(job(*["running"] * 400, "succeeded"), job("succeeded"))
     with subprocess.Popen(
-        cluster.arguments(), env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        cluster.arguments(),
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that run in the background of a shell inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as first:
         while not cluster.calls("logs"):
             assert first.poll() is None
