@@ -31,7 +31,13 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["torchrun", pytest.param("ray", marks=pytest.mark.ray)])
+LAUNCHERS = (
+    pytest.param("ray", marks=pytest.mark.ray),
+    pytest.param("torchrun", marks=pytest.mark.slow),  # the same processes, without Ray
+)
+
+
+@pytest.fixture(scope="module", params=LAUNCHERS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("engines")
     if request.param == "ray":
