@@ -1,11 +1,15 @@
 """The `fqgan-data` command.
 
     fqgan-data shard SRC DST name=NAME split=SPLIT [key=value ...] [--dry-run] [--json]
+    fqgan-data extend SRC DST [key=value ...] [--dry-run] [--json]
+    fqgan-data reshard SRC DST [key=value ...] [--dry-run] [--json]
+    fqgan-data split SRC DST parts='{train: 0.9, val: 0.1}' [key=value ...] [--dry-run] [--json]
+    fqgan-data merge SRC SRC... DST name=NAME [key=value ...] [--dry-run] [--json]
+    fqgan-data index SRC name=NAME split=SPLIT [key=value ...] [--json]
     fqgan-data verify SRC [deep=true] [key=value ...] [--json]
     fqgan-data stats SRC [--json]
 
-SRC of `shard` is an image folder (class/name.ext), a tar (.gz, .bz2, .xz) of one, or
-builtin:photographs; datasets are folders or s3://bucket/prefix.
+`fqgan-data COMMAND --help` lists the options of a command. Datasets are folders or s3://bucket/prefix.
 Exit codes: 0 done, 1 failed, 2 wrong usage or option, 3 verification found damage.
 """
 
@@ -17,15 +21,32 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
+from data_tools.command import Call, Command, CommandParser
+from data_tools.extend import ExtendOptions, ExtendSummary, extend
+from data_tools.index import IndexOptions, IndexSummary, index
 from data_tools.progress import ProgressDisplay
-from data_tools.rendering import render_shard, render_stats, render_verify
-from data_tools.shard import ShardOptions, shard
-from data_tools.stats import StatsOptions, compute_stats
+from data_tools.rearrange import (
+    MergeOptions,
+    ReshardOptions,
+    SplitOptions,
+    SplitSummary,
+    merge,
+    reshard,
+    split,
+)
+from data_tools.rendering import (
+    render_extend,
+    render_index,
+    render_shard,
+    render_split,
+    render_stats,
+    render_verify,
+)
+from data_tools.shard import ShardOptions, ShardSummary, shard
+from data_tools.stats import DatasetStats, StatsOptions, compute_stats
 from data_tools.verify import VerifyOptions, verify
-from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.sharding.verification import VerifyReport
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 
@@ -34,13 +55,16 @@ DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # argparse takes no path or option after a flag.
+    given.sort(key=lambda text: text.startswith("-"))
     try:
-        options = _build_parser().parse_args(arguments)
+        parsed = _build_parser().parse_args(given)
     except SystemExit as leaving:  # argparse has written its message, or the help
         return int(leaving.code or 0)
     configure_logging(World(), None)
     try:
-        return int(options.command_fn(options))
+        return _run(parsed.command, parsed)
     except ConfigError as error:
         sys.stderr.write(f"ConfigError: {error}\n")
         return WRONG_USAGE
@@ -52,87 +76,137 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fqgan-data", description="Make and check datasets.", allow_abbrev=False
+def _run(command: Command, parsed: argparse.Namespace) -> int:
+    with ProgressDisplay() as progress:
+        is_dry_run = command.has_dry_run and parsed.dry_run
+        call = command.parse(parsed.arguments, is_dry_run=is_dry_run, progress=progress)
+        result = command.run(call)
+    _write(result.to_json() if parsed.json else command.render(result))
+    return command.find_exit_code(result)
+
+
+def _shard(call: Call) -> ShardSummary:
+    source, destination = call.paths
+    return shard(
+        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    making = _add_command(commands, "shard", _shard, "make a dataset of WebDataset shards")
-    making.add_argument("source", metavar="SRC", help="image folder, tar, or builtin:photographs")
-    making.add_argument("destination", metavar="DST", help="new folder or s3://bucket/prefix")
-    making.add_argument("--dry-run", action="store_true", help="say what would be made")
-    for name, command_fn, help_text in (
-        ("verify", _verify, "find damaged files; deep=true decodes every image; exit 3 on damage"),
-        ("stats", _stats, "show what is in a dataset"),
-    ):
-        checking = _add_command(commands, name, command_fn, help_text)
-        checking.add_argument("source", metavar="SRC", help="folder or s3:// URI of a dataset")
-    for command in commands.choices.values():
-        command.add_argument("options", metavar="key=value", nargs="*", help="settings to change")
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _extend(call: Call) -> ExtendSummary:
+    source, destination = call.paths
+    return extend(
+        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+    )
+
+
+def _reshard(call: Call) -> ShardSummary:
+    source, destination = call.paths
+    return reshard(
+        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+    )
+
+
+def _split(call: Call) -> SplitSummary:
+    source, destination = call.paths
+    return split(
+        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+    )
+
+
+def _merge(call: Call) -> ShardSummary:
+    *sources, destination = call.paths
+    return merge(
+        sources, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+    )
+
+
+def _index(call: Call) -> IndexSummary:
+    return index(call.paths[0], call.options, progress=call.progress)
+
+
+def _verify(call: Call) -> VerifyReport:
+    return verify(call.paths[0], call.options, progress=call.progress)
+
+
+def _stats(call: Call) -> DatasetStats:
+    return compute_stats(call.paths[0], progress=call.progress)
+
+
+COMMANDS = (
+    Command(
+        "shard",
+        "make a dataset of WebDataset shards",
+        ("SRC", "DST"),
+        ShardOptions,
+        _shard,
+        render_shard,
+        has_dry_run=True,
+    ),
+    Command(
+        "extend",
+        "add images to a dataset in new shards; the old ones stay as they are",
+        ("SRC", "DST"),
+        ExtendOptions,
+        _extend,
+        render_extend,
+        has_dry_run=True,
+    ),
+    Command(
+        "reshard",
+        "make a dataset of another one's samples, in other shards or of smaller images",
+        ("SRC", "DST"),
+        ReshardOptions,
+        _reshard,
+        render_shard,
+        has_dry_run=True,
+    ),
+    Command(
+        "split",
+        "divide a dataset into several, each with its share of every class",
+        ("SRC", "DST"),
+        SplitOptions,
+        _split,
+        render_split,
+        has_dry_run=True,
+    ),
+    Command(
+        "merge",
+        "make one dataset of several; classes are united by name",
+        ("SRC", "SRC...", "DST"),
+        MergeOptions,
+        _merge,
+        render_shard,
+        has_dry_run=True,
+    ),
+    Command(
+        "index",
+        "make an index for WebDataset shards of any maker, beside them",
+        ("SRC",),
+        IndexOptions,
+        _index,
+        render_index,
+    ),
+    Command(
+        "verify",
+        "find damaged files; deep=true decodes every image; exit code 3 on damage",
+        ("SRC",),
+        VerifyOptions,
+        _verify,
+        render_verify,
+        find_exit_code=lambda report: DAMAGE_FOUND if report.damages else DONE,
+    ),
+    Command("stats", "show what is in a dataset", ("SRC",), StatsOptions, _stats, render_stats),
+)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="fqgan-data", description="Make, change and check datasets.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    for command in COMMANDS:
+        command.add_to(commands)
     return parser
-
-
-def _add_command(
-    commands: Any, name: str, command_fn: Any, help_text: str
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
-    command.set_defaults(command_fn=command_fn)
-    return command
-
-
-def _shard(arguments: argparse.Namespace) -> int:
-    options = parse_config(_parse_options(arguments), ShardOptions, source="fqgan-data shard")
-    with ProgressDisplay() as progress:
-        summary = shard(
-            arguments.source,
-            arguments.destination,
-            options,
-            is_dry_run=arguments.dry_run,
-            progress=progress,
-        )
-    _write(summary.to_json() if arguments.json else render_shard(summary))
-    return DONE
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    options = parse_config(_parse_options(arguments), VerifyOptions, source="fqgan-data verify")
-    with ProgressDisplay() as progress:
-        report = verify(arguments.source, options, progress=progress)
-    _write(report.to_json() if arguments.json else render_verify(report))
-    return DAMAGE_FOUND if report.damages else DONE
-
-
-def _stats(arguments: argparse.Namespace) -> int:
-    parse_config(_parse_options(arguments), StatsOptions, source="fqgan-data stats")
-    with ProgressDisplay() as progress:
-        stats = compute_stats(arguments.source, progress=progress)
-    _write(stats.to_json() if arguments.json else render_stats(stats))
-    return DONE
-
-
-def _parse_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for text in arguments.options:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            problems.append(f"{text!r}: expected key=value")
-        elif key in values:
-            problems.append(f"{key}: given twice; give it once")
-        else:
-            values[key] = _parse_value(key, value, problems)
-    if problems:
-        raise ConfigError("options:\n  " + "\n  ".join(problems))
-    return values
-
-
-def _parse_value(key: str, text: str, problems: list[str]) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        problems.append(f"{key}: {text!r} is not a YAML value; put it into quotes")
-        return None
 
 
 def _write(result: dict[str, Any] | str) -> None:

@@ -1,4 +1,4 @@
-"""Shows what a library function reports through a `Progress` callback."""
+"""Shows what a library function reports through a `ReportProgress` callback."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from contextlib import ExitStack
 
 from fqgan_dist.telemetry.progress import ProgressBar, track
 
-_UNITS = {"unpacking": "bytes", "verifying": "shards", "reading tables": "shards"}
+_UNITS = {
+    "listing": "files",
+    "looking for files": "files",
+    "reading rows": "rows",
+    "scanning": "bytes",
+    "unpacking": "bytes",
+    "indexing": "MiB",
+    "verifying": "MiB",
+    "reading shards": "shards",
+    "reading tables": "shards",
+}
 _DEFAULT_UNIT = "images"
 
 
 class ProgressDisplay(ExitStack):
-    """A `Progress`: one bar after the other, on standard error; used as a context."""
+    """A `ReportProgress`: one bar after the other, on standard error; used as a context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +35,8 @@ class ProgressDisplay(ExitStack):
             self.close()
             unit = _UNITS.get(description, _DEFAULT_UNIT)
             self._bar = self.enter_context(track(total or None, description, unit))
-            self._description, self._done = description, 0
+            self._description, self._done = description, done
+            self._bar.skip(done)  # done before: no throughput
+            return
         self._bar.advance(done - self._done)
         self._done = done

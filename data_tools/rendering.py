@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_tools.shard import ShardSummary
+from data_tools.extend import ExtendSummary
+from data_tools.index import IndexSummary
+from data_tools.rearrange import SplitSummary
+from data_tools.shard import ShardSummary, WorkSummary
 from data_tools.stats import DatasetStats, Spread
-from data_tools.verify import VerifyReport
+from fqgan_dist.sharding.verification import VerifyReport
 
 _SHOWN_PROBLEMS = 20
 
@@ -23,16 +26,69 @@ def render_shard(summary: ShardSummary) -> str:
         state = f"{summary.destination} is complete already ({size}); nothing was done"
     else:
         state = (
-            f"{summary.destination}: {size} ({summary.num_built} written, "
-            f"{summary.num_kept} from an earlier run)"
+            f"{summary.destination}: {size} ({summary.work.num_built} written, "
+            f"{summary.work.num_kept} from an earlier run)"
+        )
+    return "\n".join([state, *_render_work(summary.dataset_id, summary.work)])
+
+
+def render_split(summary: SplitSummary) -> str:
+    """Say what `split` did, part by part."""
+    return "\n".join(render_shard(part) for part in summary.parts.values())
+
+
+def render_extend(summary: ExtendSummary) -> str:
+    """Say what `extend` did."""
+    size = f"{summary.num_samples} images in {summary.num_shards} shards"
+    present = f"{summary.num_present} of the source it had already"
+    if summary.dataset_id is None:
+        state = f"dry run: {summary.destination} would get {summary.num_added} images ({present})"
+    elif summary.was_complete:
+        state = f"{summary.destination} has all images already ({size}); nothing was done"
+    else:
+        state = (
+            f"{summary.destination}: {summary.num_added} images added, {present}; now {size} "
+            f"({summary.work.num_built} written)"
         )
     lines = [state]
-    if summary.dataset_id is not None:
-        lines.append(f"dataset id {summary.dataset_id}")
+    if summary.added_classes:
+        lines.append(f"{len(summary.added_classes)} new classes:")
+        lines += _indent(list(summary.added_classes))
+    return "\n".join([*lines, *_render_work(summary.dataset_id, summary.work)])
+
+
+def _render_work(dataset_id: str | None, work: WorkSummary) -> list[str]:
+    lines = []
+    if work.num_images:
+        lines.append(
+            f"{work.num_images} images read ({work.bytes_read / 2**20:.1f} MiB), "
+            f"{work.bytes_written / 2**20:.1f} MiB written in {work.seconds:.1f} s, "
+            f"{work.images_per_s:g} images/s"
+        )
+    if dataset_id is not None:
+        lines.append(f"dataset id {dataset_id}")
+    if work.num_problems:
+        where = f" ({', '.join(work.problem_tables)})" if work.problem_tables else ""
+        lines.append(f"{work.num_problems} members of the source are not in the dataset{where}:")
+    lines += _indent(
+        [f"{item['name']}: {item['action']}: {item['reason']}" for item in work.problems],
+        total=work.num_problems,
+    )
+    return lines
+
+
+def render_index(summary: IndexSummary) -> str:
+    """Say what `index` did."""
+    size = (
+        f"{summary.num_samples} images of {summary.num_classes} classes in "
+        f"{summary.num_shards} shards"
+    )
+    done = "had this index already; nothing was done" if summary.was_complete else "has an index"
+    lines = [f"{summary.source} {done}: {size}", f"dataset id {summary.dataset_id}"]
+    if summary.num_problems:
+        lines.append(f"{summary.num_problems} members of the shards are not in the dataset:")
     problems = [f"{item['name']}: {item['action']}: {item['reason']}" for item in summary.problems]
-    if problems:
-        lines.append(f"{len(problems)} members of the source are not in the dataset:")
-    return "\n".join(lines + _indent(problems))
+    return "\n".join(lines + _indent(problems, total=summary.num_problems))
 
 
 def render_verify(report: VerifyReport) -> str:
@@ -42,6 +98,9 @@ def render_verify(report: VerifyReport) -> str:
     if report.unlisted_files:
         lines.append(f"{len(report.unlisted_files)} files that the index does not name:")
         lines += _indent(report.unlisted_files)
+    if report.num_duplicates:
+        lines.append(f"{report.num_duplicates} images have the very bytes of another one:")
+        lines += _indent([" = ".join(names) for names in report.duplicates])
     decoded = f", {report.num_decoded} images decoded" if report.num_decoded else ""
     verdict = "damaged" if damages else "whole"
     lines.append(
@@ -76,8 +135,10 @@ def _format(spread: Spread) -> str:
     return f"{spread.minimum:g} to {spread.maximum:g}, median {spread.median:g}"
 
 
-def _indent(items: Sequence[str]) -> list[str]:
+def _indent(items: Sequence[str], *, total: int | None = None) -> list[str]:
+    """Show the first items of `total`, by default of what is given."""
     lines = [f"  {item}" for item in items[:_SHOWN_PROBLEMS]]
-    if len(items) > _SHOWN_PROBLEMS:
-        lines.append(f"  ... and {len(items) - _SHOWN_PROBLEMS} more (--json names all)")
+    rest = (len(items) if total is None else total) - len(lines)
+    if rest > 0:
+        lines.append(f"  ... and {rest} more")
     return lines

@@ -1,39 +1,93 @@
-"""`fqgan-data shard`: make a dataset from a folder, a tar or the built-in photographs."""
+"""`fqgan-data shard`: make a dataset from images of any kind of source."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field
-
+from data_tools.class_file import read_classes
+from data_tools.engines import EngineOptions, open_engine
+from fqgan_dist.chunks import ReportProgress
+from fqgan_dist.config import Config
+from fqgan_dist.data.index import DatasetIndex, SourceProblem
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.sharding.building import ShardingConfig, build_dataset
+from fqgan_dist.sharding.building import ShardingReport, build_dataset
+from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
-from fqgan_dist.sharding.plan import plan_dataset
-from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, Progress, open_source
+from fqgan_dist.sharding.plan import ShardingConfig, plan_dataset
+from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
+from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.sharding.sources.options import SourceOptions
+from fqgan_dist.sharding.sources.photograph_crops import BUILTIN_PHOTOGRAPHS
 
-PartT = TypeVar("PartT", ShardingConfig, PhotographsConfig)
+PartT = TypeVar("PartT", bound=Config)
 
 _PHOTOGRAPH_OPTIONS = ("image_size", "crops_per_photograph")
 
 
-class ShardOptions(ShardingConfig, PhotographsConfig):
+class ShardOptions(EngineOptions, SourceOptions, ShardingConfig, PhotographsConfig):
     """Options of `fqgan-data shard`.
 
     `image_size` and `crops_per_photograph` are for builtin:photographs only, and `seed` also places
     its crops.
     """
 
-    subfolder: str = ""
-    """Folder inside the source that holds the class folders."""
     classes: Path | None = None
     """File of class names, one per line in the order of their labels, perhaps followed by a tab and
-    a readable name; None: the source's class folders, sorted."""
-    workers: int = Field(default=4, ge=1)
-    """Threads that read, check and encode images."""
+    a readable name; none: the source's classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkSummary:
+    """What a command that makes shards did."""
+
+    num_built: int = 0
+    """Shards that this run wrote."""
+    num_kept: int = 0
+    """Shards of the same job that an earlier run had written."""
+    num_images: int = 0
+    """Images that this run read and checked."""
+    bytes_read: int = 0
+    """Bytes of these images in the source."""
+    bytes_written: int = 0
+    """Bytes of the tars that this run wrote."""
+    seconds: float = 0.0
+    """Time that it took, without the listing of the source."""
+    images_per_s: float = 0.0
+    """Images per second of that time."""
+    num_problems: int = 0
+    """Members of the source that are not in the dataset."""
+    problem_tables: Sequence[str] = ()
+    """Files of the dataset that name all of them, one JSON object per line."""
+    problems: Sequence[dict[str, Any]] = ()
+    """The first of them: name, reason, action."""
+
+    @classmethod
+    def of(cls, index: DatasetIndex, report: ShardingReport, started: float) -> WorkSummary:
+        """Sum up a job.
+
+        Args:
+            index: the dataset.
+            report: what was done.
+            started: `time.monotonic()` of the beginning.
+        """
+        seconds = time.monotonic() - started
+        return cls(
+            num_built=report.num_built,
+            num_kept=report.num_kept,
+            num_images=report.num_images,
+            bytes_read=report.bytes_read,
+            bytes_written=report.bytes_written,
+            seconds=round(seconds, 3),
+            images_per_s=round(report.num_images / seconds, 1) if seconds else 0.0,
+            num_problems=len(report.problems),
+            problem_tables=[table.file for table in index.problem_tables],
+            problems=list_problems(report.problems),
+        )
 
 
 @dataclass(frozen=True)
@@ -52,16 +106,15 @@ class ShardSummary:
     """Images in the dataset; in a dry run those that are named like images."""
     num_shards: int
     """Shards of the dataset."""
-    num_built: int
-    """Shards that this run wrote."""
-    num_kept: int
-    """Shards that an earlier run had written."""
-    problems: list[dict[str, Any]]
-    """What was left out: name, reason, action."""
+    num_bytes: int
+    """Bytes of all tars; in a dry run those of the images in the source."""
+    work: WorkSummary = field(default_factory=WorkSummary)
+    """What this run did."""
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain values."""
-        return asdict(self)
+        """Give plain values, on one level."""
+        values = asdict(self)
+        return values | values.pop("work")
 
 
 def shard(
@@ -70,40 +123,73 @@ def shard(
     options: ShardOptions,
     *,
     is_dry_run: bool,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> ShardSummary:
     """Make a dataset, or say what would be made.
 
     Raises:
         ConfigError: an option has no effect, or the class file is wrong.
         DataError: see `open_source` and `build_dataset`.
+        ClusterError: see `open_engine`.
     """
-    classes, descriptions = read_classes(options.classes) if options.classes else (None, {})
+    classes, descriptions = read_classes(options.classes) if options.classes else (None, None)
     storage = Storage(destination)
+    source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
+    config = select_options(options, ShardingConfig)
     with open_source(
         source_uri,
-        subfolder=options.subfolder,
         split=options.split,
         photographs=_select_photographs(source_uri, options),
         progress=progress,
+        **source_options,
     ) as source:
-        config = _select(options, ShardingConfig)
-        used = set(source.class_names() if classes is None else classes)
-        descriptions = {name: text for name, text in descriptions.items() if name in used}
-        if is_dry_run:
-            plan = plan_dataset(source, config, classes=classes, class_descriptions=descriptions)
-            problems = [problem.model_dump() for problem in source.problems]
-            sizes = len(plan.classes), plan.num_samples, len(plan.shards)
-            return ShardSummary(storage.root, None, False, *sizes, 0, 0, problems)
+        if descriptions is not None:
+            used = set(source.class_names() if classes is None else classes)
+            descriptions = {name: text for name, text in descriptions.items() if name in used}
+        return make_dataset(
+            source,
+            storage,
+            config,
+            options,
+            source_options=source_options,
+            is_dry_run=is_dry_run,
+            progress=progress,
+            classes=classes,
+            class_descriptions=descriptions,
+        )
+
+
+def make_dataset(
+    source: SourceListing,
+    storage: Storage,
+    config: ShardingConfig,
+    engine: EngineOptions,
+    *,
+    source_options: Mapping[str, Any],
+    is_dry_run: bool,
+    progress: ReportProgress,
+    classes: Sequence[str] | None = None,
+    class_descriptions: Mapping[str, str] | None = None,
+) -> ShardSummary:
+    """Make a dataset of a listing, or say what would be made.
+
+    Raises:
+        DataError: see `build_dataset`.
+        ClusterError: see `open_engine`.
+    """
+    started = time.monotonic()
+    named = {"classes": classes, "class_descriptions": class_descriptions}
+    if is_dry_run:
+        return _preview(storage, source, config, **named)
+    with open_engine(engine, storage, source, progress) as run_chunks:
         index, report = build_dataset(
             source,
             storage,
             "",
             config,
-            classes=classes,
-            class_descriptions=descriptions,
-            workers=options.workers,
-            progress=progress,
+            source_options=source_options,
+            run_chunks=run_chunks,
+            **named,
         )
     return ShardSummary(
         destination=storage.root,
@@ -112,39 +198,45 @@ def shard(
         num_classes=index.num_classes,
         num_samples=index.num_samples,
         num_shards=len(index.shards),
-        num_built=report.num_built,
-        num_kept=report.num_kept,
-        problems=[problem.model_dump() for problem in report.problems],
+        num_bytes=sum(entry.bytes for entry in index.shards),
+        work=WorkSummary.of(index, report, started),
     )
 
 
-def read_classes(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Read class names and their readable names, as in `n01443537<TAB>goldfish`.
+def list_problems(problems: Sequence[SourceProblem]) -> list[dict[str, Any]]:
+    """Give the first problems as plain values."""
+    return [problem.model_dump() for problem in problems[:NUM_INDEXED_PROBLEMS]]
 
-    Raises:
-        ConfigError: the file is missing, not text, empty, or names a class twice.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"classes: {path} cannot be read ({error}); name a text file") from error
-    rows = [line.partition("\t") for line in lines if line.strip()]
-    classes = [name.strip() for name, _, _ in rows]
-    if not classes or len(set(classes)) != len(classes):
-        raise ConfigError(f"classes: {path}: expected at least one class and none of them twice")
-    return classes, {name.strip(): text.strip() for name, _, text in rows if text.strip()}
+
+def select_options(options: Config, part: type[PartT]) -> PartT:
+    """Give the options of one part, which are also fields of a command's."""
+    # Only what was given: the parts check that no setting is given without effect.
+    given = options.model_fields_set & set(part.model_fields)
+    return part(**{name: getattr(options, name) for name in given})
+
+
+def _preview(
+    storage: Storage, source: SourceListing, config: ShardingConfig, **named: Any
+) -> ShardSummary:
+    plan = plan_dataset(source, config, **named)
+    return ShardSummary(
+        destination=storage.root,
+        dataset_id=None,
+        was_complete=False,
+        num_classes=len(plan.classes),
+        num_samples=plan.num_samples,
+        num_shards=len(plan.shards),
+        num_bytes=int(source.sizes.sum()),
+        work=WorkSummary(
+            num_problems=len(source.problems), problems=list_problems(source.problems)
+        ),
+    )
 
 
 def _select_photographs(source_uri: str, options: ShardOptions) -> PhotographsConfig | None:
     if source_uri == BUILTIN_PHOTOGRAPHS:
-        return _select(options, PhotographsConfig)
+        return select_options(options, PhotographsConfig)
     for name in _PHOTOGRAPH_OPTIONS:
         if name in options.model_fields_set:
             raise ConfigError(f"{name}: has an effect on {BUILTIN_PHOTOGRAPHS} only; leave it out")
     return None
-
-
-def _select(options: ShardOptions, config_type: type[PartT]) -> PartT:
-    # Only what was given: the parts check that no setting is given without effect.
-    given = options.model_fields_set & set(config_type.model_fields)
-    return config_type(**{name: getattr(options, name) for name in given})

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
-from fqgan_dist.data.index import DatasetIndex, SampleTable, load_index, load_samples
+from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
+from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.sharding.sources.opening import Progress
+from fqgan_dist.errors import DataError
+
+_THREADS = 16
+"""Tables read at once; each is mostly waiting where the dataset is in a bucket."""
+_PENDING_VALUES = 2**20
 
 
 class StatsOptions(Config):
@@ -27,6 +34,44 @@ class Spread:
     """Half are below."""
     maximum: float
     """The greatest."""
+
+
+class Histogram:
+    """Counts of whole numbers, exact; memory grows with the number of different ones.
+
+    12 million images have some 10,000 different widths and 300,000 different sizes in bytes.
+    """
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Count some more numbers."""
+        self._pending.append(values)
+        self._num_pending += len(values)
+        if self._num_pending >= _PENDING_VALUES:
+            self._merge()
+
+    def spread(self) -> Spread:
+        """Give the least, the middle and the greatest of all; of two in the middle their mean."""
+        self._merge()
+        below = np.cumsum(self._counts)
+        total = int(below[-1])
+        middle = np.searchsorted(below, [(total - 1) // 2, total // 2], side="right")
+        median = float(self._values[middle].mean())
+        return Spread(float(self._values[0]), median, float(self._values[-1]))
+
+    def _merge(self) -> None:
+        new = np.concatenate([np.empty(0, np.int64), *self._pending])
+        values, counts = np.unique(new, return_counts=True)
+        merged, places = np.unique(np.concatenate([self._values, values]), return_inverse=True)
+        totals = np.zeros(len(merged), np.int64)
+        np.add.at(totals, places, np.concatenate([self._counts, counts]))
+        self._values, self._counts = merged, totals
+        self._pending, self._num_pending = [], 0
 
 
 @dataclass(frozen=True)
@@ -62,30 +107,35 @@ class DatasetStats:
     height: Spread
     """Pixels."""
     num_problems: int
-    """Members of the source that were left out; they are named in the index."""
+    """Members of the source that were left out; the index or its tables of problems name them."""
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values."""
         return asdict(self)
 
 
-def compute_stats(uri: str, *, progress: Progress) -> DatasetStats:
-    """Measure a dataset.
+def compute_stats(uri: str, *, progress: ReportProgress) -> DatasetStats:
+    """Measure a dataset, one table of samples at a time.
 
     Raises:
         DataError: there is no dataset, or its index or a table is damaged.
     """
     storage = Storage(uri)
     index = load_index(storage, "")
-    tables: list[SampleTable] = []
-    for shard in index.shards:
-        tables.append(load_samples(storage, "", shard))
-        progress("reading tables", len(tables), len(index.shards))
-    return _summarise(index, tables)
-
-
-def _summarise(index: DatasetIndex, tables: list[SampleTable]) -> DatasetStats:
-    labels = np.concatenate([table.labels for table in tables])
+    columns = {name: Histogram() for name in ("sizes", "widths", "heights")}
+    class_counts = np.zeros(index.num_classes, np.int64)
+    mixtures = Histogram()
+    load = partial(load_samples, storage, "")
+    tables = load_in_threads(load, index.shards, threads=_THREADS, ahead=_THREADS)
+    for number, table in enumerate(tables):
+        for name, histogram in columns.items():
+            histogram.add(getattr(table, name))
+        counts = np.bincount(table.labels, minlength=index.num_classes)
+        if len(counts) > index.num_classes:
+            _refuse_label(storage, index, number, len(counts) - 1)
+        class_counts += counts
+        mixtures.add(np.array([np.count_nonzero(counts)]))
+        progress("reading tables", number + 1, len(index.shards))
     return DatasetStats(
         dataset_id=index.dataset_id,
         name=index.name,
@@ -95,15 +145,25 @@ def _summarise(index: DatasetIndex, tables: list[SampleTable]) -> DatasetStats:
         num_classes=index.num_classes,
         num_shards=len(index.shards),
         num_bytes=sum(shard.bytes for shard in index.shards),
-        samples_per_class=_spread(np.bincount(labels, minlength=index.num_classes)),
-        samples_per_shard=_spread(np.array([len(table) for table in tables])),
-        classes_per_shard=_spread(np.array([len(np.unique(table.labels)) for table in tables])),
-        image_bytes=_spread(np.concatenate([table.sizes for table in tables])),
-        width=_spread(np.concatenate([table.widths for table in tables])),
-        height=_spread(np.concatenate([table.heights for table in tables])),
-        num_problems=len(index.problems),
+        samples_per_class=_spread(class_counts),
+        samples_per_shard=_spread(np.array([shard.count for shard in index.shards])),
+        classes_per_shard=mixtures.spread(),
+        image_bytes=columns["sizes"].spread(),
+        width=columns["widths"].spread(),
+        height=columns["heights"].spread(),
+        num_problems=index.num_problems,
+    )
+
+
+def _refuse_label(storage: Storage, index: DatasetIndex, number: int, label: int) -> None:
+    file = index.shards[number].samples_file
+    raise DataError(
+        f"{storage.uri(file)}: label {label}, but the index has {index.num_classes} classes; "
+        "see `fqgan-data verify`"
     )
 
 
 def _spread(values: np.ndarray) -> Spread:
-    return Spread(float(values.min()), float(np.median(values)), float(values.max()))
+    histogram = Histogram()
+    histogram.add(values)
+    return histogram.spread()

@@ -1,10 +1,56 @@
-"""What the loaders give: micro-batches of images or of codes."""
+"""What the loaders give: micro-batches of images or of codes, and an account of the loading."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """A damaged sample, and the one that is trained on in its place."""
+
+    slot: int
+    """Place in the sample order."""
+    shard: str
+    """Tar file of the damaged sample."""
+    key: str
+    """Key of the damaged sample."""
+    replacement_key: str
+    """Key of the sample in its place."""
+    reason: str
+    """What is wrong with the damaged sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What a loader did for the batches that it handed out in a while."""
+
+    replacements: tuple[Replacement, ...] = ()
+    """One for each slot whose sample is damaged, in the order of slots."""
+    samples_read: int = 0
+    """Encoded images that were read, those ahead of the batches included."""
+    cached_samples: int = 0
+    """Of these, images that the shard cache had."""
+    bytes_read: int = 0
+    """Size of the encoded images."""
+    retries: int = 0
+    """Requests to the dataset's store that were made again."""
+
+
+def merge_reports(reports: Iterable[LoadReport]) -> LoadReport:
+    """Add the reports of several times or ranks; a slot that several loaded is named once."""
+    parts = list(reports)
+    by_slot = {each.slot: each for part in parts for each in part.replacements}
+    return LoadReport(
+        replacements=tuple(by_slot[slot] for slot in sorted(by_slot)),
+        samples_read=sum(part.samples_read for part in parts),
+        cached_samples=sum(part.cached_samples for part in parts),
+        bytes_read=sum(part.bytes_read for part in parts),
+        retries=sum(part.retries for part in parts),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +69,8 @@ class ImageBatch:
     """By teacher: stored features of these views, (B, F) float32; empty where none are stored."""
     micro_batch: int
     """Index in the global batch."""
+    report: LoadReport = LoadReport()
+    """Which samples stand in for damaged ones, and what was read."""
 
 
 @dataclass(frozen=True, eq=False)

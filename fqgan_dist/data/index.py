@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 INDEX_NAME = "index.json"
 TABLE_SUFFIX = ".samples.parquet"
 _HASH_BLOCK_BYTES = 8 * 2**20
+_READS = 2
 
 # Names from an index are joined to a storage prefix, so they must stay below it on every system.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.tar")
+_PROBLEMS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,99}\.problems\.jsonl")
 _MAX_KEY_LENGTH = 200
 _DIGEST_BYTES = 16
 
@@ -86,6 +88,14 @@ def _check_shard_name(name: str) -> str:
     return name
 
 
+def _check_problems_name(name: str) -> str:
+    if _PROBLEMS_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{name!r} is no table of problems; expected letters and '.problems.jsonl'"
+        )
+    return name
+
+
 def _check_class_name(name: str) -> str:
     if not name or name in {".", ".."} or not name.isprintable() or re.search(r"[/\\]", name):
         raise ValueError(f"{name!r} is not a class name; expected printable text without a slash")
@@ -133,6 +143,17 @@ class SourceProblem(Config):
     """What was done: `skipped` (not a usable image) or `refused` (a dangerous name or kind)."""
 
 
+class ProblemTable(Config):
+    """A table of what was left out: one `SourceProblem` as JSON per line, sorted by name."""
+
+    file: Annotated[str, AfterValidator(_check_problems_name)]
+    """Name of the file, below the dataset's prefix."""
+    count: int = Field(ge=1)
+    """Number of its lines."""
+    sha256: Sha256
+    """Hash of the file."""
+
+
 class DatasetIndex(Config):
     """Everything about a dataset but its samples."""
 
@@ -154,7 +175,9 @@ class DatasetIndex(Config):
     """Hashes of the plans (listing of a source and policy) that the shards were made by, first to
     last, by which a finished job knows itself; empty: the shards were only indexed."""
     problems: list[SourceProblem] = Field(default_factory=list)
-    """What was left out of the dataset, by name."""
+    """The first of what was left out of the dataset, by name."""
+    problem_tables: list[ProblemTable] = Field(default_factory=list)
+    """All that was left out: a table of each plan that had problems."""
 
     @model_validator(mode="after")
     def _check_names(self) -> DatasetIndex:
@@ -172,6 +195,11 @@ class DatasetIndex(Config):
     def num_samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def num_problems(self) -> int:
+        """Number of members of the sources that were left out."""
+        return max(len(self.problems), sum(table.count for table in self.problem_tables))
 
     @property
     def num_classes(self) -> int:
@@ -228,6 +256,34 @@ def load_index(storage: Storage, prefix: str) -> DatasetIndex:
             "`fqgan-data shard`, or correct the path"
         ) from error
     return parse_index(data, source=storage.uri(path))
+
+
+def former_index_name(dataset_id: str) -> str:
+    """Name the file that holds the index of a dataset as it was before it was extended."""
+    return f"index-{dataset_id[:16]}.json"
+
+
+def load_pinned_index(storage: Storage, prefix: str, dataset_id: str) -> DatasetIndex:
+    """Read the index of the dataset that a run was started on.
+
+    Raises:
+        DataError: as `load_index`, or the dataset is another one by now.
+    """
+    index = load_index(storage, prefix)
+    if index.dataset_id == dataset_id:
+        return index
+    path = storage.uri(join_path(prefix, INDEX_NAME))
+    former = former_index_name(dataset_id)
+    if not storage.exists(join_path(prefix, former)):
+        raise DataError(
+            f"{path}: dataset {index.dataset_id[:16]}, expected {dataset_id[:16]}, which this run "
+            "was started on; restore it, or start a new run"
+        )
+    raise DataError(
+        f"{path}: the dataset was extended since this run was started on {dataset_id[:16]}; start "
+        f"a new run, or to go on with the former images give the run a copy of the folder in which "
+        f"index.json is the file {former} beside it"
+    )
 
 
 def parse_index(data: bytes, *, source: str) -> DatasetIndex:
@@ -313,7 +369,9 @@ def decode_samples(data: bytes, *, source: str) -> tuple[SampleTable, dict[str, 
         raise DataError(f"{source}: not a table of samples: a value is missing")
     keys: list[str] = columns[0].to_pylist()
     numbers = [column.to_numpy() for column in columns[1:-1]]
-    samples = SampleTable(keys, *numbers, stack_digests(columns[-1].to_pylist()))
+    labels, offsets, sizes, widths, heights = numbers
+    digests = stack_digests(columns[-1].to_pylist())
+    samples = SampleTable(keys, labels, offsets, sizes, widths, heights, digests)
     _check_samples(samples, source)
     metadata.pop("ARROW:schema", None)
     return samples, metadata
@@ -327,22 +385,36 @@ def load_samples(storage: Storage, prefix: str, entry: ShardEntry) -> SampleTabl
     """
     path = join_path(prefix, entry.samples_file)
     source = storage.uri(path)
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{source}: no such file; the dataset is not complete") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != entry.samples_sha256:
-        raise DataError(
-            f"{source}: damaged: its sha256 is {found}, the index has {entry.samples_sha256}; "
-            "copy the dataset again, or make it again with `fqgan-data shard`"
-        )
+    data = _read_expected(storage, path, entry.samples_sha256)
     samples, _ = decode_samples(data, source=source)
     if len(samples) != entry.count:
         raise DataError(f"{source}: {len(samples)} samples, the index has {entry.count}")
     if int((samples.offsets + samples.sizes).max()) > entry.bytes:
         raise DataError(f"{source}: a sample lies beyond the shard's {entry.bytes} bytes")
     return samples
+
+
+def _read_expected(storage: Storage, path: str, sha256: str) -> bytes:
+    """Read an object of known hash; wrong bytes are read again, as the way may have changed them.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    found = ""
+    for _ in range(_READS):
+        try:
+            data = storage.read_bytes(path)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{storage.uri(path)}: no such file; the dataset is not complete"
+            ) from error
+        found = hashlib.sha256(data).hexdigest()
+        if found == sha256:
+            return data
+    raise DataError(
+        f"{storage.uri(path)}: damaged: its sha256 is {found}, the index has {sha256}; "
+        "copy the dataset again, or make it again with `fqgan-data shard`"
+    )
 
 
 def hash_object(storage: Storage, path: str) -> tuple[str, int]:

@@ -9,16 +9,19 @@ while the order's window needs them; images are read by their offset in the tar.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Generic, TypeVar
 
-from fqgan_dist.data.batches import CodeBatch, ImageBatch
+from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
 from fqgan_dist.data.index import DatasetIndex, load_index
 from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
+from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import ViewConfig, num_views
@@ -27,10 +30,14 @@ from fqgan_dist.loss_group import ALONE, LossGroup
 
 __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
 
+logger = logging.getLogger(__name__)
+
 BatchT = TypeVar("BatchT")
 
 _THREADS = 2
 _AHEAD_STEPS = 2
+"""Steps that threads work ahead. With loader workers it is two micro-batches for each of them, so
+that what is held in memory is bounded either way, however slow the training is."""
 
 
 class _StepLoader(Generic[BatchT]):
@@ -51,6 +58,7 @@ class _StepLoader(Generic[BatchT]):
         self._build = build
         self._source = build()
         self._loader_workers = loader_workers
+        self._report = LoadReport()
 
     @property
     def num_samples(self) -> int:
@@ -62,14 +70,21 @@ class _StepLoader(Generic[BatchT]):
         """The sha256 of the dataset's index."""
         return self.index.dataset_id
 
+    def take_report(self) -> LoadReport:
+        """Tell what was done for the batches handed out since the last call."""
+        report, self._report = self._report, LoadReport()
+        return report
+
     def batches(
         self,
         start_step: int,
         micro_batches: Sequence[int],
         *,
         loss_group: LossGroup = ALONE,
-    ) -> Iterator[list[BatchT]]:
+    ) -> Generator[list[BatchT], None, None]:
         """Yield, for every step from `start_step` on and without end, some of its micro-batches.
+
+        Closing the generator ends the threads or processes that load ahead.
 
         Args:
             start_step: first step, from 0.
@@ -77,7 +92,7 @@ class _StepLoader(Generic[BatchT]):
             loss_group: the ranks that share them; only this member's samples are read.
 
         Raises:
-            DataError: a sample is damaged or missing; names shard and sample.
+            DataError: samples are damaged or missing; names shard and sample.
         """
         if start_step < 0 or not micro_batches:
             raise ValueError(f"start_step {start_step}, micro_batches {list(micro_batches)}")
@@ -95,7 +110,7 @@ class _StepLoader(Generic[BatchT]):
 
     def _stream(
         self, start_step: int, micro_batches: tuple[int, ...], loss_group: LossGroup
-    ) -> Iterator[list[BatchT]]:
+    ) -> Generator[list[BatchT], None, None]:
         wanted = (
             MicroBatchIndex(step, index, loss_group.member, loss_group.size)
             for step in itertools.count(start_step)
@@ -106,8 +121,14 @@ class _StepLoader(Generic[BatchT]):
         else:
             ahead = _AHEAD_STEPS * len(micro_batches)
             loaded = load_in_threads(self._source, wanted, threads=_THREADS, ahead=ahead)
-        while True:
-            yield list(itertools.islice(loaded, len(micro_batches)))
+        with closing(loaded):
+            while True:
+                batches = list(itertools.islice(loaded, len(micro_batches)))
+                self._account(batches)
+                yield batches
+
+    def _account(self, batches: Sequence[BatchT]) -> None:
+        """Add batches that are handed out to the report; codes have nothing to tell."""
 
 
 class ImageLoader(_StepLoader[ImageBatch]):
@@ -126,6 +147,8 @@ class ImageLoader(_StepLoader[ImageBatch]):
         features: FeatureStore | None = None,
         window_shards: int = DEFAULT_WINDOW_SHARDS,
         loader_workers: int = 0,
+        max_damaged_in_a_row: int = 1,
+        cache: ShardCacheConfig | None = None,
     ) -> None:
         """Open a dataset; only its index is read.
 
@@ -142,11 +165,16 @@ class ImageLoader(_StepLoader[ImageBatch]):
             window_shards: shards that are mixed with each other; their tables and features are kept
                 in memory.
             loader_workers: spawned processes that decode; 0: threads of this process.
+            max_damaged_in_a_row: a damaged sample is replaced by another one; as many damaged ones
+                one after another, replacements included, are an error. 1: the first one is.
+            cache: where whole shards are kept on this machine; None: images are read by range.
 
         Raises:
             DataError: there is no dataset, or its index is damaged.
             ConfigError: `num_views` does not fit the policy or the features.
         """
+        if max_damaged_in_a_row < 1:
+            raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
         index = load_index(storage, prefix)
         plan = BatchPlan(
             seed=seed,
@@ -162,8 +190,23 @@ class ImageLoader(_StepLoader[ImageBatch]):
             view=view,
             num_views=_check_num_views(view, num_views, has_features=features is not None),
             features=features,
+            max_damaged_in_a_row=max_damaged_in_a_row,
+            cache=cache,
         )
         super().__init__(index, build, plan=plan, loader_workers=loader_workers)
+        self._warned: set[str] = set()
+
+    def _account(self, batches: Sequence[ImageBatch]) -> None:
+        reports = [batch.report for batch in batches]
+        self._report = merge_reports([self._report, *reports])
+        for found in (each for report in reports for each in report.replacements):
+            if found.key not in self._warned:
+                self._warned.add(found.key)
+                logger.warning(
+                    "damaged sample: %s; trained on %r in its place",
+                    found.reason,
+                    found.replacement_key,
+                )
 
 
 class CodeLoader(_StepLoader[CodeBatch]):

@@ -6,13 +6,16 @@ gives it its name, and the folder is synced: after a crash the object is whole o
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from fqgan_dist.data.download_target import create_target
 from fqgan_dist.errors import DataError
 
 _TEMPORARY_MARK = ".writing-"
@@ -22,11 +25,15 @@ _COPY_BYTES = 8 * 2**20
 class LocalBackend:
     """Objects as files; names are absolute paths."""
 
+    num_retries = 0
+    """Nothing is repeated on a disk."""
+
     def size(self, uri: str) -> int:
         """Read a file's size; a folder is no object, as on S3."""
-        if os.path.isdir(uri):
-            raise FileNotFoundError(uri)
-        return os.stat(uri).st_size
+        entry = os.stat(uri)
+        if stat.S_ISDIR(entry.st_mode):
+            raise _no_object(uri)
+        return entry.st_size
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
         """Read a range, or to the end where `length` is None."""
@@ -43,8 +50,22 @@ class LocalBackend:
     def open_read(self, uri: str) -> BinaryIO:
         """Open a file; a folder is no object."""
         if os.path.isdir(uri):
-            raise FileNotFoundError(uri)
+            raise _no_object(uri)
         return open(uri, "rb")
+
+    def download(
+        self, uri: str, target: Path, progress: Callable[[int], None] | None
+    ) -> tuple[str, int]:
+        """Copy a file to a new one; give its sha256 and size."""
+        size = self.size(uri)
+        with self.open_read(uri) as source, create_target(target, size) as file:
+            for offset in range(0, size, _COPY_BYTES):
+                data = source.read(min(_COPY_BYTES, size - offset))
+                file.write(offset, data)
+                file.hash(offset, len(data))
+                if progress is not None:
+                    progress(len(data))
+            return file.sha256, size
 
     def write(self, uri: str, data: bytes) -> None:
         """Replace a file."""
@@ -66,6 +87,11 @@ class LocalBackend:
         """List a folder without the temporary files of writers."""
         return [name for name in os.listdir(uri) if _TEMPORARY_MARK not in name]
 
+    def walk(self, uri: str) -> Iterator[tuple[str, int]]:
+        """List the files below a folder as a bucket would: relative names and sizes, by bytes."""
+        if os.path.isdir(uri):
+            yield from _walk(uri, "", ())
+
     def delete(self, uri: str) -> None:
         """Remove a file if it is there."""
         try:
@@ -78,6 +104,33 @@ class LocalBackend:
         with _temporary_file(uri, chunks) as temporary:
             os.replace(temporary, uri)
         _sync_directory(os.path.dirname(uri))
+
+
+def _walk(
+    folder: str, prefix: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, int]]:
+    """List a folder's files, then those of its folders, in the order of whole names."""
+    entry = os.stat(folder)
+    identity = (entry.st_dev, entry.st_ino)
+    if identity in above:
+        raise DataError(f"{folder}: a link to a folder that it lies in; remove the link")
+    found: list[tuple[bytes, str, os.stat_result]] = []
+    with os.scandir(folder) as entries:
+        for each in entries:
+            with suppress(FileNotFoundError):  # a broken link, or just removed
+                info = each.stat()
+                # "a-b" comes before "a/x", as in a bucket, so folders sort with their slash.
+                end = "/" if stat.S_ISDIR(info.st_mode) else ""
+                found.append((os.fsencode(each.name + end), each.name, info))
+    for _, name, info in sorted(found):
+        if stat.S_ISDIR(info.st_mode):
+            yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", (*above, identity))
+        elif stat.S_ISREG(info.st_mode) and _TEMPORARY_MARK not in name:
+            yield prefix + name, info.st_size
+
+
+def _no_object(uri: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "a folder, not an object", uri)
 
 
 @contextmanager

@@ -2,24 +2,32 @@
 
 A shard's tables are read when one of its samples is due, and kept while the order's window needs
 them, so memory is bounded by the window. Safe to call from several threads.
+
+A sample whose bytes are not those of the dataset, or cannot be decoded, is damaged: another one of
+the dataset, fixed by the slot alone, is loaded in its place, and the batch says so.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.data.decoding import decode_image
+from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, Replacement
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
-from fqgan_dist.data.order import SampleLocations, SampleOrder
+from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
 from fqgan_dist.data.records import CodeStore, FeatureStore
+from fqgan_dist.data.sample_reader import SampleReader
+from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.data.views import ViewConfig, apply_view
+from fqgan_dist.data.view_loading import load_view
+from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
 
@@ -65,6 +73,19 @@ class BatchPlan:
         return range(start, start + count)
 
 
+class Place(NamedTuple):
+    """The sample of one slot."""
+
+    slot: int
+    """Number in the endless stream."""
+    epoch: int
+    """Epoch of the slot, from 0."""
+    shard: int
+    """Index of the shard in the dataset's index."""
+    row: int
+    """Row of the sample in its shard."""
+
+
 class _Samples:
     """What both sources share: the order of a dataset and the tables of its shards."""
 
@@ -83,27 +104,51 @@ class _Samples:
         self.dataset = dataset
         self.shards = index.shards
         self.plan = plan
-        # A batch may straddle two windows.
-        self.cached_shards = 2 * plan.window_shards
+        # A batch straddles two windows, or more where shards are small.
+        counts = sorted(shard.count for shard in index.shards)
+        num_windows = 2 + plan.micro_batch_size // sum(counts[: plan.window_shards])
+        self.cached_shards = num_windows * plan.window_shards
         self._tables = BoundedCache(self._load_table, self.cached_shards)
 
-    def locate(self, index: MicroBatchIndex) -> SampleLocations:
-        """Find the samples of a micro-batch."""
-        return self.order.locate(self.plan.slots(index))
+    def locate(self, slots: range) -> list[Place]:
+        """Find the samples of slots."""
+        found = self.order.locate(slots)
+        columns = (found.epochs.tolist(), found.shards.tolist(), found.rows.tolist())
+        return [Place(*values) for values in zip(slots, *columns, strict=True)]
+
+    def tables(self, places: Sequence[Place]) -> dict[int, SampleTable]:
+        """Give the tables of the shards that samples are in, by shard."""
+        return self._tables.get_many(place.shard for place in places)
 
     def table(self, shard: int) -> SampleTable:
-        """Give a shard's table of samples."""
+        """Give the table of a shard."""
         return self._tables.get(shard)
 
-    def keys_and_labels(self, places: SampleLocations) -> tuple[list[str], torch.Tensor]:
-        """Give the keys and labels of samples."""
-        pairs = list(zip(places.shards.tolist(), places.rows.tolist(), strict=True))
-        keys = [self.table(shard).keys[row] for shard, row in pairs]
-        labels = [int(self.table(shard).labels[row]) for shard, row in pairs]
-        return keys, torch.tensor(labels, dtype=torch.int64)
+    def candidates(self, slot: int) -> Iterator[tuple[int, int]]:
+        """Give the samples that may stand in for a slot's, as shard and row, best first.
+
+        They depend on nothing but the dataset, the seed and the slot. None is in the slot's
+        micro-batch, and none is a candidate for two slots of one micro-batch: ranks that share it
+        need not know of each other's damaged samples.
+        """
+        size = self.plan.micro_batch_size
+        first = slot - slot % size
+        taken = {(place.shard, place.row) for place in self.locate(range(first, first + size))}
+        free = (sample for sample in self.order.walk(first) if sample not in taken)
+        return itertools.islice(free, slot - first, None, size)
 
     def _load_table(self, shard: int) -> SampleTable:
         return load_samples(self.dataset, "", self.shards[shard])
+
+
+class _Image(NamedTuple):
+    """A view of one sample."""
+
+    place: Place
+    key: str
+    label: int
+    view: int
+    pixels: np.ndarray
 
 
 class ImageSource(_Samples):
@@ -118,56 +163,138 @@ class ImageSource(_Samples):
         view: ViewConfig,
         num_views: int | None,
         features: FeatureStore | None,
+        max_damaged_in_a_row: int,
+        cache: ShardCacheConfig | None,
     ) -> None:
         super().__init__(dataset, index, plan)
+        self._reader = SampleReader(dataset, index, load_table=self.table, cache=cache)
+        self._is_cached = cache is not None
+        self._upcoming: list[int] = []
+        self._lock = threading.Lock()
+        self._reported = (0, 0, 0, 0)
         self._view = view
         self._num_views = num_views
         self._features = features
+        self._max_damaged = max_damaged_in_a_row
         self._feature_tables = BoundedCache(self._load_features, self.cached_shards)
 
     def __call__(self, index: MicroBatchIndex) -> ImageBatch:
-        """Read, decode and crop a micro-batch's images."""
-        places = self.locate(index)
-        keys, labels = self.keys_and_labels(places)
-        epochs: list[int] = places.epochs.tolist()
-        views = epochs if self._num_views is None else [e % self._num_views for e in epochs]
-        crops = [
-            self._crop(data, shard, key, view)
-            for data, shard, key, view in zip(
-                self._read_images(places), places.shards.tolist(), keys, views, strict=True
-            )
+        """Read, decode and crop a micro-batch's images.
+
+        Raises:
+            DataError: too many samples in a row are damaged, or a file is missing or damaged.
+        """
+        slots = self.plan.slots(index)
+        places = self.locate(slots)
+        self._request_next_window(slots[-1])
+        images: list[_Image] = []
+        replacements: list[Replacement] = []
+        for place, found in zip(places, self._load_images(places), strict=True):
+            if isinstance(found, DataError):
+                image = self._load_replacement(place, found)
+                replacements.append(self._describe(place, found, image))
+                images.append(image)
+            else:
+                images.append(found)
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+        return ImageBatch(
+            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            labels=torch.tensor([image.label for image in images], dtype=torch.int64),
+            keys=[image.key for image in images],
+            views=[image.view for image in images],
+            features=self._gather_features(images) if self._features else {},
+            micro_batch=index.micro_batch,
+            report=self._report(replacements),
+        )
+
+    def _load_images(self, places: Sequence[Place]) -> list[_Image | DataError]:
+        """Load views of samples, each a DataError where the sample is damaged."""
+        tables = self.tables(places)
+        encoded = self._reader.read([(place.shard, place.row) for place in places])
+        return [
+            self._crop(place, tables[place.shard], data)
+            for place, data in zip(places, encoded, strict=True)
         ]
-        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
-        features = self._gather_features(places, views) if self._features else {}
-        return ImageBatch(images, labels, keys, views, features, micro_batch=index.micro_batch)
 
-    def _read_images(self, places: SampleLocations) -> list[bytes]:
-        ranges: list[tuple[str, int, int]] = []
-        for shard, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
-            table = self.table(shard)
-            file = self.shards[shard].file
-            ranges.append((file, int(table.offsets[row]), int(table.sizes[row])))
+    def _crop(
+        self, place: Place, table: SampleTable, data: bytes | DataError
+    ) -> _Image | DataError:
+        if isinstance(data, DataError):
+            return data
+        key = table.keys[place.row]
+        view = place.epoch if self._num_views is None else place.epoch % self._num_views
+        name = f"{self.dataset.uri(self.shards[place.shard].file)}: sample {key!r}"
         try:
-            return self.dataset.read_ranges(ranges)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{error.filename}: no such file; the dataset is not complete"
-            ) from error
-
-    def _crop(self, data: bytes, shard: int, key: str, view: int) -> np.ndarray:
-        name = f"{self.dataset.uri(self.shards[shard].file)}: sample {key!r}"
-        image = decode_image(data, name=name)
-        pixels, _ = apply_view(image, self._view, seed=self.plan.seed, key=key, view=view)
-        return pixels
-
-    def _gather_features(
-        self, places: SampleLocations, views: list[int]
-    ) -> dict[str, torch.Tensor]:
-        rows = [
-            {name: values[row] for name, values in self._feature_tables.get((shard, view)).items()}
-            for shard, row, view in zip(
-                places.shards.tolist(), places.rows.tolist(), views, strict=True
+            pixels, _ = load_view(
+                data, self._view, seed=self.plan.seed, key=key, view=view, name=name
             )
+        except DataError as error:
+            return error
+        return _Image(place, key, int(table.labels[place.row]), view, pixels)
+
+    def _load_replacement(self, place: Place, error: DataError) -> _Image:
+        """Load the first undamaged sample that may stand in for a damaged one."""
+        errors = [error]
+        for shard, row in itertools.islice(self.candidates(place.slot), self._max_damaged - 1):
+            [found] = self._load_images([place._replace(shard=shard, row=row)])
+            if not isinstance(found, DataError):
+                return found
+            errors.append(found)
+        if self._max_damaged == 1:
+            raise error
+        if len(errors) < self._max_damaged:
+            remedy = "the dataset has no further sample outside the micro-batch to take instead"
+        else:
+            remedy = f"max_damaged_in_a_row is {self._max_damaged}"
+        raise DataError(
+            f"{len(errors)} damaged sample(s) in a row, and {remedy}; check the dataset with "
+            f"`fqgan-data verify`: " + "; ".join(map(str, errors))
+        ) from errors[-1]
+
+    def _describe(self, place: Place, error: DataError, image: _Image) -> Replacement:
+        return Replacement(
+            slot=place.slot,
+            shard=self.shards[place.shard].file,
+            key=self.table(place.shard).keys[place.row],
+            replacement_key=image.key,
+            reason=str(error),
+        )
+
+    def _request_next_window(self, slot: int) -> None:
+        """Ask the cache for the shards that come next, once for each window."""
+        if not self._is_cached:
+            return
+        upcoming = self.order.upcoming_shards(slot)
+        with self._lock:
+            is_new, self._upcoming = upcoming != self._upcoming, upcoming
+        if is_new:
+            self._reader.prefetch(upcoming)
+
+    def _report(self, replacements: Sequence[Replacement]) -> LoadReport:
+        """Tell what was replaced in a batch, and what was read since the last report."""
+        with self._lock:
+            stats, former = self._reader.stats(), self._reported
+            hits = stats.cache.hits if stats.cache else 0
+            self._reported = (stats.samples, hits, stats.bytes, self.dataset.num_retries)
+            samples, hits, read, retries = (
+                now - before for now, before in zip(self._reported, former, strict=True)
+            )
+        return LoadReport(
+            replacements=tuple(replacements),
+            samples_read=samples,
+            cached_samples=hits,
+            bytes_read=read,
+            retries=retries,
+        )
+
+    def _gather_features(self, images: Sequence[_Image]) -> dict[str, torch.Tensor]:
+        tables = self._feature_tables.get_many((each.place.shard, each.view) for each in images)
+        rows = [
+            {
+                name: values[image.place.row]
+                for name, values in tables[image.place.shard, image.view].items()
+            }
+            for image in images
         ]
         return {
             name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.float32))
@@ -177,7 +304,8 @@ class ImageSource(_Samples):
     def _load_features(self, shard_and_view: tuple[int, int]) -> dict[str, np.ndarray]:
         assert self._features is not None, "asked for only with a feature store"
         shard, view = shard_and_view
-        return self._features.read(self.shards[shard], view, self.table(shard).keys).columns
+        keys = self.table(shard).keys
+        return self._features.read(self.shards[shard], view, keys).columns
 
 
 class CodeSource(_Samples):
@@ -196,18 +324,27 @@ class CodeSource(_Samples):
         self._drawn = BoundedCache(self._draw_codes, self.cached_shards)
 
     def __call__(self, index: MicroBatchIndex) -> CodeBatch:
-        """Gather a micro-batch's codes."""
-        places = self.locate(index)
-        keys, labels = self.keys_and_labels(places)
+        """Gather a micro-batch's codes.
+
+        Raises:
+            DataError: a file of codes or a table is missing or damaged.
+        """
+        places = self.locate(self.plan.slots(index))
+        tables = self.tables(places)
+        drawn = self._drawn.get_many((place.epoch, place.shard) for place in places)
         codes, views = [], []
-        for epoch, shard, row in zip(
-            places.epochs.tolist(), places.shards.tolist(), places.rows.tolist(), strict=True
-        ):
-            shard_codes, shard_views = self._drawn.get((epoch, shard))
-            codes.append(shard_codes[row])
-            views.append(int(shard_views[row]))
-        stacked = torch.from_numpy(np.stack(codes).astype(np.int64))
-        return CodeBatch(stacked, labels, keys, views, micro_batch=index.micro_batch)
+        for place in places:
+            shard_codes, shard_views = drawn[place.epoch, place.shard]
+            codes.append(shard_codes[place.row])
+            views.append(int(shard_views[place.row]))
+        labels = [int(tables[place.shard].labels[place.row]) for place in places]
+        return CodeBatch(
+            codes=torch.from_numpy(np.stack(codes).astype(np.int64)),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            keys=[tables[place.shard].keys[place.row] for place in places],
+            views=views,
+            micro_batch=index.micro_batch,
+        )
 
     def _draw_codes(self, epoch_and_shard: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Read a shard's codes and keep one view of each sample, (n, K, h, w), and its number."""

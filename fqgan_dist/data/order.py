@@ -8,7 +8,7 @@ state of the stream is the number of images seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,6 +59,7 @@ class SampleOrder:
         if window_shards < 1:
             raise ValueError(f"window_shards {window_shards}: expected at least 1")
         self._counts = np.asarray(shard_counts, dtype=np.int64)
+        self._ends = np.cumsum(self._counts)
         self._key: tuple[Key, ...] = (dataset_id, seed, window_shards)
         self.window_shards = window_shards
         # Bound here, not by a decorator: a cache on the class would keep every instance alive.
@@ -70,7 +71,35 @@ class SampleOrder:
     @property
     def num_samples(self) -> int:
         """Samples in the dataset, the length of an epoch."""
-        return int(self._counts.sum())
+        return int(self._ends[-1])
+
+    def walk(self, *key: Key) -> Iterator[tuple[int, int]]:
+        """Visit every sample once, as shard and row, in a random order of the key's own.
+
+        Samples are drawn as they are asked for: the first ones of millions cost nothing.
+
+        Args:
+            key: another key gives another walk.
+        """
+        # Raw words, as in `_permutation`.
+        words = numpy_generator("sample_walk", *self._key, *key).bit_generator
+        visited: set[int] = set()
+        while len(visited) < self.num_samples:
+            sample = int(words.random_raw()) % self.num_samples
+            if sample not in visited:
+                visited.add(sample)
+                shard = int(np.searchsorted(self._ends, sample, side="right"))
+                yield shard, int(sample - (self._ends[shard] - self._counts[shard]))
+
+    def upcoming_shards(self, slot: int) -> list[int]:
+        """Give the shards of the window after a slot's, in the order of the epoch."""
+        epoch, position = divmod(slot, self.num_samples)
+        layout = self._epoch(epoch)
+        window = int(np.searchsorted(layout.window_ends, position, side="right")) + 1
+        if window == len(layout.window_ends):
+            layout, window = self._epoch(epoch + 1), 0
+        first = window * self.window_shards
+        return layout.shards[first : first + self.window_shards].tolist()
 
     def locate(self, slots: Sequence[int] | range | np.ndarray) -> SampleLocations:
         """Find the samples of slots.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 Load = Callable[[KeyT], ValueT]
+
+_PARALLEL_LOADS = 8
+"""Tables read at once: where each is a request of 30-60 ms, a window's 8 shards cost one of them,
+not eight."""
+_BATCHES_AHEAD = 2
+"""Micro-batches that each loader worker holds ready or in work."""
 
 
 class BoundedCache(Generic[KeyT, ValueT]):
@@ -39,6 +45,19 @@ class BoundedCache(Generic[KeyT, ValueT]):
             self._fill(key, future)
         return future.result()
 
+    def get_many(self, keys: Iterable[KeyT]) -> dict[KeyT, ValueT]:
+        """Return the values of keys; those that are missing are loaded side by side.
+
+        More keys than the capacity are given all the same, but not all of them remembered.
+        """
+        wanted = list(dict.fromkeys(keys))
+        with self._lock:
+            missing = [key for key in wanted if key not in self._values]
+        if len(missing) < 2:
+            return {key: self.get(key) for key in wanted}
+        with ThreadPoolExecutor(min(len(missing), _PARALLEL_LOADS)) as pool:
+            return dict(zip(wanted, pool.map(self.get, wanted), strict=True))
+
     def _fill(self, key: KeyT, future: Future[ValueT]) -> None:
         try:
             future.set_result(self._load(key))
@@ -51,7 +70,7 @@ class BoundedCache(Generic[KeyT, ValueT]):
 
 def load_in_threads(
     load: Callable[[KeyT], ValueT], keys: Iterable[KeyT], *, threads: int, ahead: int
-) -> Iterator[ValueT]:
+) -> Generator[ValueT, None, None]:
     """Yield `load(key)` for each key in order, working on up to `ahead` later ones meanwhile.
 
     Reading and Pillow's decoding and resizing release the interpreter lock, so threads do overlap
@@ -73,8 +92,10 @@ def load_in_threads(
 
 def load_in_processes(
     build: Callable[[], Load[Any, ValueT]], keys: Iterable[Any], *, workers: int
-) -> Iterator[ValueT]:
+) -> Generator[ValueT, None, None]:
     """Yield `build()(key)` for each key in order, computed by spawned loader workers.
+
+    Each works at most two keys ahead. Closing the generator ends them.
 
     Args:
         build: makes the function inside each worker; picklable. Workers are spawned, since
@@ -88,8 +109,11 @@ def load_in_processes(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=_BATCHES_AHEAD,
         multiprocessing_context="spawn",
     )
+    # DataLoader's iterator ends its workers when it is freed, and has no other public way. This
+    # frame holds the only reference, which goes with the frame when the generator is closed.
     yield from loader
 
 

@@ -1,39 +1,40 @@
-"""A whole shard from front to back, through webdataset's tar layer.
+"""A whole shard from front to back, by the places in its table of samples.
 
-Shards are hostile input: the stream is opened by our storage (webdataset would run `pipe:` URLs
-through a shell), only the members of a whitelist are read, nothing is decoded by webdataset (it
-would unpickle `.pkl` members), compressed archives are refused, and the bytes are checked against
-the index.
+Shards are hostile input, and not all are of our making. So nothing in the tar is parsed, named or
+expanded: the table, which the index pins, says where each image's bytes are and what they hash to;
+other members are passed over. The stream is opened by our storage (webdataset would run `pipe:`
+URLs through a shell, unpickle `.pkl` members and expand compressed archives).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.index import (
+    SampleTable,
+    ShardEntry,
+    image_digest,
+    join_path,
+    load_samples,
+)
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_LABEL_SUFFIX = "cls"
 _TAR_MAGIC_OFFSET = 257
 _TAR_MAGIC = b"ustar"
-_DRAIN_BYTES = 2**20
+_BLOCK_BYTES = 2**20
 
 
 def iterate_shard(
     storage: Storage, prefix: str, entry: ShardEntry
 ) -> Iterator[tuple[str, int, bytes]]:
-    """Yield key, label and encoded image of every sample of a shard, in row order.
+    """Yield key, label and encoded image of every sample of a shard, in the order of its table.
 
-    The hash is known only after the last sample: results are good once the iterator ends.
+    Every image is verified before it is given out. The hash of the whole shard is known only after
+    the last one.
 
     Args:
         storage: where the dataset is.
@@ -41,87 +42,98 @@ def iterate_shard(
         entry: the shard.
 
     Raises:
-        DataError: the shard is missing, not a plain tar, damaged, or not the one of the index.
+        DataError: the shard or its table is missing, not a plain tar, damaged, or not the one of
+            the index.
     """
-    path = f"{prefix.rstrip('/')}/{entry.file}" if prefix.rstrip("/") else entry.file
+    path = join_path(prefix, entry.file)
     source = storage.uri(path)
+    table = load_samples(storage, prefix, entry)
+    _check_order(table, source)
     try:
         size = storage.size(path)
         if size != entry.bytes:
             raise DataError(f"{source}: {size} bytes, the index has {entry.bytes}; copy it again")
         with storage.open_read(path) as file:
             _check_plain_tar(file, source)
-            stream = _HashedStream(file)
-            yield from _read_samples(stream, source, entry.count)
+            stream = _HashedStream(file, source)
+            yield from _read_samples(stream, table)
             found = stream.finish()
     except FileNotFoundError as error:
         raise DataError(f"{source}: no such file; the dataset is not complete") from error
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{source}: cannot be read as a tar archive: {error}") from error
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error}") from error
     if found != entry.sha256:
         raise DataError(
             f"{source}: damaged: its sha256 is {found}, the index has {entry.sha256}; copy it again"
         )
 
 
-def _read_samples(
-    stream: _HashedStream, source: str, count: int
-) -> Iterator[tuple[str, int, bytes]]:
-    members = tar_file_iterator(stream, select_files=_is_wanted)  # pyright: ignore[reportArgumentType]  # it takes any stream
-    found = 0
-    try:
-        for sample in group_by_keys({**member, "__url__": source} for member in members):
-            found += 1
-            yield _parse_sample(sample, source)
-    except ValueError as error:  # of webdataset: a member that occurs twice
-        raise DataError(f"{source}: {error.args[0]}; make the dataset again") from error
-    if found != count:
-        raise DataError(f"{source}: {found} samples, the index has {count}; copy it again")
-
-
-def _is_wanted(name: str) -> bool:
-    suffix = name.rpartition(".")[2].lower()
-    return suffix == _LABEL_SUFFIX or suffix in IMAGE_SUFFIXES
-
-
-def _parse_sample(sample: dict[str, bytes], source: str) -> tuple[str, int, bytes]:
-    key = str(sample["__key__"])
-    images = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
-    label = sample.get(_LABEL_SUFFIX, b"")
-    if len(images) != 1 or not label.isdigit():
+def _check_order(table: SampleTable, source: str) -> None:
+    ends = table.offsets + table.sizes
+    if (table.offsets[1:] < ends[:-1]).any():
         raise DataError(
-            f"{source}: sample {key!r}: {len(images)} images and label {label[:20]!r}; "
-            "expected one image and a whole number"
+            f"{source}: the table of samples is not in the order of the tar, or samples overlap; "
+            "make the index again with `fqgan-data index`"
         )
-    return key, int(label), images[0]
+
+
+def _read_samples(stream: _HashedStream, table: SampleTable) -> Iterator[tuple[str, int, bytes]]:
+    for row, key in enumerate(table.keys):
+        data = stream.read_at(int(table.offsets[row]), int(table.sizes[row]))
+        if image_digest(data) != table.digests[row].tobytes():
+            raise DataError(
+                f"{stream.source}: sample {key!r}: damaged: its bytes are not those of the table "
+                "of samples; copy the shard again"
+            )
+        yield key, int(table.labels[row]), data
 
 
 def _check_plain_tar(file: BinaryIO, source: str) -> None:
-    # A small compressed archive could fill the memory; webdataset would expand it unasked.
     head = file.read(_TAR_MAGIC_OFFSET + len(_TAR_MAGIC))
     if not head.endswith(_TAR_MAGIC):
-        raise DataError(f"{source}: not a plain tar archive; make it with `fqgan-data shard`")
+        raise DataError(
+            f"{source}: not a plain tar archive (compressed ones cannot be read by offset); "
+            "make it with `fqgan-data shard`"
+        )
     file.seek(0, os.SEEK_SET)
 
 
-class _HashedStream(io.RawIOBase):
-    """Reads a file and hashes what passes."""
+class _HashedStream:
+    """Reads a file forwards and hashes what passes."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
+    def __init__(self, file: BinaryIO, source: str) -> None:
+        self.source = source
         self._file = file
         self._hash = hashlib.sha256()
+        self._position = 0
 
-    def readable(self) -> bool:
-        return True
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Pass over what lies before `offset` and read `size` bytes there.
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        return data
+        Raises:
+            DataError: the file ends before.
+        """
+        while self._position < offset:
+            self._read_exactly(min(_BLOCK_BYTES, offset - self._position))
+        return self._read_exactly(size)
 
     def finish(self) -> str:
-        """Read what the tar reader left (padding) and give the hash of the whole."""
-        while self.read(_DRAIN_BYTES):
+        """Read what is left and give the hash of the whole."""
+        while self._read(_BLOCK_BYTES):
             pass
         return self._hash.hexdigest()
+
+    def _read_exactly(self, size: int) -> bytes:
+        data = self._read(size)
+        if len(data) < size:
+            raise DataError(
+                f"{self.source}: ends at byte {self._position}, before its last sample; "
+                "copy it again"
+            )
+        return data
+
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        self._position += len(data)
+        return data

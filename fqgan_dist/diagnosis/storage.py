@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fqgan_dist.data.s3_errors import RequestError
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.diagnosis.connections import explain_silent_url
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
@@ -225,7 +226,7 @@ def _find_advice(error: BaseException) -> str:
         code = response["Error"].get("Code", "") if isinstance(response, dict) else ""
         if code in _ADVICE_BY_CODE:
             return _ADVICE_BY_CODE[code]
-    if any("credentials" in str(each) for each in chain if isinstance(each, PermissionError)):
+    if any(isinstance(each, RequestError) and each.kind == "credentials" for each in chain):
         return "give credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or a role"
     for each in chain:
         if isinstance(each, OSError) and each.errno in _ADVICE_BY_ERRNO:

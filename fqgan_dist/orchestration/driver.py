@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from fqgan_dist.chunks import ChunkWork, find_pending
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
 from fqgan_dist.orchestration.registry import build_stage
@@ -26,7 +27,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
-from fqgan_dist.stages.stage import ChunkWork, RunContext, find_pending
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary, load_summary
 from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.telemetry.observer import Observer

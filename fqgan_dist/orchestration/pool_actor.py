@@ -17,16 +17,11 @@ import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fqgan_dist import errors
+from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.errors import FqganError
-from fqgan_dist.telemetry.log_files import open_log_file, publish_log
-from fqgan_dist.telemetry.logging import configure_logging
-from fqgan_dist.world import World
-
-if TYPE_CHECKING:
-    from fqgan_dist.stages.stage import ChunkWork, RunContext
+from fqgan_dist.telemetry.log_files import publish_log
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +133,7 @@ class PoolActor:
             if not self._is_configured:
                 if task.check_node is not None:
                     task.check_node()
-                self._configure(task.work.context)
+                task.work.set_up_process(f"{self._pool} actor", self._number)
                 self._is_configured = True
             logger.info("%s", task.work.description)
             self._work, self._job = task.work, job
@@ -173,14 +168,6 @@ class PoolActor:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def _configure(self, context: RunContext) -> None:
-        from fqgan_dist.stages.stage import configure_torch
-
-        configure_torch(context.config)
-        log_file = open_log_file(context.storage, f"{self._pool}-actor-{self._number:05d}")
-        configure_logging(World(), log_file, label=f"{self._pool} actor {self._number}")
-        logger.info("%s, device %s", socket.gethostname(), context.device)
 
 
 def _is_of_process(error: Exception) -> bool:

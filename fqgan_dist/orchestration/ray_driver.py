@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
 import torch
 
+from fqgan_dist.chunks import ChunkWork, RunChunks
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
-from fqgan_dist.orchestration.driver import finish, open_checked_run, run_stage_here, run_stages
+from fqgan_dist.orchestration.driver import (
+    finish,
+    open_checked_run,
+    run_chunks_here,
+    run_stage_here,
+    run_stages,
+)
 from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
 from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
+from fqgan_dist.sharding.tasks import ShardWork
 from fqgan_dist.stages.config import RunConfig, StorageConfig
 from fqgan_dist.stages.execution import ProcessResources
 from fqgan_dist.stages.names import StageName
@@ -25,7 +35,10 @@ from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary
+from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.run_view import StageState
+
+logger = logging.getLogger(__name__)
 
 _JOB_FOLDER = "working_dir_files"
 """Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day."""
@@ -70,15 +83,30 @@ def _run_stage(
             case "tokenizer" | "autoregressive":
                 launch_training(context.config, name, root=root, observer=observer)
                 context.require(name)
-            case "teachers" | "codes" | "samples" | "evaluation":
+            case "shards" | "teachers" | "codes" | "samples" | "evaluation":
                 pool = getattr(context.config.ray.pools, name)
                 with open_pool(name, pool, observer=observer, check_node=root.check) as run_chunks:
-                    run_stage(build_stage(name, context), context, run_chunks)
-            case "shards" | "report":
+                    run_work = partial(_run_chunks, in_pool=run_chunks, observer=observer)
+                    run_stage(build_stage(name, context), context, run_work)
+            case "report":
                 run_stage_here(name, context)
         state = "done"
     finally:
         board.finish_stage(name, state)
+
+
+def _run_chunks(work: ChunkWork, *, in_pool: RunChunks, observer: Observer) -> None:
+    """Process work in a pool, or in the driver where no other node can read its inputs."""
+    if isinstance(work, ShardWork) and is_attached() and not work.is_source_shared:
+        logger.warning(
+            "%s: the source is on this machine, or was unpacked here, so the driver makes the "
+            "shards alone; with a source in a bucket, or made by `fqgan-data shard` with "
+            "is_shared=true, all nodes would",
+            work.description,
+        )
+        run_chunks_here(work, observer)
+    else:
+        in_pool(work)
 
 
 def _with_absolute_root(config: RunConfig) -> RunConfig:

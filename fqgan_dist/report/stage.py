@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.report.figures import render_pngs
@@ -18,7 +19,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation_work import FIGURES_PATH
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 

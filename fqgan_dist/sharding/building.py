@@ -1,68 +1,71 @@
-"""Make a dataset: WebDataset tars, their tables of samples, and the index.
+"""Make a dataset: a plan, its shards as parallel tasks, and the index last.
 
-The bytes are a pure function of the source's listing, its images and the policy. Shards are
-published one by one, create-only, the tar before its table; the index comes last. So a kill leaves
-whole shards and no index, and the same command continues where it stopped.
+The bytes are a pure function of the source's listing, its images and the policy, whatever processes
+make the shards. A kill leaves whole shards and no index, and the same command goes on where it
+stopped.
 
 Source: design.md section 3, "Dataset".
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+from fqgan_dist.chunks import RunChunks, run_in_processes
 from fqgan_dist.data.index import (
     INDEX_NAME,
     DatasetIndex,
+    ProblemTable,
     ShardEntry,
     SourceProblem,
-    decode_samples,
-    encode_samples,
-    hash_object,
     join_path,
     load_index,
-    table_name,
     write_index,
 )
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.listing import SourceListing, sort_problems
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
-from fqgan_dist.sharding.shard_building import BuiltShard, build_shard
-from fqgan_dist.sharding.sources.opening import Progress, ignore_progress
+from fqgan_dist.sharding.plan_files import BASE_PLAN, PlannedRows, publish_plan
+from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems, write_problems
+from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
 
-_logger = logging.getLogger(__name__)
-
-# Metadata of a table of samples: what an interrupted job needs to recognise its own shards.
-_PLAN, _TAR_SHA256, _PROBLEMS = "plan_sha256", "tar_sha256", "problems"
-_LOGGED_PROBLEMS = 20
+_CONCURRENT_READS = 32
 
 
 @dataclass(frozen=True)
 class ShardingReport:
-    """What a call of `build_dataset` did."""
+    """What a job did."""
 
     was_complete: bool
-    """Whether the dataset was finished before, so that nothing was done."""
+    """Whether the result was there before, so that nothing was done."""
     num_built: int
-    """Shards written by this call."""
+    """Shards written by this job."""
     num_kept: int
-    """Shards that an earlier call had written."""
+    """Shards of the plan that an earlier job had written."""
     problems: list[SourceProblem]
     """All members of the source that are not in the dataset, sorted by name."""
+    num_images: int = 0
+    """Images that this job read and checked."""
+    bytes_read: int = 0
+    """Bytes of these images in the source."""
+    bytes_written: int = 0
+    """Bytes of the tars that this job wrote."""
 
 
 @dataclass(frozen=True)
-class _ShardResult:
-    """A published shard; no entry where none of its images could be decoded."""
+class FinishedPlan:
+    """All shards of a plan, published."""
 
-    entry: ShardEntry | None
-    problems: list[SourceProblem]
+    entries: list[ShardEntry]
+    """The shards that hold an image."""
+    problem_table: ProblemTable | None
+    """All that was left out; None: nothing."""
+    report: ShardingReport
+    """What was done."""
 
 
 def build_dataset(
@@ -73,71 +76,199 @@ def build_dataset(
     *,
     classes: Sequence[str] | None = None,
     class_descriptions: Mapping[str, str] | None = None,
-    workers: int = 1,
-    progress: Progress = ignore_progress,
+    source_options: Mapping[str, Any] | None = None,
+    run_chunks: RunChunks = run_in_processes,
+    log_storage: Storage | None = None,
 ) -> tuple[DatasetIndex, ShardingReport]:
     """Write a dataset, or what an interrupted call left to be written.
 
-    Images that cannot be decoded are left out, named in the index and in the log.
+    Images that cannot be decoded are left out, and named in the index, a table and the log.
 
     Args:
         source: the images.
         storage: where to write.
         prefix: folder of the dataset below the storage's root; "" for the root itself.
         config: what to write.
-        classes: class names in the order of their labels; None: those of the source, sorted.
-        class_descriptions: readable names of classes; None: there are none.
-        workers: threads that read, check and encode images; they do not change the result.
-        progress: told about images.
+        classes: class names in the order of their labels; None: those of the source.
+        class_descriptions: readable names of classes; None: those of the source.
+        source_options: how the source was opened, noted in the plan.
+        run_chunks: makes the shards, by default one after the other in this process; it does not
+            change the result.
+        log_storage: where processes write log files; None: they write none.
 
     Raises:
-        DataError: another dataset or shard is in the way, an image has an unknown class, a member
+        DataError: another dataset or plan is in the way, an image has an unknown class, a member
             of the source became unreadable, or no image can be decoded.
+        ClusterError: from `run_chunks`.
     """
-    if workers < 1:
-        raise ValueError(f"workers {workers}: expected at least 1")
     plan = plan_dataset(source, config, classes=classes, class_descriptions=class_descriptions)
-    finished = _load_finished(storage, prefix, plan)
-    if finished is not None:
-        return finished, ShardingReport(True, 0, len(finished.shards), finished.problems)
-    entries: list[ShardEntry] = []
-    problems = list(source.problems)
-    num_built = done = 0
-    with ThreadPoolExecutor(workers) as executor:
-        for shard in plan.shards:
-            result = _load_shard(storage, prefix, shard)
-            if result is None:
-                built = build_shard(shard.samples, source, config, executor)
-                result = _publish_shard(storage, prefix, shard, built)
-                num_built += result.entry is not None
-            if result.entry is not None:
-                entries.append(result.entry)
-            problems += result.problems
-            done += len(shard.samples)
-            progress("writing shards", done, plan.num_samples)
-    problems.sort(key=lambda problem: (problem.name, problem.reason))
-    _log_problems(problems)
-    if not entries:
+    present = _load_present(storage, prefix, plan)
+    if present is not None and not find_missing_files(storage, prefix, present):
+        problems = load_problems(storage, prefix, present)
+        return present, ShardingReport(True, 0, len(present.shards), problems)
+    is_new = publish_plan(
+        storage, prefix, BASE_PLAN, plan, source, config, source_options=source_options or {}
+    )
+    done = run_plan(
+        plan,
+        source,
+        config,
+        storage,
+        prefix,
+        BASE_PLAN,
+        is_new=is_new,
+        run_chunks=run_chunks,
+        log_storage=log_storage,
+    )
+    if present is not None:
+        check_remade(storage, prefix, present, done.entries)
+        return present, done.report
+    index = _make_index(plan, source, config, done)
+    write_index(storage, prefix, index)
+    return index, done.report
+
+
+def run_plan(
+    plan: DatasetPlan,
+    source: SourceListing,
+    config: ShardingConfig,
+    storage: Storage,
+    prefix: str,
+    stem: str,
+    *,
+    is_new: bool,
+    run_chunks: RunChunks,
+    log_storage: Storage | None,
+) -> FinishedPlan:
+    """Make the shards of a published plan that are not there, and check those that are.
+
+    Args:
+        plan: the plan.
+        source: its images.
+        config: what is made.
+        storage: where to write.
+        prefix: folder of the dataset.
+        stem: name of the plan's files without their endings.
+        is_new: whether no other job can have worked on it.
+        run_chunks: processes work.
+        log_storage: where processes write log files; None: they write none.
+
+    Raises:
+        DataError: as `build_dataset`.
+    """
+    folder = ShardFolder(storage, prefix)
+    found = _load_all(folder, plan.shards)
+    kept = [
+        shard
+        for shard, one in zip(plan.shards, found, strict=True)
+        if one and one.entry is not None
+    ]
+    if kept:
+        run_chunks(CheckWork(folder, kept, split=config.split, log_storage=log_storage))
+    rows = PlannedRows(storage, prefix, stem, plan.header_sha256)
+    run_chunks(
+        ShardWork(
+            folder,
+            plan.shards,
+            rows,
+            source.reader,
+            config,
+            split=config.split,
+            is_source_shared=source.is_shared_by_nodes,
+            is_joining=not is_new,
+            log_storage=log_storage,
+        )
+    )
+    shards = [one for one in _load_all(folder, plan.shards) if one is not None]
+    assert len(shards) == len(plan.shards), "work is over when all shards are there"
+    problems = sort_problems(
+        [*source.problems, *(problem for shard in shards for problem in shard.problems)]
+    )
+    table = write_problems(storage, prefix, stem, problems)
+    report = _report(plan, source, found, shards, problems)
+    return FinishedPlan([shard.entry for shard in shards if shard.entry], table, report)
+
+
+def find_missing_files(storage: Storage, prefix: str, index: DatasetIndex) -> set[str]:
+    """List the files that an index names and that are not there."""
+    needed = {name for shard in index.shards for name in (shard.file, shard.samples_file)}
+    return (needed | {table.file for table in index.problem_tables}) - set(storage.list(prefix))
+
+
+def check_remade(
+    storage: Storage, prefix: str, index: DatasetIndex, entries: Sequence[ShardEntry]
+) -> None:
+    """Check shards that were deleted, because they were damaged, and made again.
+
+    Raises:
+        DataError: they are not what the index names.
+    """
+    other = [entry.file for entry in entries if entry not in index.shards]
+    if other:
+        raise DataError(
+            f"{storage.uri(join_path(prefix, INDEX_NAME))}: {other[0]!r} was made again and is not "
+            "what it was: the source has changed; make the dataset in another destination"
+        )
+
+
+def _make_index(
+    plan: DatasetPlan, source: SourceListing, config: ShardingConfig, done: FinishedPlan
+) -> DatasetIndex:
+    problems = done.report.problems
+    if not done.entries:
         raise DataError(
             f"{source.uri}: none of its {len(source)} images can be decoded; "
             f"the first: {problems[0].name!r}: {problems[0].reason}"
         )
-    index = DatasetIndex(
+    return DatasetIndex(
         name=config.name,
         split=config.split,
         classes=plan.classes,
         class_descriptions=plan.class_descriptions,
         image_policy=config.describe_policy(),
-        shards=entries,
+        shards=done.entries,
         plans=[plan.plan_sha256],
-        problems=problems,
+        problems=problems[:NUM_INDEXED_PROBLEMS],
+        problem_tables=[done.problem_table] if done.problem_table else [],
     )
-    write_index(storage, prefix, index)
-    return index, ShardingReport(False, num_built, len(entries) - num_built, problems)
 
 
-def _load_finished(storage: Storage, prefix: str, plan: DatasetPlan) -> DatasetIndex | None:
-    """Load the index if this very dataset is finished and no file of it is missing.
+def _load_all(folder: ShardFolder, shards: Sequence[PlannedShard]) -> list[PublishedShard | None]:
+    with ThreadPoolExecutor(_CONCURRENT_READS) as threads:
+        return list(threads.map(folder.load, shards))
+
+
+def _report(
+    plan: DatasetPlan,
+    source: SourceListing,
+    found: Sequence[PublishedShard | None],
+    shards: Sequence[PublishedShard],
+    problems: list[SourceProblem],
+) -> ShardingReport:
+    num_built = num_images = bytes_read = bytes_written = start = 0
+    for planned, before, now in zip(plan.shards, found, shards, strict=True):
+        rows = plan.rows[start : start + planned.count]
+        start += planned.count
+        if before is None:
+            num_images += planned.count
+            bytes_read += int(source.sizes[rows].sum())
+            if now.entry is not None:
+                num_built += 1
+                bytes_written += now.entry.bytes
+    num_shards = sum(shard.entry is not None for shard in shards)
+    return ShardingReport(
+        was_complete=False,
+        num_built=num_built,
+        num_kept=num_shards - num_built,
+        problems=problems,
+        num_images=num_images,
+        bytes_read=bytes_read,
+        bytes_written=bytes_written,
+    )
+
+
+def _load_present(storage: Storage, prefix: str, plan: DatasetPlan) -> DatasetIndex | None:
+    """Load the index of this very dataset, which may have been extended since.
 
     Raises:
         DataError: another dataset is there.
@@ -150,87 +281,4 @@ def _load_finished(storage: Storage, prefix: str, plan: DatasetPlan) -> DatasetI
             f"{storage.uri(join_path(prefix, INDEX_NAME))}: a dataset of another source or with "
             "other settings is there; choose another destination, or delete it first"
         )
-    present = set(storage.list(prefix))
-    needed = {name for shard in index.shards for name in (shard.file, shard.samples_file)}
-    # A shard that was deleted because it was damaged is made again; `write_index` compares.
-    return index if needed <= present else None
-
-
-def _load_shard(storage: Storage, prefix: str, shard: PlannedShard) -> _ShardResult | None:
-    """Give a shard that an earlier call published; None if it has to be made.
-
-    Raises:
-        DataError: another job's shard is there, or the shard is damaged.
-    """
-    path, table_path = _paths(prefix, shard)
-    try:
-        table_bytes = storage.read_bytes(table_path)
-        sha256, size = hash_object(storage, path)
-    except FileNotFoundError:
-        return None
-    table, metadata = decode_samples(table_bytes, source=storage.uri(table_path))
-    if metadata.get(_PLAN) != shard.plan_sha256:
-        raise DataError(
-            f"{storage.uri(table_path)}: a shard of another source or with other settings is "
-            "there; choose another destination, or delete it first"
-        )
-    if metadata.get(_TAR_SHA256) != sha256:
-        raise DataError(
-            f"{storage.uri(path)}: damaged: its sha256 is {sha256}, expected "
-            f"{metadata.get(_TAR_SHA256)}; delete it, and run again to make it anew"
-        )
-    entry = ShardEntry(
-        file=shard.file,
-        count=len(table),
-        bytes=size,
-        sha256=sha256,
-        samples_sha256=hashlib.sha256(table_bytes).hexdigest(),
-    )
-    problems = [SourceProblem(**values) for values in json.loads(metadata[_PROBLEMS])]
-    return _ShardResult(entry, problems)
-
-
-def _publish_shard(
-    storage: Storage, prefix: str, shard: PlannedShard, built: BuiltShard
-) -> _ShardResult:
-    if not len(built.table):
-        return _ShardResult(None, built.problems)
-    path, table_path = _paths(prefix, shard)
-    sha256 = hashlib.sha256(built.tar).hexdigest()
-    problems = [problem.model_dump() for problem in built.problems]
-    metadata = {_PLAN: shard.plan_sha256, _TAR_SHA256: sha256, _PROBLEMS: json.dumps(problems)}
-    table_bytes = encode_samples(built.table, metadata)
-    # The table last: it vouches for the tar.
-    _create(storage, path, built.tar)
-    _create(storage, table_path, table_bytes)
-    entry = ShardEntry(
-        file=shard.file,
-        count=len(built.table),
-        bytes=len(built.tar),
-        sha256=sha256,
-        samples_sha256=hashlib.sha256(table_bytes).hexdigest(),
-    )
-    return _ShardResult(entry, built.problems)
-
-
-def _create(storage: Storage, path: str, data: bytes) -> None:
-    try:
-        storage.create_bytes(path, data)
-    except FileExistsError as error:
-        raise DataError(
-            f"{storage.uri(path)}: another file is there: it is damaged, or of another source or "
-            "with other settings; choose another destination, or delete it first"
-        ) from error
-
-
-def _paths(prefix: str, shard: PlannedShard) -> tuple[str, str]:
-    return join_path(prefix, shard.file), join_path(prefix, table_name(shard.file))
-
-
-def _log_problems(problems: Sequence[SourceProblem]) -> None:
-    for problem in problems[:_LOGGED_PROBLEMS]:
-        _logger.warning("%s: %s: %s", problem.name, problem.action, problem.reason)
-    if len(problems) > _LOGGED_PROBLEMS:
-        _logger.warning(
-            "... and %d more; all are in %s", len(problems) - _LOGGED_PROBLEMS, INDEX_NAME
-        )
+    return index

@@ -1,30 +1,68 @@
-"""The images of a source by name: which members count, and why others do not."""
+"""The images of a source by name: which members count, why others do not, and where they lie."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Protocol
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from fqgan_dist.data.index import SourceProblem
+from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image names, in small letters."""
 
-# ImageNet's largest image has 16 MB; a larger "image" would be read into memory whole.
-_MAX_IMAGE_BYTES = 2**28
+MAX_IMAGE_BYTES = 2**28
+"""Largest image; ImageNet's largest has 16 MB, and a larger one would be read into memory whole."""
+
+SourceKind = Literal[
+    "photographs", "folder", "tar", "zip", "webdataset", "parquet", "manifest", "joined"
+]
+
+IN_CLASS_FOLDERS = "images as class/name.ext"
+"""What folders and archives are expected to hold."""
+
 _MAX_NAME_LENGTH = 1000
 _SHOWN_NAMES = 3
+# A label below this is the number of a class, so that every label keeps its number; a greater
+# number (an id of some catalogue) is a name like any other.
+_MAX_CLASS_NUMBER = 99_999
+
+
+class Place(NamedTuple):
+    """Where one image lies in a source, as plain values: a plan can hold it."""
+
+    file: str
+    """File of the source that holds it; for an image that is a file itself, that file."""
+    offset: int
+    """Where it begins there."""
+    size: int
+    """Number of the image's bytes."""
+    packed_size: int = 0
+    """Bytes that it takes there if it is deflated; 0: it is stored as it is."""
+    check: bytes = b""
+    """What the source says of the bytes, by which they are checked when they are read: nothing, a
+    CRC-32 (4 bytes, the greatest first) or an `image_digest` (16 bytes)."""
 
 
 class ImageReader(Protocol):
-    """Reads one member of a source; safe to call from several threads."""
+    """Reads one member of a source; safe to call from several threads, and picklable."""
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Give the bytes of the member with this name, place and size."""
+    def read(self, name: str, place: Place) -> bytes:
+        """Give the bytes of a member.
+
+        Args:
+            name: the member's name in the listing.
+            place: where it lies.
+
+        Raises:
+            DataError: the member is gone, or has other bytes than when it was listed.
+        """
         ...
 
 
@@ -37,32 +75,75 @@ class SourceListing:
 
     uri: str
     """The source, for messages."""
+    kind: SourceKind
+    """What the source was taken for."""
     names: list[str]
-    """`class/name.ext` of each member, sorted."""
+    """`class/name` of each member, sorted and unique: the identity of an image."""
+    files: list[str]
+    """The files that hold members."""
+    file_numbers: np.ndarray
+    """Position in `files` of each member's file; -1 where the name is the file. (n,) int32."""
     offsets: np.ndarray
-    """Where each member begins, for the reader, (n,) int64."""
+    """Where each member begins in its file, (n,) int64."""
     sizes: np.ndarray
     """Bytes of each member, (n,) int64."""
+    packed_sizes: np.ndarray
+    """Bytes of each member in its file if it is deflated there, else 0, (n,) int64."""
+    checks: np.ndarray
+    """See `Place.check`, (n, 0), (n, 4) or (n, 16) uint8."""
     problems: list[SourceProblem]
     """The members that are not listed, sorted by name."""
     reader: ImageReader
-    """Reads the members."""
+    """Reads the members, also in another process."""
+    is_shared_by_nodes: bool
+    """Whether other machines read the same bytes by `reader`."""
+    keys: list[str] | None = None
+    """Key of each member where the source gives keys, unique; None: it gives none."""
+    classes: list[str] | None = None
+    """The source's own classes in the order of their labels; None: it has no such order."""
+    class_descriptions: Mapping[str, str] = field(default_factory=dict)
+    """Readable names of classes that the source brings."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def class_names(self) -> list[str]:
-        """Give the classes that occur, sorted."""
+        """Give the classes in the order of their labels.
+
+        They are the source's own, also those without an image here; else those that occur, sorted.
+        """
+        if self.classes is not None:
+            return list(self.classes)
         return sorted({class_of(name) for name in self.names})
 
     def select(self, rows: np.ndarray) -> SourceListing:
         """Keep some members, given by their rows in ascending order; problems stay listed."""
-        names = [self.names[row] for row in rows]
-        return replace(self, names=names, offsets=self.offsets[rows], sizes=self.sizes[rows])
+        chosen = rows.tolist()
+        return replace(
+            self,
+            names=[self.names[row] for row in chosen],
+            file_numbers=self.file_numbers[rows],
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+            packed_sizes=self.packed_sizes[rows],
+            checks=self.checks[rows],
+            keys=None if self.keys is None else [self.keys[row] for row in chosen],
+        )
+
+    def place(self, row: int) -> Place:
+        """Say where a member lies, for the reader."""
+        number = int(self.file_numbers[row])
+        return Place(
+            file=self.files[number] if number >= 0 else self.names[row],
+            offset=int(self.offsets[row]),
+            size=int(self.sizes[row]),
+            packed_size=int(self.packed_sizes[row]),
+            check=self.checks[row].tobytes(),
+        )
 
     def read(self, row: int) -> bytes:
         """Read a member."""
-        return self.reader.read(self.names[row], int(self.offsets[row]), int(self.sizes[row]))
+        return self.reader.read(self.names[row], self.place(row))
 
 
 def class_of(name: str) -> str:
@@ -73,53 +154,169 @@ def class_of(name: str) -> str:
 class ListingBuilder:
     """Collects the members of a source and sorts out those that cannot be images."""
 
-    def __init__(self, uri: str, subfolder: str) -> None:
+    def __init__(
+        self,
+        uri: str,
+        subfolder: str = "",
+        *,
+        check_bytes: Literal[0, 4, 16] = 0,
+        expected: str = IN_CLASS_FOLDERS,
+    ) -> None:
+        """Begin a listing.
+
+        Args:
+            uri: the source.
+            subfolder: folder of the source that holds the class folders.
+            check_bytes: length of `Place.check` of all members.
+            expected: what a source of this kind holds, for the error where there is nothing.
+        """
         self.uri = uri
         self.subfolder = subfolder.strip("/")
-        self._members: dict[str, tuple[int, int]] = {}
+        self._check_bytes = check_bytes
+        self._expected = expected
+        self._names: list[str] = []
+        self._keys: list[str] = []
+        self._files: dict[str, int] = {}
+        self._file_numbers = array("i")
+        self._numbers = array("q")  # offset, size and packed size of each member
+        self._checks = bytearray()
         self._problems: list[SourceProblem] = []
 
-    def add(self, name: str, size: int, offset: int) -> None:
-        """Take a plain file, or note why not."""
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, place: Place) -> None:
+        """Take a plain file of a name like `class/name.ext`, or note why not."""
         while name.startswith("./"):
             name = name[2:]
-        if danger := _find_danger(name):
+        if danger := find_danger(name):
             self.refuse(name, danger)
             return
         if self.subfolder:
             if not name.startswith(self.subfolder + "/"):
                 return
             name = name[len(self.subfolder) + 1 :]
-        if name in self._members:
-            self.refuse(name, "the name occurs twice; the first one is used")
-        elif reason := _find_fault(name, size):
+        if name.count("/") != 1 or not all(name.split("/")):
+            self.skip(name, "not class/name.ext")
+        elif not is_image_name(name):
+            self.skip(name, f"not named as an image ({', '.join(IMAGE_SUFFIXES)})")
+        elif reason := _find_fault_of_size(place.size):
             self.skip(name, reason)
         else:
-            self._members[name] = (size, offset)
+            self._take(name, place)
+
+    def add_labelled(
+        self,
+        class_name: str,
+        name: str,
+        place: Place,
+        *,
+        key: str | None = None,
+        shown_name: str | None = None,
+    ) -> None:
+        """Take an image whose class stands beside it, or note why not.
+
+        Args:
+            class_name: its class.
+            name: name within the class; may hold folders.
+            place: where it lies.
+            key: its key; all members of a listing have one, or none.
+            shown_name: what problems call it; None: its name.
+        """
+        shown_name = shown_name or name
+        danger = find_danger(name) or find_fault_of_class(class_name)
+        if danger is None and key is not None and not is_safe_key(key):
+            danger = f"{printable(key)!r} is not a safe key: printable, without '..' or a dot"
+        if danger is not None:
+            self.refuse(shown_name, danger)
+        elif reason := _find_fault_of_size(place.size):
+            self.skip(shown_name, reason)
+        else:
+            self._take(f"{class_name}/{name}", place)
+            if key is not None:
+                self._keys.append(key)
 
     def skip(self, name: str, reason: str) -> None:
         """Note a member that is not a usable image."""
-        self._problems.append(SourceProblem(name=printable(name), reason=reason, action="skipped"))
+        self._note(name, reason, "skipped")
 
     def refuse(self, name: str, reason: str) -> None:
         """Note a member of a dangerous name or kind."""
-        self._problems.append(SourceProblem(name=printable(name), reason=reason, action="refused"))
+        self._note(name, reason, "refused")
 
-    def build(self, reader: ImageReader) -> SourceListing:
-        """Finish the listing.
+    def build(
+        self,
+        kind: SourceKind,
+        reader: ImageReader,
+        *,
+        is_shared_by_nodes: bool,
+        classes: Sequence[str] | None = None,
+        class_descriptions: Mapping[str, str] | None = None,
+    ) -> SourceListing:
+        """Finish the listing; of several members of one name the first counts.
 
         Raises:
-            DataError: there is no image.
+            DataError: there is no image, or two members have one key.
         """
-        if not self._members:
+        if not self._names:
             raise DataError(f"{self.uri}: {self._describe_emptiness()}")
-        names = sorted(self._members)
-        places = np.array([self._members[name] for name in names], dtype=np.int64)
-        problems = sorted(self._problems, key=lambda problem: (problem.name, problem.reason))
-        return SourceListing(self.uri, names, places[:, 1], places[:, 0], problems, reader)
+        if self._keys:
+            assert len(self._keys) == len(self._names), "only some members were given a key"
+            _check_keys_are_unique(self.uri, self._keys, self._names)
+        order = self._sort()
+        numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, 3)[order]
+        checks = np.frombuffer(bytes(self._checks), np.uint8)
+        chosen = order.tolist()
+        return SourceListing(
+            uri=self.uri,
+            kind=kind,
+            names=[self._names[row] for row in chosen],
+            files=list(self._files),
+            file_numbers=np.frombuffer(self._file_numbers, np.int32)[order],
+            offsets=numbers[:, 0],
+            sizes=numbers[:, 1],
+            packed_sizes=numbers[:, 2],
+            checks=checks.reshape(len(self._names), self._check_bytes)[order],
+            problems=sort_problems(self._problems),
+            reader=reader,
+            is_shared_by_nodes=is_shared_by_nodes,
+            keys=[self._keys[row] for row in chosen] if self._keys else None,
+            classes=None if classes is None else list(classes),
+            class_descriptions=dict(class_descriptions or {}),
+        )
+
+    def class_numbers(self) -> list[str] | None:
+        """Give the classes 0, 1, ... up to the greatest that occurs, if all classes are numbers."""
+        found = {class_of(name) for name in self._names}
+        if not all(name.isdecimal() and name.isascii() for name in found):
+            return None
+        greatest = max(map(int, found), default=0)
+        if greatest > _MAX_CLASS_NUMBER or any(name != str(int(name)) for name in found):
+            return None
+        return [str(label) for label in range(greatest + 1)]
+
+    def _take(self, name: str, place: Place) -> None:
+        assert len(place.check) == self._check_bytes, "members of one listing are checked alike"
+        self._names.append(name)
+        number = -1 if place.file == name else self._files.setdefault(place.file, len(self._files))
+        self._file_numbers.append(number)
+        self._numbers.extend((place.offset, place.size, place.packed_size))
+        self._checks += place.check
+
+    def _note(self, name: str, reason: str, action: Literal["skipped", "refused"]) -> None:
+        self._problems.append(SourceProblem(name=printable(name), reason=reason, action=action))
+
+    def _sort(self) -> np.ndarray:
+        """Give the rows in the order of their names, without the later ones of a name."""
+        names = self._names
+        order = sorted(range(len(names)), key=names.__getitem__)  # stable: the first stays first
+        repeated = {late for early, late in pairwise(order) if names[early] == names[late]}
+        for row in sorted(repeated):
+            self.refuse(names[row], "the name occurs twice; the first one is used")
+        return np.array([row for row in order if row not in repeated], np.int64)
 
     def _describe_emptiness(self) -> str:
-        expected = "expected images as class/name.ext"
+        expected = f"expected {self._expected}"
         if self.subfolder:
             expected += f" below {self.subfolder!r}"
         if not self._problems:
@@ -127,10 +324,15 @@ class ListingBuilder:
         first = "; ".join(
             f"{problem.name!r}: {problem.reason}" for problem in self._problems[:_SHOWN_NAMES]
         )
-        return (
-            f"no images; {expected}, found {len(self._problems)} other members ({first} ...); "
-            "if the class folders lie deeper, name their folder with subfolder=..."
-        )
+        text = f"no images; {expected}, found {len(self._problems)} other members ({first} ...)"
+        if self._expected != IN_CLASS_FOLDERS:
+            return text
+        return f"{text}; if the class folders lie deeper, name their folder with subfolder=..."
+
+
+def sort_problems(problems: Sequence[SourceProblem]) -> list[SourceProblem]:
+    """Put problems in the order in which listings and indices hold them."""
+    return sorted(problems, key=lambda problem: (problem.name, problem.reason))
 
 
 def printable(name: str) -> str:
@@ -140,7 +342,12 @@ def printable(name: str) -> str:
     )
 
 
-def _find_danger(name: str) -> str | None:
+def is_image_name(name: str) -> bool:
+    """Whether a name ends as those of images do."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def find_danger(name: str) -> str | None:
     """Say why a name must not be used at all; None if it is safe."""
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         return "an absolute name"
@@ -153,14 +360,30 @@ def _find_danger(name: str) -> str | None:
     return None
 
 
-def _find_fault(name: str, size: int) -> str | None:
-    """Say why a member cannot be an image; None if it may be one."""
-    if name.count("/") != 1 or not all(name.split("/")):
-        return "not class/name.ext"
-    if not name.lower().endswith(IMAGE_SUFFIXES):
-        return f"not named as an image ({', '.join(IMAGE_SUFFIXES)})"
+def _find_fault_of_size(size: int) -> str | None:
+    """Say why a member of this size cannot be an image; None if it may be one."""
     if size == 0:
         return "empty"
-    if size > _MAX_IMAGE_BYTES:
-        return f"{size} bytes; an image may have {_MAX_IMAGE_BYTES}"
+    if size > MAX_IMAGE_BYTES:
+        return f"{size} bytes; an image may have {MAX_IMAGE_BYTES}"
     return None
+
+
+def find_fault_of_class(name: str) -> str | None:
+    """Say why a text cannot name a class; None if it may."""
+    if not name or name in {".", ".."} or not name.isprintable() or re.search(r"[/\\]", name):
+        return f"{printable(name)!r} is not a class name: printable text without a slash"
+    return None
+
+
+def _check_keys_are_unique(uri: str, keys: Sequence[str], names: Sequence[str]) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    seen: dict[str, str] = {}
+    for key, name in zip(keys, names, strict=True):
+        if key in seen:
+            raise DataError(
+                f"{uri}: the key {key!r} occurs twice, as {seen[key]!r} and as {name!r}; expected "
+                "keys that are unique in the whole dataset: give keep_keys=false to make new ones"
+            )
+        seen[key] = name

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from fqgan_dist.config import Config
+from fqgan_dist.data.index import Sha256, ShardName
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
+from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.listing import SourceListing, class_of
-from fqgan_dist.sharding.shard_building import ImagePolicy, PlannedSample
+
+LAYOUT = 3
+"""To be raised when the bytes that are written for the same plan change."""
 
 _SHOWN_NAMES = 5
-_LAYOUT = 2
-"""To be raised when the bytes that are written for the same plan change."""
 # A tar header holds names of 100 bytes; a repeated key gets a hash, and all get an extension.
 _MAX_STEM_LENGTH = 72
 _HASH_LENGTH = 12
@@ -47,16 +51,21 @@ class ShardingConfig(ImagePolicy):
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> ShardingConfig:
-        lossy_evaluation = self.split != "train" and self.short_side is not None
+        lossy_evaluation = self.split != "train" and self.is_lossy
         if lossy_evaluation and not self.allow_lossy_evaluation:
+            field, value = next(
+                (field, value)
+                for field, value in (("short_side", self.short_side), ("crop", self.crop))
+                if value is not None
+            )
             raise ValueError(
-                f"short_side: {self.short_side} re-encodes the images of split {self.split!r}, the "
-                "reference of rFID; leave short_side out, or set allow_lossy_evaluation=true"
+                f"{field}: {value} re-encodes the images of split {self.split!r}, the "
+                f"reference of rFID; leave {field} out, or set allow_lossy_evaluation=true"
             )
         if self.allow_lossy_evaluation and not lossy_evaluation:
             raise ValueError(
-                "allow_lossy_evaluation: has an effect only with short_side and a split other than "
-                "'train'; leave it out"
+                "allow_lossy_evaluation: has an effect only with short_side or crop and a split "
+                "other than 'train'; leave it out"
             )
         return self
 
@@ -66,35 +75,42 @@ class ShardingConfig(ImagePolicy):
         return policy | ({"lossy_evaluation": True} if self.allow_lossy_evaluation else {})
 
 
-@dataclass(frozen=True)
-class PlannedShard:
+class PlannedShard(Config):
     """One shard before its images are read."""
 
-    file: str
+    file: ShardName
     """Name of the tar file."""
-    samples: list[PlannedSample]
-    """Its samples, in order."""
-    plan_sha256: str
+    count: int = Field(ge=1)
+    """Images that are to be in it."""
+    sha256: Sha256
     """Hash of all that decides the shard's bytes, but for the images themselves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetPlan:
-    """All shards before any image is read."""
+    """All shards before any image is read; columns, as 14 million images have to fit."""
 
     classes: list[str]
     """Class names; a label is the position."""
     class_descriptions: dict[str, str]
     """Readable names of classes."""
+    rows: np.ndarray
+    """Rows of the source's listing in the order of the dataset, shard after shard, (n,) int64."""
+    keys: list[str]
+    """Key of each row of the listing."""
+    labels: np.ndarray
+    """Label of each row of the listing, int32."""
     shards: list[PlannedShard]
     """The shards, in order."""
+    header_sha256: str
+    """Hash of all that decides every shard."""
     plan_sha256: str
     """Hash of all that decides the dataset, but for the images themselves."""
 
     @property
     def num_samples(self) -> int:
         """Number of images, those that will not decode included."""
-        return sum(len(shard.samples) for shard in self.shards)
+        return len(self.rows)
 
 
 def plan_dataset(
@@ -107,40 +123,91 @@ def plan_dataset(
     """Assign every image of a source to a shard, and give it key and label.
 
     Args:
-        source: the images.
+        source: the images; those that bring a key keep it.
         config: what to make.
-        classes: class names in the order of their labels; None: those of the source, sorted.
-        class_descriptions: readable names of classes; None: there are none.
+        classes: class names in the order of their labels; None: the source's.
+        class_descriptions: readable names of classes; None: the source's.
 
     Raises:
         DataError: an image has a class that is not in `classes`.
     """
     found = source.class_names()
     class_list = found if classes is None else list(classes)
-    if unknown := sorted(set(found) - set(class_list)):
+    if classes is not None and (unknown := find_unknown_classes(source, class_list)):
         raise DataError(
             f"{source.uri}: {len(unknown)} classes are not in the given list of "
             f"{len(class_list)}: {unknown[:_SHOWN_NAMES]!r}; correct the list, or the source"
         )
+    described = source.class_descriptions if class_descriptions is None else class_descriptions
     header = {
-        "layout": _LAYOUT,
+        "layout": LAYOUT,
         "policy": config.describe_policy(),
         "name": config.name,
         "split": config.split,
         "classes": class_list,
-        "class_descriptions": dict(class_descriptions or {}),
+        "class_descriptions": {name: described[name] for name in class_list if name in described},
         "problems": [problem.model_dump() for problem in source.problems],
     }
-    header_sha256 = _hash_json(header)
-    labels = {name: label for label, name in enumerate(class_list)}
-    keys = make_keys(source.names)
-    rows = _permute(source.names, config.seed)
-    shards = [
-        _plan_shard(source, number, rows[start:stop], keys, labels, header_sha256)
-        for number, (start, stop) in enumerate(_split_evenly(len(rows), config.samples_per_shard))
-    ]
-    plan_sha256 = _hash_json([header_sha256, *(shard.plan_sha256 for shard in shards)])
-    return DatasetPlan(class_list, header["class_descriptions"], shards, plan_sha256)
+    return assign_rows(
+        source,
+        np.arange(len(source)),
+        config,
+        header,
+        keys=source.keys or make_keys(source.names),
+        name_shard="shard-{:06d}.tar",
+    )
+
+
+def assign_rows(
+    source: SourceListing,
+    rows: np.ndarray,
+    config: ShardingConfig,
+    header: Mapping[str, Any],
+    *,
+    keys: list[str],
+    name_shard: str,
+) -> DatasetPlan:
+    """Put some rows of a listing into an order and cut that into shards.
+
+    Args:
+        source: the images.
+        rows: which of them.
+        config: samples per shard and seed.
+        header: all else that decides the shards' bytes, `classes` and `class_descriptions` among
+            it; JSON-able.
+        keys: key of every row of the listing.
+        name_shard: format of the shards' names.
+    """
+    header_sha256 = hash_json(header)
+    numbers = {name: label for label, name in enumerate(header["classes"])}
+    labels = np.array([numbers.get(class_of(name), -1) for name in source.names], np.int32)
+    order = _permute(source.names, rows, config.seed)
+    shards: list[PlannedShard] = []
+    for number, (start, stop) in enumerate(_split_evenly(len(order), config.samples_per_shard)):
+        lines = [
+            (keys[row], int(labels[row]), source.names[row], int(source.sizes[row]))
+            for row in order[start:stop].tolist()
+        ]
+        sha256 = hash_shard(header_sha256, lines)
+        shards.append(
+            PlannedShard(file=name_shard.format(number), count=stop - start, sha256=sha256)
+        )
+    plan_sha256 = hash_json([header_sha256, *(shard.sha256 for shard in shards)])
+    return DatasetPlan(
+        classes=list(header["classes"]),
+        class_descriptions=dict(header["class_descriptions"]),
+        rows=order,
+        keys=keys,
+        labels=labels,
+        shards=shards,
+        header_sha256=header_sha256,
+        plan_sha256=plan_sha256,
+    )
+
+
+def find_unknown_classes(source: SourceListing, classes: Sequence[str]) -> list[str]:
+    """List the classes of a source's images that are not in a class list, sorted."""
+    return sorted({class_of(name) for name in source.names} - set(classes))
 
 
 def make_keys(names: Sequence[str]) -> list[str]:
@@ -150,28 +217,47 @@ def make_keys(names: Sequence[str]) -> list[str]:
     the name. What is not a letter, digit, `_` or `-` becomes `-`; keys that several names would
     share get a hash of the name.
     """
-    stems = [_make_stem(name) for name in names]
-    counts = Counter(stems)
+    stems = make_stems(names)
+    shared = {stem for stem, count in Counter(stems).items() if count > 1}
     keys = [
-        stem if counts[stem] == 1 else f"{stem}-{_hash_text(name)[:_HASH_LENGTH]}"
+        add_hash(stem, name) if stem in shared else stem
         for stem, name in zip(stems, names, strict=True)
     ]
     assert len(set(keys)) == len(keys), "two names gave one key"
     return keys
 
 
+def make_stems(names: Sequence[str]) -> list[str]:
+    """Make the readable part of each key, which several names may share."""
+    return [_make_stem(name) for name in names]
+
+
+def add_hash(stem: str, name: str) -> str:
+    """Make a key that several names would share unique."""
+    return f"{stem}-{_hash_text(name)[:_HASH_LENGTH]}"
+
+
+def hash_shard(header_sha256: str, samples: Sequence[tuple[str, int, str, int]]) -> str:
+    """Hash what decides a shard's bytes: the plan's header, and key, label, name, size of all."""
+    return hash_json([header_sha256, samples])
+
+
+def hash_json(value: Any) -> str:
+    """Hash JSON-able values, as sha256 in hex."""
+    return _hash_text(json.dumps(value, sort_keys=True))
+
+
 def _make_stem(name: str) -> str:
     class_name, _, file_name = name.partition("/")
-    stem = file_name.rpartition(".")[0]
+    stem = file_name.rpartition(".")[0] or file_name
     text = stem if stem.startswith(class_name) else f"{class_name}_{stem}"
     safe = re.sub(r"[^A-Za-z0-9_-]+", "-", text).lstrip("-_")
     return safe[:_MAX_STEM_LENGTH] or "sample"
 
 
-def _permute(names: Sequence[str], seed: int) -> list[int]:
-    return sorted(
-        range(len(names)), key=lambda row: (derive_seed(seed, "sample_order", names[row]), row)
-    )
+def _permute(names: Sequence[str], rows: np.ndarray, seed: int) -> np.ndarray:
+    hashes = (derive_seed(seed, "sample_order", names[row]) for row in map(int, rows))
+    return rows[np.argsort(np.fromiter(hashes, np.int64, len(rows)), kind="stable")]
 
 
 def _split_evenly(count: int, greatest: int) -> list[tuple[int, int]]:
@@ -179,28 +265,6 @@ def _split_evenly(count: int, greatest: int) -> list[tuple[int, int]]:
     parts = -(-count // greatest)
     bounds = [part * count // parts for part in range(parts + 1)]
     return list(pairwise(bounds))
-
-
-def _plan_shard(
-    source: SourceListing,
-    number: int,
-    rows: Sequence[int],
-    keys: Sequence[str],
-    labels: Mapping[str, int],
-    header_sha256: str,
-) -> PlannedShard:
-    samples = [
-        PlannedSample(row, keys[row], source.names[row], labels[class_of(source.names[row])])
-        for row in rows
-    ]
-    lines = [
-        [sample.key, sample.label, sample.name, int(source.sizes[sample.row])] for sample in samples
-    ]
-    return PlannedShard(f"shard-{number:06d}.tar", samples, _hash_json([header_sha256, lines]))
-
-
-def _hash_json(value: Any) -> str:
-    return _hash_text(json.dumps(value, sort_keys=True))
 
 
 def _hash_text(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.loader import CodeBatch, CodeLoader
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
@@ -17,7 +18,7 @@ from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
 from fqgan_dist.stages.codes import code_store, read_all_codes
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 from fqgan_dist.stages.training import (
     load_weights,
     run_training,
@@ -56,11 +57,11 @@ class AutoregressiveStage:
         task = build_autoregressive_task(context)
         loader = build_code_loader(context)
 
-        def batches(first_step: int) -> Iterator[Sequence[CodeBatch]]:
+        def batches(first_step: int) -> Generator[Sequence[CodeBatch], None, None]:
             micro_batches = [slot.micro_batch for slot in task.slots]
             return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
 
-        result = run_training(context, STAGE, task, batches, training)
+        result = run_training(context, STAGE, task, batches, loader.take_report, training)
         return StageOutcome(
             outputs=trained_outputs(context, STAGE, result),
             metrics={

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.records import CodeStore, check_codebook_size
 from fqgan_dist.data.views import CropRecord, ViewConfig, num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.images import center_view, read_shard
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import ProcessLocalCaches, RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, RunWork, StageOutcome
 from fqgan_dist.stages.tokenizer import encode_images, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
@@ -64,7 +65,7 @@ class CodesStage:
         return StageOutcome(outputs=outputs, metrics=metrics)
 
 
-class CodeWork(ProcessLocalCaches):
+class CodeWork(RunWork):
     """Code extraction of one split; chunk s is shard s."""
 
     unit = "crops"

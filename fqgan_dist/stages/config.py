@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from fqgan_dist.autoregressive.config import AutoregressiveConfig
 from fqgan_dist.autoregressive.sampling import SamplingConfig
 from fqgan_dist.config import Config
+from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import PUBLISHED_RESOLUTION, InceptionConfig
 from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
@@ -33,7 +34,8 @@ class DataConfig(Config):
     """Training and validation images."""
 
     source: str
-    """Image folder, tar(.gz), or `builtin:photographs`."""
+    """Image folder, tar(.gz), zip, WebDataset shards (a folder, or `x-{000..146}.tar`), parquet, or
+    a CSV/JSONL list of files; a path or s3://. Or `builtin:photographs`."""
     validation_source: str | None = None
     """Held-out images; None: `val` beside `source` if it is called `train`, else a share of it."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -56,6 +58,30 @@ class DataConfig(Config):
     """Shards whose samples are shuffled together."""
     loader_workers: int = Field(default=0, ge=0)
     """Decoding processes per train worker; 0 decodes in a thread."""
+    on_damage: Literal["replace", "fail"] = "replace"
+    """What a training image with wrong bytes, or that cannot be decoded, does. `replace`: another
+    image, fixed by data.seed and its place in the order, is trained on instead, which a warning and
+    the stage's damaged_samples.jsonl say; `fail`: training stops."""
+    max_damaged_in_a_row: int = Field(default=5, ge=2)
+    """With `replace`: as many damaged images one after another, replacements included, fail."""
+    cache: ShardCacheConfig | None = None
+    """Local disk where training shards are kept; None reads every image from the storage. It only
+    pays where the storage is remote."""
+
+    @property
+    def damage_limit(self) -> int:
+        """Damaged images in a row that are an error."""
+        return 1 if self.on_damage == "fail" else self.max_damaged_in_a_row
+
+    @model_validator(mode="after")
+    def _check_damage(self) -> DataConfig:
+        default = type(self).model_fields["max_damaged_in_a_row"].default
+        if self.on_damage == "fail" and self.max_damaged_in_a_row != default:
+            raise ValueError(
+                f"max_damaged_in_a_row: {self.max_damaged_in_a_row} has no effect with on_damage: "
+                "'fail'; remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_effect(self) -> DataConfig:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.evaluation.inception_score import compute_inception_score
@@ -34,7 +35,7 @@ from fqgan_dist.stages.evaluation_work import (
 )
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqgan_dist.chunks import ProcessLocalCaches
 from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
@@ -25,7 +26,7 @@ from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.images import center_view, count_chunks, read_rows
 from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.samples import read_samples, sample_files
-from fqgan_dist.stages.stage import ProcessLocalCaches, RunContext
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import compute_features, load_same_teachers
 from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
 from fqgan_dist.stages.weights import resolve_weights

@@ -64,6 +64,8 @@ class PoolConfig(ProcessResources):
 class PoolsConfig(Config):
     """One pool for each stage that works on chunks."""
 
+    shards: PoolConfig = PoolConfig()
+    """Each actor holds one shard in memory and uses one core."""
     teachers: PoolConfig = PoolConfig()
     codes: PoolConfig = PoolConfig()
     samples: PoolConfig = PoolConfig()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fqgan_dist.stages.images import chunk_range, count_chunks
-from fqgan_dist.stages.stage import ProcessLocalCaches
+from fqgan_dist.stages.stage import RunWork
 
 
-class IdRanges(ProcessLocalCaches):
-    """The chunks of such work; base of those that implement `fqgan_dist.stages.stage.ChunkWork`."""
+class IdRanges(RunWork):
+    """The chunks of such work; base of those that implement `fqgan_dist.chunks.ChunkWork`."""
 
     def __init__(self, count: int, chunk_size: int) -> None:
         """Split the ids [0, count) into ranges of `chunk_size`."""

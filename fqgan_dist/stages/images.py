@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fqgan_dist.data.decoding import decode_image, to_float, to_uint8
-from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_samples
+from fqgan_dist.data.decoding import to_float, to_uint8
+from fqgan_dist.data.index import DatasetIndex, SampleTable, ShardEntry, load_samples
 from fqgan_dist.data.loader import iterate_shard
+from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view
+from fqgan_dist.data.view_loading import load_views
+from fqgan_dist.data.views import CropRecord, ViewConfig
+from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.reconstruction import compute_psnr
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
@@ -68,20 +71,21 @@ def read_rows(
     Raises:
         DataError: a shard or sample is missing or damaged.
     """
-    samples: list[tuple[str, int, bytes]] = []
+    tables: dict[int, SampleTable] = {}
+    pairs: list[tuple[int, int]] = []
     first = 0
-    for entry in index.shards:
+    for shard, entry in enumerate(index.shards):
         wanted = range(max(rows.start - first, 0), min(rows.stop - first, entry.count))
         if wanted:
-            table = load_samples(storage, prefix, entry)
-            for row in wanted:
-                data = storage.read_bytes(
-                    f"{prefix}/{entry.file}",
-                    offset=int(table.offsets[row]),
-                    length=int(table.sizes[row]),
-                )
-                samples.append((table.keys[row], int(table.labels[row]), data))
+            tables[shard] = load_samples(storage, prefix, entry)
+            pairs += [(shard, row) for row in wanted]
         first += entry.count
+    reader = SampleReader(storage.child(prefix), index, load_table=tables.__getitem__, cache=None)
+    samples: list[tuple[str, int, bytes]] = []
+    for (shard, row), data in zip(pairs, reader.read(pairs), strict=True):
+        if isinstance(data, DataError):
+            raise data
+        samples.append((tables[shard].keys[row], int(tables[shard].labels[row]), data))
     return _crop_all(samples, None, view, (0,), seed=0)
 
 
@@ -148,8 +152,7 @@ def _crop_all(
     crops: list[list[CropRecord]] = []
     for key, _, data in samples:
         name = f"{entry.file}:{key}" if entry else key
-        image = decode_image(data, name=name)
-        made = [apply_view(image, view, seed=seed, key=key, view=number) for number in views]
+        made = load_views(data, view, seed=seed, key=key, views=views, name=name)
         pixels += [crop for crop, _ in made]
         crops.append([record for _, record in made])
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()

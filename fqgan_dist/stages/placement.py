@@ -25,6 +25,7 @@ def used_pools(config: RunConfig) -> dict[StageName, PoolConfig]:
     """Return the actor pools that a run on a cluster starts, by stage."""
     pools = config.ray.pools
     by_stage: dict[StageName, PoolConfig] = {
+        "shards": pools.shards,
         "teachers": pools.teachers,
         "codes": pools.codes,
         "samples": pools.samples,
@@ -64,7 +65,7 @@ def _place_on_cluster(config: RunConfig) -> dict[str, Any]:
         "processes": max((count for count, _ in groups), default=0),
         "device": config.device,
         "description": "stages one after the other; training on its workers, chunks on pools of "
-        "actors, shards and the report in the driver",
+        "actors, the report in the driver",
         "train_workers": {
             "count": train.num_workers,
             **_describe(train),
@@ -93,7 +94,11 @@ def find_device_conflicts(config: RunConfig) -> list[str]:
     """Compare `device` with the GPUs that processes reserve: Ray hides all others from them."""
     if config.execution != "ray" or config.device == "auto":
         return []
-    reserved = {f"ray.pools.{stage}": pool.gpus for stage, pool in used_pools(config).items()}
+    reserved = {
+        f"ray.pools.{stage}": pool.gpus
+        for stage, pool in used_pools(config).items()
+        if stage != "shards"  # it knows no device
+    }
     if training_stages(config):
         reserved["ray.train"] = config.ray.train.gpus
     wants_gpu = config.device == "cuda"

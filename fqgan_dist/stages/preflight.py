@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fqgan_dist.data.records import check_codebook_size
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.sources.locations import source_exists
 from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.stages.adm_reference import describe_missing
 from fqgan_dist.stages.codes import count_code_views
@@ -85,11 +86,13 @@ def find_missing_files(config: RunConfig) -> Iterator[tuple[frozenset[StageName]
     """
     for field in ("source", "validation_source"):
         source = getattr(config.data, field)
-        if source not in (None, BUILTIN_PHOTOGRAPHS) and _is_missing(source):
+        if source in (None, BUILTIN_PHOTOGRAPHS) or "://" in source:
+            continue
+        if not source_exists(source):
             yield (
                 frozenset({"shards"}),
                 f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
-                f"folders, a tar file or {BUILTIN_PHOTOGRAPHS}",
+                f"folders, a tar, zip, shards, parquet, a manifest or {BUILTIN_PHOTOGRAPHS}",
             )
     yield from _find_missing_weights(config)
     reference = config.evaluation.adm_reference

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.autoregressive import load_model
@@ -26,7 +27,7 @@ from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.stages.id_ranges import IdRanges
-from fqgan_dist.stages.stage import RunChunks, RunContext
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.chunks import RunChunks
+from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
-from fqgan_dist.sharding.building import ShardingConfig, ShardingReport, build_dataset
+from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.plan import ShardingConfig
+from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, open_source
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +53,14 @@ class ShardsStage:
         """Nothing: this is the first stage."""
         return {}
 
-    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  parallel inside
+    def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Write both splits; the class list is the training split's."""
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
         classes: list[str] | None = None
         for split in SPLITS:
             with _open_split(self.context, split) as source:
-                index, report = self._build(source, split, classes)
+                index, report = self._build(source, split, classes, run_chunks)
             classes = index.classes
             ids[split] = index.dataset_id
             metrics[f"{STAGE}/{split}_images"] = index.num_samples
@@ -67,8 +69,12 @@ class ShardsStage:
         return StageOutcome(outputs=ids, metrics=metrics)
 
     def _build(
-        self, source: SourceListing, split: str, classes: list[str] | None
-    ) -> tuple[Any, ShardingReport]:
+        self,
+        source: SourceListing,
+        split: str,
+        classes: list[str] | None,
+        run_chunks: RunChunks,
+    ) -> tuple[DatasetIndex, ShardingReport]:
         data = self.context.config.data
         config = ShardingConfig(
             name=data.name,
@@ -78,22 +84,15 @@ class ShardsStage:
             # Validation keeps its bytes: it is the reference of rFID.
             short_side=data.short_side if split == "train" else None,
         )
-        with self.context.observer.track(len(source), f"{split} shards", "images") as bar:
-            done = 0
-
-            def advance(description: str, now: int, total: int, /) -> None:  # noqa: ARG001
-                nonlocal done
-                bar.advance(now - done)
-                done = now
-
-            return build_dataset(
-                source,
-                self.context.storage,
-                self.context.dataset_prefix(split),
-                config,
-                classes=classes,
-                progress=advance,
-            )
+        return build_dataset(
+            source,
+            self.context.storage,
+            self.context.dataset_prefix(split),
+            config,
+            classes=classes,
+            run_chunks=run_chunks,
+            log_storage=self.context.storage,
+        )
 
 
 @contextmanager
@@ -122,22 +121,14 @@ def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
 def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
     """Find the training and validation images of a source; None: there is no validation source."""
     source = source.rstrip("/")  # `DIR/train/` is called `train` too
-    folder = Path(source)
-    train = str(folder / "train") if "://" not in source and (folder / "train").is_dir() else source
+    train = f"{source}/train" if folder_exists(f"{source}/train") else source
     if validation_source is not None:
         return train, validation_source
     head, _, name = train.rpartition("/")
     if not name.startswith("train"):
         return train, None
     val = f"{head}/val{name.removeprefix('train')}" if head else f"val{name.removeprefix('train')}"
-    return train, val if _exists(val) else None
-
-
-def _exists(uri: str) -> bool:
-    if "://" not in uri:
-        return Path(uri).exists()
-    folder, _, name = uri.rpartition("/")
-    return Storage(folder).exists(name)
+    return train, val if source_exists(val) else None
 
 
 def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:

@@ -1,104 +1,32 @@
 """What a stage is to whoever runs it: inputs, independent chunks of work, results.
 
-A chunk is a shard, a view of a shard or a range of ids. Processing one is a pure function of the
-run's storage and the chunk, and commits its output once; so any process may run any chunk, again
-after a kill, in any order (design.md section 1).
+A chunk (see `fqgan_dist.chunks`) is a shard, a view of a shard or a range of ids.
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 
-from fqgan_dist.data.index import DatasetIndex, load_index
+from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
+from fqgan_dist.data.index import DatasetIndex, load_pinned_index
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, load_record
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.telemetry.log_files import open_log_file
+from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World
 
-_CONCURRENT_CHECKS = 32
-"""Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there."""
-
-
-class ChunkWork(Protocol):
-    """A set of independent chunks.
-
-    Picklable: it travels to the processes that work, each of which loads the models at its first
-    `process` (see `ProcessLocalCaches`) and chooses its own device (see `RunContext`).
-    """
-
-    @property
-    def context(self) -> RunContext:
-        """The run that the work is part of."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """What is being done, for progress."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What `size` counts, in the plural."""
-        ...
-
-    def chunks(self) -> Sequence[int]:
-        """Return the ids of all chunks."""
-        ...
-
-    def size(self, chunk: int) -> int:
-        """Return how many units a chunk holds."""
-        ...
-
-    def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's output is committed; may be called from several threads at once."""
-        ...
-
-    def process(self, chunk: int) -> None:
-        """Make and commit the chunk's output, whole or not at all.
-
-        Two processes may do it at once (one was given up too early): both commit the same bytes.
-
-        Raises:
-            FqganError: an input is wrong; it would be so in any other process.
-        """
-        ...
-
-
-RunChunks = Callable[[ChunkWork], None]
-"""Processes every chunk that is not done."""
-
-
-def find_pending(work: ChunkWork) -> list[int]:
-    """List the chunks whose output is not committed, in order."""
-    chunks = work.chunks()
-    with ThreadPoolExecutor(_CONCURRENT_CHECKS) as threads:
-        done = list(threads.map(work.is_done, chunks))
-    return [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
-
-
-class ProcessLocalCaches:
-    """Base of objects that travel without their `cached_property` values.
-
-    What is loaded lazily, networks above all, stays in the process that loaded it.
-    """
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give what is pickled."""
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if not isinstance(getattr(type(self), name, None), functools.cached_property)
-        }
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,9 +69,13 @@ class RunContext:
             object.__setattr__(self, name, value)
 
     def load_dataset(self, split: str) -> DatasetIndex:
-        """Load the index of a split that the `shards` stage wrote."""
-        self.require("shards")
-        return load_index(self.storage, self.dataset_prefix(split))
+        """Load the index of a split that the `shards` stage wrote.
+
+        Raises:
+            DataError: the stage has not finished, or the dataset is another one by now.
+        """
+        dataset_id = self.require("shards").outputs[split]
+        return load_pinned_index(self.storage, self.dataset_prefix(split), dataset_id)
 
     def dataset_prefix(self, split: str) -> str:
         """Where a split's shards are, below the root."""
@@ -162,6 +94,21 @@ class RunContext:
                 f"run it first (stages=[{stage}] or all stages)"
             )
         return record
+
+
+class RunWork(ProcessLocalCaches):
+    """Base of the work of a stage: a process that does it is set up by the run's settings."""
+
+    context: RunContext
+    """The run that the work is part of; unpickled, it has chosen the device of its process."""
+
+    def set_up_process(self, role: str, number: int) -> None:
+        """Set up torch, the log file and the console of a fresh process."""
+        configure_torch(self.context.config)
+        name = f"{role.replace(' ', '-')}-{number:05d}"
+        log_file = open_log_file(self.context.storage, name)
+        configure_logging(World(), log_file, label=f"{role} {number}")
+        logger.info("%s, device %s", socket.gethostname(), self.context.device)
 
 
 class Stage(Protocol):

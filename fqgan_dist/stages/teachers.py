@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError
@@ -22,7 +23,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.network_ids import NetworkIds
-from fqgan_dist.stages.stage import ProcessLocalCaches, RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, RunWork, StageOutcome
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
 from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
@@ -75,7 +76,7 @@ class TeachersStage:
         )
 
 
-class TeacherWork(ProcessLocalCaches):
+class TeacherWork(RunWork):
     """Feature extraction; chunk v * num_shards + s is view v of shard s."""
 
     description = "teacher features"

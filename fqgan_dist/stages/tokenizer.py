@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.loader import ImageBatch, ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.images import HeldOutImages
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunChunks, RunContext, StageOutcome
+from fqgan_dist.stages.stage import RunContext, StageOutcome
 from fqgan_dist.stages.teachers import build_online_teachers, feature_store
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
 from fqgan_dist.stages.training import (
@@ -69,11 +70,12 @@ class TokenizerStage:
         task = build_tokenizer_task(context)
         loader = build_image_loader(context)
 
-        def batches(first_step: int) -> Iterator[Sequence[ImageBatch]]:
+        def batches(first_step: int) -> Generator[Sequence[ImageBatch], None, None]:
             micro_batches = [slot.micro_batch for slot in task.slots]
             return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
 
-        result = run_training(context, STAGE, task, batches, context.config.tokenizer.training)
+        training = context.config.tokenizer.training
+        result = run_training(context, STAGE, task, batches, loader.take_report, training)
         metrics = {
             f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
             f"{STAGE}/training_usage": {
@@ -131,6 +133,8 @@ def build_image_loader(context: RunContext) -> ImageLoader:
         micro_batches_per_step=training.micro_batches_per_step,
         features=feature_store(context),
         loader_workers=config.data.loader_workers,
+        max_damaged_in_a_row=config.data.damage_limit,
+        cache=config.data.cache,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fqgan_dist.data.batches import LoadReport
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.telemetry.json_lines import JsonLinesWriter
 from fqgan_dist.telemetry.metrics import MetricsWriter
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.training.checkpoint import CheckpointStore
@@ -58,7 +60,8 @@ def run_training(
     context: RunContext,
     stage: str,
     task: Task[BatchT],
-    batches: Callable[[int], Iterator[Sequence[BatchT]]],
+    batches: Callable[[int], Generator[Sequence[BatchT], None, None]],
+    take_report: Callable[[], LoadReport],
     training: TrainingConfig,
 ) -> TrainingResult:
     """Train a task from its newest checkpoint to the end; every rank calls it."""
@@ -67,8 +70,14 @@ def run_training(
     with (
         _deterministic_kernels(training.deterministic),
         MetricsFile(context.storage, stage, observer) as metrics,
+        LedgerFile(context.storage, f"{stage}/damaged_samples.jsonl") as ledger,
         observer.track(training.steps, f"training the {stage}", "steps") as bar,
     ):
+
+        def publish_files() -> None:
+            metrics.publish()
+            ledger.publish()
+
         trainer = Trainer(
             task,
             batches,
@@ -76,8 +85,10 @@ def run_training(
             store=checkpoint_store(context, stage, training),
             dataset_id=context.require("shards").outputs["train"],
             world=context.world,
+            take_report=take_report,
             open_metrics=metrics.open if context.world.is_main else None,
-            publish_metrics=metrics.publish,
+            open_ledger=ledger.open if context.world.is_main else None,
+            publish_files=publish_files,
             progress=bar,
         )
         result = trainer.fit()
@@ -133,8 +144,48 @@ def _weights_part(stage: str, training: TrainingConfig) -> str:
     return f"{stage}_ema" if training.ema_decay else stage
 
 
-class MetricsFile(ExitStack):
-    """A metrics file that is appended to locally and published to the run's storage."""
+class _PublishedFile(ExitStack):
+    """A file that is appended to locally and published to the run's storage."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        super().__init__()
+        self.storage = storage
+        self.path = path
+        local = storage.local_path(path)
+        self._is_remote = local is None
+        if local is None:
+            local = (
+                Path(self.enter_context(tempfile.TemporaryDirectory())) / PurePosixPath(path).name
+            )
+        self.local = local
+
+    def fetch(self) -> None:
+        """Bring what a former session published; its writer removes what is not of this run."""
+        if self._is_remote and self.storage.exists(self.path):
+            self.local.write_bytes(self.storage.read_bytes(self.path))
+
+    def publish(self) -> None:
+        """Bring what is in the local folder to the storage, where it is not there already."""
+        if not self._is_remote:
+            return
+        folder = PurePosixPath(self.path).parent
+        for file in sorted(self.local.parent.rglob("*")):
+            if file.is_file():
+                name = file.relative_to(self.local.parent).as_posix()
+                self.storage.write_bytes(f"{folder}/{name}", file.read_bytes())
+
+
+class LedgerFile(_PublishedFile):
+    """The ledger of damaged samples: a line for each slot whose sample was replaced."""
+
+    def open(self, resumed_step: int) -> JsonLinesWriter:
+        """Open the file as it was after a step."""
+        self.fetch()
+        return JsonLinesWriter(self.local, resumed_step=resumed_step)
+
+
+class MetricsFile(_PublishedFile):
+    """The metrics of a stage, and TensorBoard's files beside it."""
 
     def __init__(self, storage: Storage, stage: str, observer: Observer) -> None:
         """Choose the place of the file.
@@ -144,21 +195,13 @@ class MetricsFile(ExitStack):
             stage: the stage that trains.
             observer: is told every record.
         """
-        super().__init__()
-        self.storage = storage
-        self.path = f"{stage}/metrics.jsonl"
+        super().__init__(storage, f"{stage}/metrics.jsonl")
         self.on_write = partial(observer.record_metrics, stage)
-        local = storage.local_path(self.path)
-        self._is_remote = local is None
-        if local is None:
-            local = Path(self.enter_context(tempfile.TemporaryDirectory())) / "metrics.jsonl"
-        self.local = local
         self._writer: MetricsWriter | None = None
 
     def open(self, resumed_step: int) -> MetricsWriter:
         """Open the file as it was after a step."""
-        if self._is_remote and resumed_step and self.storage.exists(self.path):
-            self.local.write_bytes(self.storage.read_bytes(self.path))
+        self.fetch()
         self._writer = MetricsWriter(
             self.local, resumed_step=resumed_step, tensorboard=True, on_write=self.on_write
         )
@@ -166,11 +209,6 @@ class MetricsFile(ExitStack):
 
     def publish(self) -> None:
         """Bring the file and TensorBoard's to the storage, where they are not there already."""
-        if not self._is_remote:
-            return
         if self._writer is not None:
             self._writer.flush()  # TensorBoard's events wait for two minutes otherwise
-        folder = PurePosixPath(self.path).parent
-        for file in (self.local, *self.local.parent.glob("tensorboard/*")):
-            name = file.relative_to(self.local.parent).as_posix()
-            self.storage.write_bytes(f"{folder}/{name}", file.read_bytes())
+        super().publish()

@@ -1,35 +1,37 @@
 """Write and read `metrics.jsonl`: one JSON object per line.
 
-A resumed run continues the file as if it had never been killed: what was logged after the step
-resumed from is removed first. TensorBoard is an optional second sink.
+A resumed run continues the file as if it had never been killed (`json_lines.py`). TensorBoard is an
+optional second sink.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fqgan_dist.errors import DataError
+from fqgan_dist.telemetry.json_lines import (
+    JsonLinesWriter,
+    Record,
+    parse_records,
+    read_records,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-Record = dict[str, Any]
-"""One line: `step`, `images_seen` (int), `time` (Unix seconds), metric names -> float or null."""
+__all__ = ["MetricsWriter", "Record", "metric_series", "parse_metrics", "read_metrics"]
 
 RESERVED_NAMES = ("step", "images_seen", "time")
+"""What a record holds besides its metrics: `time` is in Unix seconds."""
+
+_KIND = "metrics"
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)+")
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -59,9 +61,8 @@ class MetricsWriter:
         self.path = path
         self._clock = clock
         self._on_write = on_write
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step = _truncate(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._records = JsonLinesWriter(path, resumed_step=resumed_step)
+        path.touch()  # a run has the file from its first moment
         self._tensorboard = _open_tensorboard(path.parent, resumed_step) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, float], *, images_seen: int) -> None:
@@ -77,19 +78,12 @@ class MetricsWriter:
         Raises:
             ValueError: the step goes back, or a name is reserved or not of the form above.
         """
-        if step < self._last_step:
-            raise ValueError(
-                f"step {step} follows step {self._last_step} in {self.path}; "
-                "steps must not decrease"
-            )
         for name in metrics:
             _check_name(name)
         values = {name: float(value) for name, value in metrics.items()}
         record: Record = {"step": step, "images_seen": images_seen, "time": self._clock()}
         record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        self._last_step = step
+        self._records.write(record)
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step, walltime=record["time"])
@@ -98,17 +92,13 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Bring everything written so far to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._records.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush and close; closing twice is harmless."""
-        if self._file.closed:
-            return
-        self.flush()
-        self._file.close()
+        self._records.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -130,10 +120,7 @@ def read_metrics(path: Path) -> list[Record]:
     Raises:
         DataError: the file is missing, or a line is not a record.
     """
-    try:
-        return parse_metrics(path.read_bytes(), name=str(path))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such metrics file; run the stage that writes it") from error
+    return read_records(path, kind=_KIND)
 
 
 def parse_metrics(data: bytes, *, name: str) -> list[Record]:
@@ -146,50 +133,13 @@ def parse_metrics(data: bytes, *, name: str) -> list[Record]:
     Raises:
         DataError: a complete line is not a record.
     """
-    return [
-        _parse_record(line, f"{name}:{number}")
-        for number, line in enumerate(_complete_lines(data), start=1)
-    ]
+    return parse_records(data, name=name, kind=_KIND)
 
 
 def metric_series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
     """Collect one metric's steps and values; records without a finite value of it are left out."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _parse_record(line: bytes, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); delete or repair the line") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise DataError(f"{where}: not a metrics record; expected an object with an integer 'step'")
-    return record
-
-
-def _truncate(path: Path, resumed_step: int) -> int:
-    """Keep records up to `resumed_step`, by an atomic rewrite; return the last step kept."""
-    if not path.exists():
-        return 0
-    lines = _complete_lines(path.read_bytes())
-    steps = [record["step"] for record in read_metrics(path)]
-    kept = [index for index, step in enumerate(steps) if step <= resumed_step]
-    if len(kept) < len(lines):
-        removed = len(lines) - len(kept)
-        logger.info("%s: removed %d records after step %d", path, removed, resumed_step)
-    # Always rewritten: a torn last line would otherwise run into the next record.
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(lines[index] for index in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return max((steps[index] for index in kept), default=0)
-
-
-def _complete_lines(data: bytes) -> list[bytes]:
-    return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def _check_name(name: str) -> None:

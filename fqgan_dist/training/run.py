@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.loss_group import RANK_TIMEOUT
@@ -31,7 +32,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
-from fqgan_dist.stages.stage import ChunkWork, RunContext, Stage, select_device
+from fqgan_dist.stages.stage import RunContext, Stage, select_device
 from fqgan_dist.stages.tokenizer import TokenizerStage
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from fqgan_dist.data.batches import LoadReport, merge_reports
 from fqgan_dist.errors import CheckpointError, NumericsError
+from fqgan_dist.telemetry.json_lines import JsonLinesWriter
 from fqgan_dist.telemetry.metrics import MetricsWriter
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
@@ -25,8 +27,9 @@ from fqgan_dist.world import World
 logger = logging.getLogger(__name__)
 
 BatchT = TypeVar("BatchT")
-Batches = Callable[[int], Iterator[Sequence[BatchT]]]
-"""Maps the number of finished steps to the stream of this rank's micro-batches that follow."""
+Batches = Callable[[int], Generator[Sequence[BatchT], None, None]]
+"""Maps the number of finished steps to the stream of this rank's micro-batches that follow; closing
+it ends what loads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,10 @@ class Trainer(Generic[BatchT]):
         store: CheckpointStore,
         dataset_id: str,
         world: World,
+        take_report: Callable[[], LoadReport],
         open_metrics: Callable[[int], MetricsWriter] | None,
-        publish_metrics: Callable[[], None],
+        open_ledger: Callable[[int], JsonLinesWriter] | None,
+        publish_files: Callable[[], None],
         progress: ProgressBar,
     ) -> None:
         """Hold what the loop needs.
@@ -64,9 +69,12 @@ class Trainer(Generic[BatchT]):
             store: where checkpoints are committed; every rank writes what it owns.
             dataset_id: named in every checkpoint.
             world: rank geometry.
+            take_report: tells what this rank's loader did since the last call.
             open_metrics: on the main rank, opens the metrics file as it was after a step; None on
                 the others.
-            publish_metrics: brings the metrics file to the run's storage, before every checkpoint.
+            open_ledger: likewise the ledger of damaged samples, one line for each that was
+                replaced.
+            publish_files: brings both files to the run's storage, before every checkpoint.
             progress: bar that is advanced once a step.
         """
         self.task = task
@@ -75,9 +83,12 @@ class Trainer(Generic[BatchT]):
         self.store = store
         self.dataset_id = dataset_id
         self.world = world
+        self.take_report = take_report
         self.open_metrics = open_metrics
-        self.publish_metrics = publish_metrics
+        self.open_ledger = open_ledger
+        self.publish_files = publish_files
         self.metrics: MetricsWriter | None = None
+        self.ledger: JsonLinesWriter | None = None
         self.progress = progress
 
     def fit(self) -> TrainingResult:
@@ -95,14 +106,14 @@ class Trainer(Generic[BatchT]):
                 attempt.continue_from(loaded.number)
             if loaded and first_step >= self.config.steps:
                 return TrainingResult(step=first_step, metrics=loaded.metrics)
-            if self.open_metrics:
-                self.metrics = self.open_metrics(first_step)
-            try:
+            with ExitStack() as files:
+                if self.open_metrics:
+                    self.metrics = files.enter_context(self.open_metrics(first_step))
+                if self.open_ledger:
+                    self.ledger = files.enter_context(self.open_ledger(first_step))
+                batches = files.enter_context(closing(self.batches(first_step)))
                 self.progress.skip(first_step)
-                return self._run_steps(first_step, attempt)
-            finally:
-                if self.metrics:
-                    self.metrics.close()
+                return self._run_steps(first_step, batches, attempt)
 
     def _begin_attempt(self) -> Attempt:
         """Begin to save on the main rank, and join it on the others."""
@@ -115,8 +126,9 @@ class Trainer(Generic[BatchT]):
         assert attempt is not None, "one rank is the main rank"
         return attempt
 
-    def _run_steps(self, first_step: int, attempt: Attempt) -> TrainingResult:
-        batches = self.batches(first_step)
+    def _run_steps(
+        self, first_step: int, batches: Iterator[Sequence[BatchT]], attempt: Attempt
+    ) -> TrainingResult:
         clock = _Clock()
         results: dict[str, float] = {}
         for step in range(first_step + 1, self.config.steps + 1):
@@ -128,12 +140,16 @@ class Trainer(Generic[BatchT]):
             self.progress.advance()
             results = {}  # a checkpoint names the metrics of its own step only
             is_last = step == self.config.steps
-            if is_last or step % self.config.log_every == 0:
+            is_logged = is_last or step % self.config.log_every == 0
+            is_saved = is_last or step % self.config.checkpoint.every == 0
+            if is_logged or is_saved:
+                clock.loaded = merge_reports([clock.loaded, self._record_loading()])
+            if is_logged:
                 results |= self._log(step, values, clock)
             with clock.aside():
                 if is_last or step % self.config.evaluate_every == 0:
                     results |= self._evaluate(step)
-                if is_last or step % self.config.checkpoint.every == 0:
+                if is_saved:
                     self._save(attempt, step, results)
         return TrainingResult(step=self.config.steps, metrics=results)
 
@@ -168,13 +184,29 @@ class Trainer(Generic[BatchT]):
         logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
         return loaded.step
 
+    def _record_loading(self) -> LoadReport:
+        """Add up all ranks' reports since the last call, and enter the damaged samples."""
+        report = self.take_report()
+        if self.world.world_size > 1:
+            reports = [report] * self.world.world_size
+            dist.all_gather_object(reports, report)
+            report = merge_reports(reports)
+        if self.ledger:
+            for replacement in report.replacements:
+                step = replacement.slot // self.config.global_batch_size + 1
+                self.ledger.write({"step": step} | asdict(replacement))
+        return report
+
     def _log(self, step: int, values: Mapping[str, Tensor], clock: _Clock) -> dict[str, float]:
         self.task.raise_if_not_finite()
         numbers = {name: value.item() for name, value in values.items()}
         bad = [name for name, number in numbers.items() if not math.isfinite(number)]
         if bad:
             raise NumericsError(f"step {step}: {', '.join(bad)} is not finite")
-        self._write(step, numbers | clock.rates(step, self.config.global_batch_size))
+        rates = clock.rates(step, self.config.global_batch_size)
+        if self.ledger and self.ledger.num_records:
+            rates["train/damaged_samples"] = self.ledger.num_records
+        self._write(step, numbers | rates)
         return numbers
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -201,7 +233,7 @@ class Trainer(Generic[BatchT]):
         }
         # Before the commit: no checkpoint then has records missing that led to it.
         if self.world.is_main:
-            self.publish_metrics()
+            self.publish_files()
         attempt.save(
             step,
             tensors=self.task.state_dict(),
@@ -220,6 +252,8 @@ class _Clock:
         self._last_step: int | None = None
         self._waited_s = 0.0
         self._aside_s = 0.0
+        self.loaded = LoadReport()
+        """What all ranks' loaders did since the last record."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -242,6 +276,13 @@ class _Clock:
         rates = {"train/loader_wait_fraction": self._waited_s / elapsed}
         if self._last_step is not None:
             rates["train/images_per_s"] = (step - self._last_step) * global_batch_size / elapsed
+        loaded = self.loaded
+        if loaded.samples_read:
+            rates["train/read_bytes_per_s"] = loaded.bytes_read / elapsed
+            rates["train/cache_hit_fraction"] = loaded.cached_samples / loaded.samples_read
+        if loaded.retries:
+            rates["train/storage_retries"] = loaded.retries
         self._since, self._last_step = now, step
         self._waited_s = self._aside_s = 0.0
+        self.loaded = LoadReport()
         return rates

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.synthetic_shards import flip_byte
 
 from fqgan_dist.cli import main as fqgan
 from fqgan_dist.config import load_config
+from fqgan_dist.data.index import load_index, load_samples
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.training.checkpoint import CheckpointStore
@@ -111,7 +113,16 @@ def test_two_ranks_train_a_stage_and_fqgan_run_takes_it_as_done(
     assert record_of(root, "tokenizer") == record
 
 
+def damage_every_fourth_image(root: Path) -> None:
+    storage = Storage(root).child("data/photographs/train")
+    for entry in load_index(storage, "").shards:
+        table = load_samples(storage, "", entry)
+        for row in range(0, len(table), 4):
+            flip_byte(storage, entry.file, int(table.offsets[row]))
+
+
 def test_two_ranks_continue_what_one_process_began(root: Path) -> None:
+    damage_every_fourth_image(root)
     # As after a kill at step 4: no record of the end, no checkpoint of step 6.
     assert main([str(TINY), f"storage.root={root}", "stage=tokenizer"]) == DONE
     alone = last_weights(root)
@@ -119,9 +130,15 @@ def test_two_ranks_continue_what_one_process_began(root: Path) -> None:
     (root / "manifests" / "tokenizer.json").write_text(json.dumps(record))
     for part in root.glob("tokenizer/checkpoints/step-00000006/*/*.safetensors"):
         part.unlink()
+    ledger = (root / "tokenizer" / "damaged_samples.jsonl").read_text()
+    slots = {record["slot"]: record["step"] for record in map(json.loads, ledger.splitlines())}
+    assert list(slots) == sorted(slots)
+    assert {5, 6} <= set(slots.values())
     result = torchrun(root, "stage=tokenizer")
     assert result.returncode == DONE, result.stderr
     assert "resumed at step 4 of 6" in result.stderr
+    # Both ranks' damaged samples, replaced by the same ones, once and in the order of slots.
+    assert (root / "tokenizer" / "damaged_samples.jsonl").read_text() == ledger
     together = last_weights(root)
     # Gradients are summed in another order; two Adam steps of 1e-3 on weights of order 0.1.
     for name, tensor in alone.items():

@@ -29,7 +29,13 @@ TESTS_DIR = Path(__file__).parents[1]
 CONFIG = TESTS_DIR / "support" / "tiny.yaml"
 TIMEOUT_S = 500
 TRAINED = ("tokenizer", "autoregressive")
-TIMES = {"time", "train/loader_wait_fraction", "train/images_per_s"}
+TIMES = {
+    "time",
+    "train/loader_wait_fraction",
+    "train/images_per_s",
+    "train/read_bytes_per_s",
+    "train/cache_hit_fraction",
+}
 
 KILL_POINTS = {
     "shards": ("/train/shard-000001.tar", 1),  # the second of three

@@ -11,7 +11,8 @@ import pytest
 from support.radosgw import S3_BUCKET
 
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.stages.training import MetricsFile
+from fqgan_dist.stages.training import LedgerFile, MetricsFile
+from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.metrics import parse_metrics
@@ -87,6 +88,21 @@ def test_metrics_and_tensorboard_are_published_and_continued(storage: Storage) -
     records = parse_metrics(storage.read_bytes("tokenizer/metrics.jsonl"), name="metrics")
     assert [record["step"] for record in records] == [1, 2]
     assert scalars == {0: 1, 1: 2}
+
+
+def test_the_ledger_is_published_continued_and_emptied_by_a_new_start(storage: Storage) -> None:
+    path = "tokenizer/damaged_samples.jsonl"
+    found: list[list[int]] = []
+    for resumed_step in (0, 1, 0):
+        with LedgerFile(storage, path) as file, file.open(resumed_step) as writer:
+            file.publish()
+            before = storage.read_bytes(path) if storage.exists(path) else b""
+            writer.write({"step": resumed_step + 1})
+            file.publish()
+        for data in (before, storage.read_bytes(path)):
+            records = parse_records(data, name=path, kind="ledger")
+            found.append([record["step"] for record in records])
+    assert found == [[], [1], [1], [1, 2], [], [1]]
 
 
 def _count_events(storage: Storage, names: list[str]) -> int:

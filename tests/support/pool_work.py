@@ -15,11 +15,12 @@ from pathlib import Path
 
 import ray
 
+from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import ChunkWork, ProcessLocalCaches, RunContext, select_device
+from fqgan_dist.stages.stage import RunContext, RunWork, select_device
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.summary import Metric
 from fqgan_dist.world import World
@@ -36,7 +37,7 @@ def open_context(root: Path) -> RunContext:
     return RunContext(config=config, storage=Storage(root), world=World(), device=device)
 
 
-class FileWork(ProcessLocalCaches):
+class FileWork(RunWork):
     """Writes `files/<chunk>`: where it was made, by which process."""
 
     description = "files"
@@ -180,7 +181,7 @@ class LeashedWork:
 
     def __init__(self, work: ChunkWork, leash: Leash) -> None:
         self.work, self.leash = work, leash
-        self.context, self.description, self.unit = work.context, work.description, work.unit
+        self.description, self.unit = work.description, work.unit
 
     def chunks(self) -> Sequence[int]:
         return self.work.chunks()
@@ -194,6 +195,9 @@ class LeashedWork:
     def process(self, chunk: int) -> None:
         self.leash.wait()
         self.work.process(chunk)
+
+    def set_up_process(self, role: str, number: int) -> None:
+        self.work.set_up_process(role, number)
 
 
 class UnpicklableError(DataError):

@@ -1,1 +1,1 @@
-"""Where images come from: one module for each kind of source."""
+"""What datasets are made from: one module for each kind of source, and `open_source`."""

@@ -1,271 +1,161 @@
-"""What a dataset is made from: a folder, a tar file or the built-in photographs, as one listing.
+"""Open a source of images of any kind as one listing.
 
-All are seen as members `class/name.ext`. A listing holds names, sizes and places, never the images;
-those are read one by one. A tar is hostile input: nothing is unpacked to the file system, unsafe
-members are refused by name, and only members that are named like images are read.
+Sources are hostile input: nothing is unpacked to where a name says, nothing is run, and what is odd
+is reported by name. A listing holds names, sizes and places; images are read one by one.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
-import os
-import tarfile
-import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import Any
 
+from fqgan_dist.chunks import ReportProgress, ignore_progress
+from fqgan_dist.config import parse_config
+from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.listing import ListingBuilder, SourceListing
-from fqgan_dist.sharding.photographs import (
-    PhotographsConfig,
-    Split,
-    crop_photograph,
-    sample_photographs,
+from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.sources.folder import list_folder
+from fqgan_dist.sharding.sources.locations import (
+    check_source_uri,
+    folder_exists,
+    source_exists,
 )
+from fqgan_dist.sharding.sources.manifest import MANIFEST_SUFFIXES, list_manifest
+from fqgan_dist.sharding.sources.options import (
+    FORMATS,
+    SourceFormat,
+    SourceOptions,
+    check_effect,
+)
+from fqgan_dist.sharding.sources.parquet_table import PARQUET_SUFFIX, open_parquet
+from fqgan_dist.sharding.sources.photograph_crops import BUILTIN_PHOTOGRAPHS, list_photographs
+from fqgan_dist.sharding.sources.shard_pattern import is_pattern
+from fqgan_dist.sharding.sources.tar_archive import (
+    COMPRESSED_SUFFIXES,
+    PLAIN_SUFFIX,
+    first_members,
+    open_tar,
+)
+from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
+from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
 
-BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+_EXAMINED_MEMBERS = 32
+_EXAMINED_NAMES = 20
+_SHOWN_NAMES = 3
 
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
-_COPY_BLOCK_BYTES = 4 * 2**20
-
-
-class Progress(Protocol):
-    """Told about work as it is done."""
-
-    def __call__(self, description: str, done: int, total: int, /) -> None:
-        """Report `done` of `total` units; a `total` of 0 is not known."""
-        ...
-
-
-def ignore_progress(description: str, done: int, total: int) -> None:
-    """Be a `Progress` that shows nothing."""
+_LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, ReportProgress], SourceListing]] = {
+    "folder": list_folder,
+    "zip": list_zip,
+    "webdataset": list_shards,
+    "manifest": list_manifest,
+}
 
 
 @contextmanager
 def open_source(
     uri: str,
     *,
-    subfolder: str = "",
     split: str = "train",
     photographs: PhotographsConfig | None = None,
-    progress: Progress = ignore_progress,
+    progress: ReportProgress = ignore_progress,
+    **options: Any,
 ) -> Iterator[SourceListing]:
-    """List the images of a source and keep it open for reading.
-
-    A compressed tar can only be read in order, but the shards' global permutation reads at random,
-    so it is first decompressed, as a stream, to one temporary file (in `TMPDIR`), as is a tar in a
-    bucket. A plain tar is read in place.
+    """List the images of a source, and keep what was unpacked of it for reading.
 
     Args:
-        uri: an image folder, a tar (.gz, .bz2, .xz; a path or s3://), or `builtin:photographs`.
-        subfolder: folder inside the source that holds the class folders; the rest is ignored.
+        uri: a path, an s3:// URI, or `builtin:photographs`.
         split: part of the photographs, `train` or `val`; no meaning for other sources.
         photographs: how the photographs are cropped; None for other sources.
-        progress: told about bytes that are decompressed.
+        progress: told about what is listed and unpacked.
+        options: fields of `SourceOptions`.
 
     Raises:
-        ConfigError: the source is of no known kind, or an option has no effect on it.
+        ConfigError: it cannot be told what the source is, or an option is wrong or has no effect.
         DataError: the source is missing or damaged, or holds no image.
     """
+    chosen = parse_config(options, SourceOptions, source="source options")
     if uri == BUILTIN_PHOTOGRAPHS:
-        if subfolder:
-            raise ConfigError(f"subfolder: {subfolder!r} has no effect on {uri}; leave it out")
-        yield _list_photographs(split, photographs or PhotographsConfig())
+        check_effect(uri, chosen, None)
+        yield list_photographs(split, photographs or PhotographsConfig())
         return
     if photographs is not None:
         raise ConfigError(f"image_size and crops_per_photograph have no effect on {uri!r}")
-    builder = ListingBuilder(uri, subfolder)
-    if uri.endswith(_TAR_SUFFIXES):
-        with _open_plain_tar(uri, progress) as file:
-            _list_tar(file, builder)
-            yield builder.build(_TarReader(file.fileno()))
-    elif "://" in uri:
-        raise ConfigError(
-            f"source {uri!r}: expected a tar file there ({', '.join(_TAR_SUFFIXES)}); "
-            "pack the folder as a tar, or copy it to a disk"
-        )
+    check_source_uri(uri)
+    kind = find_format(uri, chosen) if chosen.format == "auto" else chosen.format
+    check_effect(uri, chosen, kind)
+    if kind == "tar":
+        with open_tar(uri, chosen, progress) as listing:
+            yield listing
+    elif kind == "parquet":
+        with open_parquet(uri, chosen, progress) as listing:
+            yield listing
     else:
-        _list_folder(Path(uri), builder)
-        yield builder.build(_FolderReader(Path(uri) / subfolder))
+        yield _LISTERS[kind](uri, chosen, progress)
 
 
-def _list_photographs(split: str, config: PhotographsConfig) -> SourceListing:
-    if split not in ("train", "val"):
-        raise ConfigError(f"split: {split!r}: {BUILTIN_PHOTOGRAPHS} has 'train' and 'val'")
-    builder = ListingBuilder(BUILTIN_PHOTOGRAPHS, "")
-    crops = sample_photographs(
-        cast(Split, split),
-        image_size=config.image_size,
-        crops_per_photograph=config.crops_per_photograph,
-        seed=config.seed,
-    )
-    for _, name, data in crops:
-        builder.add(name, len(data), 0)
-    return builder.build(_PhotographReader(cast(Split, split), config))
+def find_format(uri: str, options: SourceOptions) -> SourceFormat:
+    """Tell what a source is, by its name and by what is in it.
 
-
-def _list_folder(root: Path, builder: ListingBuilder) -> None:
-    folder = root / builder.subfolder
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{folder}: no such folder; expected class folders with images, a tar file "
-            f"({', '.join(_TAR_SUFFIXES)}) or {BUILTIN_PHOTOGRAPHS}"
-        ) from error
-    prefix = f"{builder.subfolder}/" if builder.subfolder else ""
-    for entry in entries:
-        if not entry.is_dir():
-            builder.add(prefix + entry.name, 0, 0)  # not in a class folder: reported by name
-            continue
-        files = sorted(os.scandir(entry.path), key=lambda file: file.name)
-        for file in files:
-            _add_file(f"{prefix}{entry.name}/{file.name}", file, builder)
-        if not files:
-            builder.skip(f"{prefix}{entry.name}", "an empty class folder")
-
-
-def _add_file(name: str, entry: os.DirEntry[str], builder: ListingBuilder) -> None:
-    # Links are followed: the folder is the user's own, and subsets are often made of links.
-    if entry.is_file():
-        builder.add(name, entry.stat().st_size, 0)
-    elif entry.is_dir():
-        builder.skip(name, "a folder inside a class folder")
-    else:
-        builder.refuse(name, "not a file: a broken link, device or pipe")
-
-
-def _list_tar(file: IO[bytes], builder: ListingBuilder) -> None:
-    """Add the members of an uncompressed tar.
+    Args:
+        uri: the source.
+        options: what was said of it: a subfolder is a folder of class folders.
 
     Raises:
-        DataError: the tar is damaged or ends early.
+        ConfigError: it cannot be told.
+        DataError: there is no such source.
     """
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                # The members of a tar of a million images would take gigabytes.
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
-                _add_member(member, builder)
-            end = tar.offset
-    except (tarfile.TarError, OverflowError, ValueError) as error:
+    if uri.endswith(COMPRESSED_SUFFIXES):
+        return "tar"
+    if uri.endswith(ZIP_SUFFIX):
+        return "zip"
+    if uri.endswith(MANIFEST_SUFFIXES):
+        return "manifest"
+    if uri.endswith(PLAIN_SUFFIX):
+        return "webdataset" if _is_of_samples(uri, options) else "tar"
+    if uri.endswith(PARQUET_SUFFIX):
+        return "parquet"
+    return "folder" if options.subfolder else _find_format_of_folder(uri)
+
+
+def _is_of_samples(uri: str, options: SourceOptions) -> bool:
+    """Whether a tar, or several, are shards; else it holds class folders."""
+    if is_pattern(uri) or options.class_key is not None:
+        return True
+    if options.subfolder:
+        return False
+    return any(name.lower().endswith(".cls") for name in first_members(uri, _EXAMINED_MEMBERS))
+
+
+def _find_format_of_folder(uri: str) -> SourceFormat:
+    storage = Storage(uri)
+    names = storage.list()
+    if not names and not folder_exists(uri):
+        if source_exists(uri):
+            raise ConfigError(f"{uri}: a file of no known ending; say what it is with format=...")
         raise DataError(
-            f"{builder.uri}: a damaged tar file ({error}); copy or make it again"
-        ) from error
-    # tarfile takes the end of the file for the end of the archive, also where it was cut between
-    # two members; a whole archive ends with a block of zeros.
-    file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DataError(
-            f"{builder.uri}: the tar file is cut off: it has no end mark after {end} bytes; "
-            "copy or make it again"
+            f"{uri}: no such folder; expected class folders with images, or a "
+            f"{'/'.join(FORMATS)} source, or {BUILTIN_PHOTOGRAPHS}"
         )
+    shards = [name for name in names if name.endswith(SHARD_SUFFIX)]
+    tables = [name for name in names if name.endswith(PARQUET_SUFFIX)]
+    folders = _find_folders(storage, names)
+    if shards and (INDEX_NAME in names or not folders):
+        return "webdataset"
+    if tables and not folders and not shards:
+        return "parquet"
+    if shards or tables:
+        raise ConfigError(
+            f"{uri}: holds folders ({', '.join(folders[:_SHOWN_NAMES])}) and files like "
+            f"{(shards or tables)[0]!r}; say which to read with format=folder, "
+            f"format={'webdataset' if shards else 'parquet'}"
+        )
+    return "folder"
 
 
-def _add_member(member: tarfile.TarInfo, builder: ListingBuilder) -> None:
-    if member.isdir():
-        return
-    if member.issym() or member.islnk():
-        builder.refuse(member.name, f"a link, to {member.linkname!r}")
-    elif not member.isreg() or member.issparse():
-        builder.refuse(member.name, "neither a plain file nor a folder")
-    else:
-        builder.add(member.name, member.size, member.offset_data)
-
-
-@contextmanager
-def _open_plain_tar(uri: str, progress: Progress) -> Iterator[IO[bytes]]:
-    """Open a tar without compression: a local one in place, others as a temporary copy."""
-    folder, name = os.path.split(uri)
-    storage = Storage(folder or ".")
-    try:
-        packed = storage.open_read(name)
-        total = storage.size(name)
-    except FileNotFoundError as error:
-        raise DataError(f"{uri}: no such file; correct the path of the tar file") from error
-    with packed:
-        if storage.is_local and name.endswith(".tar"):
-            yield packed
-            return
-        with tempfile.TemporaryFile(prefix="fqgan-data-") as plain:
-            for block in _decompressed_blocks(uri, packed):
-                _write_block(plain, block, uri)
-                progress("unpacking", packed.tell(), total)
-            plain.seek(0)
-            yield plain
-
-
-def _decompressed_blocks(uri: str, packed: IO[bytes]) -> Iterator[bytes]:
-    try:
-        with _open_decompressor(uri, packed) as stream:
-            while block := stream.read(_COPY_BLOCK_BYTES):
-                yield block
-    except _DECOMPRESSION_ERRORS as error:
-        raise DataError(f"{uri}: damaged or cut off ({error}); copy or make it again") from error
-
-
-def _open_decompressor(uri: str, packed: IO[bytes]) -> IO[bytes]:
-    match uri.rpartition(".")[2]:
-        case "gz" | "tgz":
-            return cast(IO[bytes], gzip.GzipFile(fileobj=packed, mode="rb"))
-        case "bz2":
-            return cast(IO[bytes], bz2.BZ2File(packed, "rb"))
-        case "xz":
-            return cast(IO[bytes], lzma.LZMAFile(packed, "rb"))
-        case _:
-            return packed
-
-
-def _write_block(plain: IO[bytes], block: bytes, uri: str) -> None:
-    try:
-        plain.write(block)
-        plain.flush()  # so that a full disk shows here
-    except OSError as error:
-        raise DataError(
-            f"{uri}: cannot be unpacked to {tempfile.gettempdir()} ({error}); "
-            "set TMPDIR to a folder with room for the uncompressed tar"
-        ) from error
-
-
-class _FolderReader:
-    """Reads files below a folder."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def read(self, name: str, offset: int, size: int) -> bytes:  # noqa: ARG002
-        return (self._root / name).read_bytes()
-
-
-class _TarReader:
-    """Reads ranges of a file; `pread` has no position, so any number of threads may read."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        if len(data) != size:
-            raise DataError(f"{name}: the tar file became shorter while it was read")
-        return data
-
-
-class _PhotographReader:
-    """Cuts the crop again that the listing was made with."""
-
-    def __init__(self, split: Split, config: PhotographsConfig) -> None:
-        self._split: Split = split
-        self._config = config
-
-    def read(self, name: str, offset: int, size: int) -> bytes:  # noqa: ARG002
-        class_name, _, file_name = name.partition("/")
-        number = int(file_name.removesuffix(".png").rpartition("_")[2])
-        config = self._config
-        return crop_photograph(class_name, number, self._split, config.image_size, config.seed)
+def _find_folders(storage: Storage, names: list[str]) -> list[str]:
+    # Those without an ending first: usually classes. Some are enough, as each costs a request.
+    likely = sorted(names, key=lambda name: ("." in name, name))[:_EXAMINED_NAMES]
+    return [name for name in likely if not storage.exists(name)]

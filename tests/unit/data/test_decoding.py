@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as photographs
 
-from fqgan_dist.data.decoding import decode_image, to_float, to_uint8
+from fqgan_dist.data.decoding import decode_image, read_size, to_float, to_uint8
 from fqgan_dist.errors import DataError
 
 PIXELS = photographs.astronaut()[::8, ::8].copy()  # 64 x 64
@@ -168,3 +168,21 @@ def test_every_real_photograph_is_decoded(test_data_dir: Path) -> None:
             file = archive.extractfile(member)
             assert file is not None
             assert decode_image(file.read(), name=member.name).mode == "RGB"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_of_a_header_is_that_of_the_image(kind: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (5, 9)).save(file, kind, exif=exif)
+    size = read_size(file.getvalue(), name="x")
+    assert size == decode_image(file.getvalue(), name="x").size
+    assert sorted(size) == [5, 9]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_the_size_of_what_is_no_image_is_an_error(data: bytes):
+    with pytest.raises(DataError, match="cannot decode"):
+        read_size(data, name="x")

@@ -257,21 +257,6 @@ def test_features_of_another_dataset_are_refused(storage: Storage, tmp_path: Pat
         next(loader.batches(0, [0]))
 
 
-def test_damaged_image_names_shard_and_sample(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
-    index = build_photographs(storage, "data", crops=1)
-    for entry in index.shards:
-        path = f"data/{entry.file}"
-        data = bytearray(storage.read_bytes(path))
-        table = load_samples(storage, "data", entry)
-        start = int(table.offsets[0])
-        data[start : start + 8] = bytes(8)
-        storage.write_bytes(path, bytes(data))
-    loader = make_loader(storage, micro_batch_size=7)
-    with pytest.raises(DataError, match=r"shard-00000\d.tar: sample '\w+': cannot decode"):
-        next(loader.batches(0, [0, 1]))
-
-
 def test_missing_shard_is_a_data_error(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     index = build_photographs(storage, "data", crops=1)

@@ -68,6 +68,53 @@ def test_samples_come_from_one_window_of_shards_at_a_time(counts: list[int], win
             opened.clear()
 
 
+def find_windows(order: SampleOrder, counts: list[int], epochs: int) -> list[tuple[int, set[int]]]:
+    """Read from the stream itself where each window of shards ends, and which shards it has."""
+    windows: list[tuple[int, set[int]]] = []
+    for epoch in range(epochs):
+        start = epoch * order.num_samples
+        shards = [place[1] for place in stream(order, range(start, start + order.num_samples))]
+        while shards:
+            size = min(order.window_shards, len(set(shards)))
+            found = set(list(dict.fromkeys(shards))[:size])
+            start += sum(counts[shard] for shard in found)
+            shards = shards[sum(counts[shard] for shard in found) :]
+            windows.append((start, found))
+    return windows
+
+
+@given(counts_of_shards, st.integers(1, 5), st.data())
+def test_upcoming_shards_are_those_of_the_next_window(
+    counts: list[int], window: int, data: st.DataObject
+) -> None:
+    order = make_order(counts, window=window)
+    slot = data.draw(st.integers(0, 2 * order.num_samples - 1))
+    windows = find_windows(order, counts, epochs=3)
+    present = next(number for number, (end, _) in enumerate(windows) if slot < end)
+    upcoming = order.upcoming_shards(slot)
+    assert set(upcoming) == windows[present + 1][1]
+    assert len(upcoming) == len(set(upcoming))
+
+
+@given(counts_of_shards, st.integers(0, 2**40), st.integers(0, 2**62))
+def test_a_walk_visits_every_sample_once(counts: list[int], seed: int, key: int) -> None:
+    order = make_order(counts, seed)
+    visited = list(order.walk(key))
+    assert len(visited) == len(set(visited))
+    assert set(visited) == {
+        (shard, row) for shard, count in enumerate(counts) for row in range(count)
+    }
+    assert visited == list(make_order(counts, seed).walk(key))
+
+
+def test_walks_of_other_keys_seeds_and_datasets_differ() -> None:
+    counts = [20] * 5
+    first = list(make_order(counts).walk(7))
+    assert first != list(make_order(counts).walk(8))
+    assert first != list(make_order(counts, seed=1).walk(7))
+    assert first != list(make_order(counts, dataset="e").walk(7))
+
+
 def test_another_epoch_seed_or_dataset_gives_another_order() -> None:
     counts = [20] * 5
     first = stream(make_order(counts), range(200))

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import operator
 import threading
+from collections import Counter
+from contextlib import closing
 from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.waiting import wait_until
 
 from fqgan_dist.data.prefetch import BoundedCache, load_in_processes, load_in_threads
 
@@ -69,6 +73,39 @@ def test_closing_ends_the_threads() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 0), (2, 4), (4, 3)])
+def test_a_slow_consumer_bounds_what_is_held(threads: int, ahead: int) -> None:
+    lock = threading.Lock()
+    counts = Counter(started=0, taken=0, most=0)
+
+    def load(key: int) -> int:
+        with lock:
+            counts["started"] += 1
+            counts["most"] = max(counts["most"], counts["started"] - counts["taken"])
+        return key
+
+    def is_full() -> bool:
+        return counts["started"] - counts["taken"] == ahead + 1
+
+    with closing(load_in_threads(load, itertools.count(), threads=threads, ahead=ahead)) as stream:
+        for _ in range(50):
+            next(stream)
+            wait_until(is_full)
+            counts["taken"] += 1
+    assert counts["most"] == ahead + 1
+
+
+def test_processes_work_ahead_but_not_further() -> None:
+    asked = itertools.count()
+    keys = iter(lambda: next(asked), None)
+    with closing(load_in_processes(partial(partial, operator.neg), keys, workers=2)) as stream:
+        assert [next(stream) for _ in range(5)] == [0, -1, -2, -3, -4]
+        # Two batches for each worker, beside the five taken, however long the consumer takes.
+        assert next(asked) == 5 + 2 * 2
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
 def test_processes_keep_the_order() -> None:
     # Calling `build` in the worker gives the function k -> 3 k; both can be pickled.
     build = partial(partial, operator.mul, 3)
@@ -112,6 +149,26 @@ def test_cache_calls_once_for_threads_that_ask_at_once() -> None:
         thread.join()
     assert found == [7] * 4
     assert calls == [7]
+
+
+def test_cache_loads_several_side_by_side_and_each_once() -> None:
+    calls: list[int] = []
+    both_are_in = threading.Barrier(2)
+
+    def load(key: int) -> int:
+        calls.append(key)
+        both_are_in.wait(30)
+        return -key
+
+    cache = BoundedCache(load, 4)
+    assert cache.get_many([1, 2, 1, 2]) == {1: -1, 2: -2}
+    assert cache.get_many(iter([2, 1])) == {2: -2, 1: -1}
+    assert sorted(calls) == [1, 2]
+
+
+def test_cache_gives_more_values_than_it_keeps() -> None:
+    cache = BoundedCache(operator.neg, 2)
+    assert cache.get_many(range(20)) == {key: -key for key in range(20)}
 
 
 def test_cache_forgets_errors() -> None:

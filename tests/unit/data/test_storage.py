@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import pickle
 import subprocess
@@ -146,6 +148,72 @@ def test_open_read_is_seekable(storage: Storage) -> None:
     with storage.open_read("x") as file:
         file.seek(-2, os.SEEK_END)
         assert file.read() == b"89"
+
+
+def test_walk_gives_what_a_bucket_would(storage: Storage, tmp_path: Path) -> None:
+    names = ["a-b", "a/x", "a/y/z", "a.b", "b", "\u00e4", "\U0001f600", "\uff5e"]
+    for name in names:
+        storage.write_bytes(name, name.encode())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "linked").write_bytes(b"12")
+    root = Path(storage.root)
+    (root / "a" / "link").symlink_to(other)
+    (root / "broken").symlink_to(tmp_path / "nothing")
+    os.mkfifo(root / "pipe")
+    (root / "empty").mkdir()
+    (root / "a" / ".x.writing-0123").write_bytes(b"of a killed writer")
+    expected = [(name, len(name.encode())) for name in names] + [("a/link/linked", 2)]
+    assert list(storage.walk()) == sorted(expected, key=lambda entry: os.fsencode(entry[0]))
+    assert list(storage.walk("a")) == [("link/linked", 2), ("x", 3), ("y/z", 5)]
+    assert list(storage.walk("none")) == list(storage.walk("b")) == []
+
+
+def test_walk_refuses_a_circle_of_links(storage: Storage) -> None:
+    storage.write_bytes("a/x", b"")
+    (Path(storage.root) / "a" / "up").symlink_to(storage.root)
+    with pytest.raises(DataError, match=r"a/up: a link to a folder that it lies in"):
+        list(storage.walk())
+
+
+def test_download_copies_and_hashes(storage: Storage, tmp_path: Path) -> None:
+    data = os.urandom(2**20) * 9 + b"end"
+    storage.write_bytes("a/x", data)
+    came: list[int] = []
+    copied = storage.download("a/x", tmp_path / "copy", progress=came.append)
+    assert copied == (hashlib.sha256(data).hexdigest(), len(data))
+    assert sum(came) == len(data)
+    assert (tmp_path / "copy").read_bytes() == data
+    storage.write_bytes("empty", b"")
+    assert storage.download("empty", tmp_path / "none") == (hashlib.sha256().hexdigest(), 0)
+    assert (tmp_path / "none").read_bytes() == b""
+
+
+def test_download_to_a_full_disk_is_told_apart(storage: Storage, tmp_path: Path) -> None:
+    storage.write_bytes("x", b"1")
+    os.truncate(storage.uri("x"), 2**42)  # a sparse file: larger than the disk
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.download("x", tmp_path / "copy")
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "copy").exists()
+
+
+def test_download_replaces_no_file(storage: Storage, tmp_path: Path) -> None:
+    storage.write_bytes("x", b"1")
+    (tmp_path / "copy").write_bytes(b"mine")
+    with pytest.raises(OSError, match="exists") as caught:
+        storage.download("x", tmp_path / "copy")
+    assert caught.value.errno == errno.EEXIST
+    assert (tmp_path / "copy").read_bytes() == b"mine"
+    with pytest.raises(FileNotFoundError, match="no such object"):
+        storage.download("none", tmp_path / "other")
+    assert storage.num_retries == 0
+
+
+def test_a_missing_file_is_named_among_many(storage: Storage) -> None:
+    storage.write_bytes("x", b"0123")
+    with pytest.raises(FileNotFoundError, match="root/gone"):
+        storage.read_ranges([("x", 0, 1), ("gone", 0, 1)])
 
 
 def test_child_has_the_folder_as_its_root(storage: Storage) -> None:

@@ -2,124 +2,237 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
+from support.small_s3 import SmallS3, run_small_s3, set_credentials
 
+from fqgan_dist.data import request_retries, s3_connection
+from fqgan_dist.data.s3_errors import PASSING_ATTEMPTS, UNREACHABLE_ATTEMPTS
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import DataError
 
-DATA = b"0123456789" * 100
-
-
-@dataclass
-class FaultyServer:
-    """One object; each request meets the next fault, after the last one all goes well."""
-
-    faults: list[str] = field(default_factory=list)
-    stored: bytes | None = DATA
-    num_requests: int = 0
-
-    def next_fault(self) -> str:
-        self.num_requests += 1
-        return self.faults.pop(0) if self.faults else ""
-
-
-def make_handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # clients wait for "100 Continue" before a body
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Be silent."""
-
-        def answer(self, status: int, body: bytes = b"", *, size: int | None = None) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body) if size is None else size))
-            self.send_header("ETag", '"1"')
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            self.close_connection = True
-
-        def do_GET(self) -> None:
-            fault = server.next_fault()
-            if fault == "throttle":
-                self.answer(503, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
-            elif fault == "internal":
-                self.answer(500, b"<Error><Code>InternalError</Code><Message>?</Message></Error>")
-            elif fault == "truncate":
-                self.answer(206, DATA[:300], size=500)
-            elif fault == "cut":
-                self.connection.close()
-                self.close_connection = True
-            elif server.stored is None:
-                self.answer(404, b"<Error><Code>NoSuchKey</Code><Message>no</Message></Error>")
-            else:
-                self.answer(206, server.stored[:500])
-
-        do_HEAD = do_GET
-
-        def do_PUT(self) -> None:
-            fault = server.next_fault()
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if "If-None-Match" in self.headers and server.stored is not None:
-                self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
-                return
-            server.stored = body
-            if fault == "lose answer":
-                self.connection.close()
-                self.close_connection = True
-            else:
-                self.answer(200)
-
-    return Handler
+DATA = bytes(range(256)) * 4
+READ_FAULTS: list[FaultKind] = [
+    "slow_down", "internal", "stall", "reset", "truncate", "shorten",
+]  # fmt: skip
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    server = FaultyServer()
-    with ThreadingHTTPServer(("127.0.0.1", 0), make_handler(server)) as http_server:
-        http_server.handle_error = lambda *_: None  # type: ignore[method-assign]  # cut connections
-        thread = threading.Thread(target=http_server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{http_server.server_port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def server() -> Iterator[SmallS3]:
+    with run_small_s3() as server:
+        server.objects["/bucket/run/x"] = DATA
         yield server
-        http_server.shutdown()
-        thread.join()
 
 
-@pytest.mark.parametrize("fault", ["throttle", "internal", "truncate", "cut"])
+@pytest.fixture
+def proxy(server: SmallS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    monkeypatch.setattr(request_retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(s3_connection, "_READ_TIMEOUT_S", 0.5)  # for the stalled connections
+    with run_fault_proxy(server.endpoint) as proxy:
+        set_credentials(monkeypatch, proxy.endpoint)
+        yield proxy
+
+
+@pytest.fixture
+def storage() -> Storage:
+    return Storage("s3://bucket/run")
+
+
+@pytest.mark.parametrize("fault", READ_FAULTS)
 @pytest.mark.parametrize("many", [False, True])
-def test_passing_fault_is_not_noticed(server: FaultyServer, fault: str, many: bool) -> None:
-    server.faults = [fault]
-    storage = Storage("s3://bucket/run")
+def test_passing_fault_is_not_noticed(
+    proxy: FaultProxy, storage: Storage, fault: FaultKind, many: bool
+) -> None:
+    proxy.script.append(fault)
     if many:
-        assert storage.read_ranges([("x", 0, 500)]) == [DATA[:500]]
+        assert storage.read_ranges([("x", 5, 500)]) == [DATA[5:505]]
     else:
-        assert storage.read_bytes("x", length=500) == DATA[:500]
-    assert server.num_requests == 2
+        assert storage.read_bytes("x", offset=5, length=500) == DATA[5:505]
+    assert proxy.counts == {fault: 1}
+    assert proxy.num_requests == 2
+    assert storage.num_retries == 1
 
 
-def test_lasting_fault_ends_in_a_clear_error(server: FaultyServer) -> None:
-    server.faults = ["truncate"] * 1000
-    with pytest.raises(DataError, match=r"s3://bucket/run/x: cannot be read or written"):
-        Storage("s3://bucket/run").read_bytes("x", length=500)
-    assert server.num_requests < 100
+def test_a_read_goes_on_where_it_broke_off(proxy: FaultProxy, storage: Storage) -> None:
+    proxy.faults = Faults(reset_after_bytes=300)
+    proxy.script.append("truncate")
+    assert storage.read_bytes("x", length=1000) == DATA[:1000]
+    assert [request.range for request in proxy.requests] == ["bytes=0-999", "bytes=300-999"]
 
 
-def test_create_whose_answer_was_lost_has_succeeded(server: FaultyServer) -> None:
-    server.stored, server.faults = None, ["lose answer"]
-    Storage("s3://bucket/run").create_bytes("commit", DATA[:500])
-    assert server.stored == DATA[:500]
+def test_a_long_body_may_break_off_more_often_than_a_request(
+    proxy: FaultProxy, storage: Storage, server: SmallS3
+) -> None:
+    server.objects["/bucket/run/long"] = DATA * 1024  # 1 MiB, in 11 pieces
+    proxy.faults = Faults(reset_rate=1, reset_after_bytes=100_000)
+    assert storage.read_bytes("long") == DATA * 1024
+    assert storage.num_retries > PASSING_ATTEMPTS
 
 
-def test_create_that_lost_the_race_fails_though_its_answer_was_lost(server: FaultyServer) -> None:
+def test_only_the_ranges_that_failed_are_read_again(proxy: FaultProxy, storage: Storage) -> None:
+    proxy.script.extend(["slow_down", "truncate", None, "shorten"])
+    ranges = [("x", offset, 10) for offset in range(0, 400, 10)]
+    assert storage.read_ranges(ranges) == [DATA[offset : offset + 10] for _, offset, _ in ranges]
+    assert proxy.num_requests == 40 + 3
+    assert storage.num_retries == 3
+
+
+def test_an_empty_range_needs_no_request(proxy: FaultProxy, storage: Storage) -> None:
+    assert storage.read_ranges([("x", 3, 0), ("x", 3, 1)]) == [b"", DATA[3:4]]
+    assert proxy.num_requests == 1
+    with pytest.raises(ValueError, match="must not be negative"):
+        storage.read_ranges([("x", -1, 1)])
+
+
+def test_connections_are_used_again(proxy: FaultProxy, storage: Storage) -> None:
+    for offset in range(30):
+        storage.read_bytes("x", offset=offset, length=100)
+    assert proxy.num_requests == 30
+    assert proxy.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "last"),
+    [
+        ("slow_down", "503 SlowDown"),
+        ("internal", "500 InternalError"),
+        ("truncate", r"\w+Error"),
+        ("shorten", "fewer bytes came than were asked for"),
+    ],
+)
+def test_lasting_fault_ends_in_a_clear_error(
+    proxy: FaultProxy, storage: Storage, fault: FaultKind, last: str
+) -> None:
+    proxy.faults = Faults(reset_after_bytes=0)
+    proxy.script.extend(itertools.repeat(fault, 100))
+    message = (
+        rf"s3://bucket/run/x: cannot be read or written: 8 attempts failed, the last by {last}"
+    )
+    with pytest.raises(DataError, match=message):
+        storage.read_bytes("x", length=500)
+    assert proxy.num_requests == PASSING_ATTEMPTS
+
+
+def test_retries_are_logged_once_not_each(
+    proxy: FaultProxy, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.faults = Faults(slow_down_rate=1)
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError):
+        storage.read_bytes("x")
+    assert storage.num_retries == PASSING_ATTEMPTS - 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "requests repeated: 1 since" in line
+    assert line.endswith("503 SlowDown")
+
+
+def test_children_count_with_their_parent(proxy: FaultProxy) -> None:
+    parent = Storage("s3://bucket")
+    proxy.script.append("slow_down")
+    assert parent.child("run").read_bytes("x") == DATA
+    assert parent.num_retries == 1
+    assert proxy.num_connections == 1
+
+
+def test_large_objects_come_in_parallel_parts(
+    proxy: FaultProxy, storage: Storage, server: SmallS3, tmp_path: Path
+) -> None:
+    data = DATA * (20 * 1024 + 1)  # 20 MiB and a little
+    server.objects["/bucket/run/large"] = data
+    proxy.script.extend([None, "truncate", "reset"])
+    assert storage.read_bytes("large") == data
+    assert storage.read_bytes("large", offset=5, length=2**24) == data[5 : 5 + 2**24]
+    assert proxy.max_open == 3
+    assert proxy.num_requests == 3 + 2 + 2
+    with storage.open_read("large") as stream:
+        assert stream.read(10) == data[:10]
+        stream.seek(-7, 2)
+        assert stream.read() == data[-7:]
+        stream.seek(2**20 - 3)
+        assert stream.read() == data[2**20 - 3 :]
+    assert storage.download("large", tmp_path / "copy")[1] == len(data)
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_stream_goes_on_after_faults(
+    proxy: FaultProxy, storage: Storage, server: SmallS3
+) -> None:
+    data = DATA * 5000
+    server.objects["/bucket/run/large"] = data
+    proxy.faults = Faults(truncate_rate=0.3, slow_down_rate=0.3)
+    with storage.open_read("large") as stream:
+        assert b"".join(iter(lambda: stream.read(100_000), b"")) == data
+    assert storage.num_retries == proxy.num_faults > 0
+
+
+def test_a_replaced_object_is_never_read_in_part(
+    proxy: FaultProxy, storage: Storage, server: SmallS3
+) -> None:
+    size = 9 * 2**20  # two parts
+    server.objects["/bucket/run/large"] = b"0" * size
+    stop = threading.Event()
+
+    def replace() -> None:
+        version = 0
+        while not stop.wait(0.05):
+            version += 1
+            server.objects["/bucket/run/large"] = str(version % 10).encode() * size
+
+    with storage.open_read("large") as stream:
+        assert stream.read(1) == b"0"
+        server.objects["/bucket/run/large"] = b"1" * size
+        with pytest.raises(DataError, match=r"large: was replaced while it was read"):
+            stream.read()
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(5):
+            try:
+                data = storage.read_bytes("large")
+            except DataError as error:
+                assert "was replaced" in str(error)  # noqa: PT017 (either outcome is right)
+            else:
+                assert data == data[:1] * size
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.parametrize("fault", ["slow_down", "internal", "stall", "reset", "lose_answer"])
+def test_writes_are_repeated(
+    proxy: FaultProxy, storage: Storage, server: SmallS3, fault: FaultKind
+) -> None:
+    proxy.script.append(fault)
+    storage.write_bytes("new", b"1")
+    proxy.script.append(fault)
+    storage.create_bytes("commit", b"2")
+    assert server.objects["/bucket/run/new"] == b"1"
+    assert server.objects["/bucket/run/commit"] == b"2"
+    proxy.script.append(fault)
+    storage.delete("new")
+    assert "/bucket/run/new" not in server.objects
+    assert proxy.counts == {fault: 3}
+
+
+def test_create_that_lost_the_race_fails_though_its_answer_was_lost(
+    proxy: FaultProxy, storage: Storage, server: SmallS3
+) -> None:
+    proxy.script.extend(["reset", "slow_down"])
     with pytest.raises(FileExistsError, match="exists already"):
-        Storage("s3://bucket/run").create_bytes("commit", b"mine")
-    assert server.stored == DATA
+        storage.create_bytes("x", b"mine")
+    assert server.objects["/bucket/run/x"] == DATA
+
+
+def test_a_server_that_is_not_there_is_said(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_retries, "_FIRST_WAIT_S", 0.001)
+    set_credentials(monkeypatch, "http://127.0.0.1:9")
+    message = rf"EndpointConnectionError; {UNREACHABLE_ATTEMPTS} attempts.*AWS_ENDPOINT_URL"
+    with pytest.raises(DataError, match=message):
+        storage.read_bytes("x")

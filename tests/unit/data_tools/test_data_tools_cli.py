@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.source_files import write_tar
 
-from data_tools.cli import main
-from fqgan_dist.data.index import load_index, load_samples
+from data_tools.cli import COMMANDS, main
+from data_tools.command import Command
+from fqgan_dist.data.index import load_index
 from fqgan_dist.data.storage import Storage
 
 
@@ -33,7 +34,7 @@ def images(tmp_path: Path) -> Path:
 def dataset(images: Path, tmp_path: Path) -> Path:
     destination = tmp_path / "dataset"
     arguments = ["shard", str(images), str(destination), "name=x", "split=train"]
-    assert main([*arguments, "samples_per_shard=4"]) == 0
+    assert main([*arguments, "samples_per_shard=4", "workers=1"]) == 0
     return destination
 
 
@@ -121,7 +122,9 @@ def test_all_wrong_options_are_listed_at_once(capsys):
         ),
         (["stats", "a", "deep=true"], "deep: unknown setting"),
         (["verify", "a", "--dry-run"], "unrecognized arguments: --dry-run"),
-        (["shrad", "a", "b"], "shrad"),
+        (["shard", "a"], "DST is missing; fqgan-data shard SRC DST"),
+        (["merge", "a", "b"], "DST is missing"),
+        (["stats", "a", "b"], "'b': expected key=value"),
         ([], "COMMAND"),
     ],
 )
@@ -135,6 +138,27 @@ def test_help_is_no_failure(capsys):
     assert "verify" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_lists_every_option_with_its_default(command: Command, capsys):
+    assert main([command.name, "--help"]) == 0
+    output = capsys.readouterr().out
+    assert f"usage: fqgan-data {command.name} SRC" in output
+    for name, field in command.options_type.model_fields.items():
+        assert f"  {name}=" in output
+        assert field.description, f"{name} is not explained"
+
+
+def test_a_path_may_look_like_an_option_after_dot_slash(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["stats", "./a=b"]) == 1
+    assert "a=b/index.json: no such file" in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_named(capsys):
+    assert main(["reshad", "a", "b"]) == 2
+    assert "did you mean 'reshard'?" in capsys.readouterr().err
+
+
 def test_a_missing_source_fails(tmp_path: Path, capsys):
     out = str(tmp_path / "out")
     assert main(["shard", str(tmp_path / "none"), out, "name=x", "split=train"]) == 1
@@ -143,9 +167,28 @@ def test_a_missing_source_fails(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("depth", ["deep=false", "deep=true"])
 def test_verify_finds_a_whole_dataset_whole(dataset: Path, depth: str, capsys):
-    code, report = run_json(capsys, "verify", str(dataset), depth)
+    code, report = run_json(capsys, "verify", str(dataset), depth, "workers=1")
     assert (code, report["damages"], report["num_shards"]) == (0, [], 3)
     assert report["num_decoded"] == (12 if depth == "deep=true" else 0)
+
+
+def test_verify_names_damage_and_exits_3(dataset: Path, capsys):
+    (dataset / "shard-000001.tar").unlink()
+    (dataset / "stray.txt").write_text("x")
+    code, report = run_json(capsys, "verify", str(dataset))
+    assert (code, report["unlisted_files"]) == (3, ["stray.txt"])
+    assert [damage["where"] for damage in report["damages"]] == ["shard-000001.tar"]
+    assert main(["verify", str(dataset)]) == 3
+    assert "shard-000001.tar: missing" in capsys.readouterr().out
+
+
+def test_verify_shows_images_that_occur_twice(images: Path, tmp_path: Path, capsys):
+    (images / "b" / "again.png").write_bytes((images / "a" / "3.png").read_bytes())
+    out = str(tmp_path / "out")
+    assert main(["shard", str(images), out, "name=x", "split=train"]) == 0
+    assert main(["verify", out, "deep=true"]) == 0
+    # The images of both classes are the same ones in this test.
+    assert "7 images have the very bytes of another one" in capsys.readouterr().out
 
 
 def test_verify_without_a_dataset_fails(tmp_path: Path, capsys):
@@ -153,68 +196,22 @@ def test_verify_without_a_dataset_fails(tmp_path: Path, capsys):
     assert "name the folder of a dataset" in capsys.readouterr().err
 
 
-def test_verify_names_every_damaged_file(dataset: Path, capsys):
-    flipped = bytearray((dataset / "shard-000000.tar").read_bytes())
-    flipped[700] ^= 1
-    (dataset / "shard-000000.tar").write_bytes(flipped)
-    (dataset / "shard-000001.tar").unlink()
-    (dataset / "shard-000002.samples.parquet").write_bytes(b"PAR1")
-    (dataset / "stray.txt").write_text("x")
-    code, report = run_json(capsys, "verify", str(dataset))
-    assert code == 3
-    assert [damage["where"] for damage in report["damages"]] == [
-        "shard-000000.tar",
-        "shard-000001.tar",
-        "shard-000002.samples.parquet",
-    ]
-    assert report["unlisted_files"] == ["stray.txt"]
-    assert main(["verify", str(dataset)]) == 3
-    assert "shard-000001.tar: missing" in capsys.readouterr().out
-
-
-def test_verify_names_a_cut_tar(dataset: Path, capsys):
-    path = dataset / "shard-000001.tar"
-    path.write_bytes(path.read_bytes()[:3000])
-    code, report = run_json(capsys, "verify", str(dataset), "deep=true")
-    reasons = [f"{damage['where']}: {damage['reason']}" for damage in report["damages"]]
-    assert code == 3
-    assert any("shard-000001.tar: 3000 bytes" in reason for reason in reasons)
-    assert any("not in the tar" in reason for reason in reasons)
-
-
-def test_verify_names_a_damaged_index(dataset: Path, capsys):
-    path = dataset / "index.json"
-    path.write_bytes(path.read_bytes()[:-20])
-    code, report = run_json(capsys, "verify", str(dataset))
-    assert (code, report["damages"][0]["where"]) == (3, "index.json")
-
-
-def test_deep_verify_names_the_damaged_sample(dataset: Path, capsys):
-    storage = Storage(dataset)
-    shard = load_index(storage, "").shards[1]
-    table = load_samples(storage, "", shard)
-    data = bytearray((dataset / shard.file).read_bytes())
-    start = int(table.offsets[2])
-    data[start : start + 8] = bytes(8)
-    (dataset / shard.file).write_bytes(data)
-    code, report = run_json(capsys, "verify", str(dataset), "deep=true")
-    assert code == 3
-    assert [damage["where"] for damage in report["damages"]] == [
-        shard.file,
-        f"{shard.file}: {table.keys[2]}",
-    ]
-
-
-def test_deep_verify_finds_a_changed_label(dataset: Path, capsys):
-    storage = Storage(dataset)
-    shard = load_index(storage, "").shards[0]
-    with tarfile.open(dataset / shard.file) as tar:
-        member = next(member for member in tar if member.name.endswith(".cls"))
-    data = bytearray((dataset / shard.file).read_bytes())
-    data[member.offset_data] ^= 1  # "0" <-> "1"
-    (dataset / shard.file).write_bytes(data)
-    _, report = run_json(capsys, "verify", str(dataset), "deep=true")
-    assert "label, offset, size" in report["damages"][1]["reason"]
+def test_index_says_what_it_did(images: Path, tmp_path: Path, capsys):
+    for number in range(2):
+        write_tar(
+            tmp_path / f"{number}.tar",
+            [(f"k{number}.png", png(1)), (f"k{number}.cls", b"%d" % number), ("x.txt", b"odd")],
+        )
+    (tmp_path / "classes.txt").write_text("zero\tthe first\none\n")
+    arguments = ["index", str(tmp_path), "name=x", "split=val", "workers=1"]
+    code, summary = run_json(capsys, *arguments, f"classes={tmp_path / 'classes.txt'}")
+    assert (code, summary["num_samples"], summary["num_classes"]) == (0, 2, 2)
+    assert summary["num_problems"] == 2
+    assert load_index(Storage(tmp_path), "").class_descriptions == {"zero": "the first"}
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "nothing was done" in output
+    assert "0.tar/x: skipped: no image" in output
 
 
 def test_stats_count_what_is_there(dataset: Path, capsys):

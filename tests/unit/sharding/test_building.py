@@ -2,22 +2,29 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import re
 import tarfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms
 from pydantic import ValidationError
+from support.shard_jobs import KillingReader
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.data import decoding
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.storage import Storage
-from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.building import ShardingConfig, ShardingReport, build_dataset
-from fqgan_dist.sharding.plan import make_keys, plan_dataset
+from fqgan_dist.errors import ClusterError, DataError
+from fqgan_dist.sharding.building import ShardingReport, build_dataset
+from fqgan_dist.sharding.plan import ShardingConfig, make_keys, plan_dataset
+from fqgan_dist.sharding.problems import load_problems
 from fqgan_dist.sharding.sources.opening import open_source
 
 NUM_CLASSES = 5
@@ -116,9 +123,47 @@ def test_tar_members_have_fixed_metadata(folder: Path, tmp_path: Path):
 def test_the_same_input_gives_the_same_bytes_for_any_number_of_workers(
     folder: Path, tmp_path: Path
 ):
-    build(folder, tmp_path / "one", workers=1)
-    build(folder, tmp_path / "three", workers=3)
-    assert read_files(tmp_path / "one") == read_files(tmp_path / "three")
+    told: list[tuple[str, int, int]] = []
+    build(folder, tmp_path / "one")
+    for workers in (1, 2):
+        run_chunks = partial(
+            run_in_processes, workers=workers, progress=lambda *state: told.append(state)
+        )
+        build(folder, tmp_path / str(workers), run_chunks=run_chunks)
+        assert read_files(tmp_path / "one") == read_files(tmp_path / str(workers))
+        assert told[0] == ("writing train shards", 0, 40)
+        assert told[-1] == ("writing train shards", 40, 40)
+        told.clear()
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_so(folder: Path, tmp_path: Path):
+    with open_source(str(folder)) as listing:
+        deadly = replace(listing, reader=KillingReader())
+        with pytest.raises(ClusterError, match="writing train shards: one of 2 processes died"):
+            build_dataset(
+                deadly,
+                Storage(tmp_path / "out"),
+                "",
+                make_config(),
+                run_chunks=partial(run_in_processes, workers=2),
+            )
+    assert not multiprocessing.active_children()
+    build(folder, tmp_path / "out")
+
+
+def test_an_error_in_a_worker_stops_the_job_and_ends_the_workers(folder: Path, tmp_path: Path):
+    with open_source(str(folder)) as listing:
+        for path in folder.glob("*/*"):
+            path.unlink()
+        with pytest.raises(DataError, match="it is gone"):
+            build_dataset(
+                listing,
+                Storage(tmp_path / "out"),
+                "",
+                make_config(),
+                run_chunks=partial(run_in_processes, workers=2),
+            )
+    assert not multiprocessing.active_children()
 
 
 def test_a_tar_gives_the_same_dataset_as_its_folder(folder: Path, tmp_path: Path):
@@ -198,25 +243,142 @@ def test_a_kill_at_any_write_leaves_no_bad_file_and_the_next_run_finishes(
         _, report = build(folder, out)
         assert read_files(out) == expected
         assert report.num_built + report.num_kept == 6
-        assert report.num_kept == sum(name.endswith(".parquet") for name in left)
+        assert report.num_kept == sum(name.endswith(".samples.parquet") for name in left)
 
 
-def test_shards_of_another_job_are_not_continued(folder: Path, tmp_path: Path):
+def test_a_plan_of_another_job_is_refused_before_any_image_is_read(folder: Path, tmp_path: Path):
     with pytest.raises(KilledError):
         build(folder, DyingStorage(tmp_path / "out", 3, after=False))
+    before = read_files(tmp_path / "out")
+    with pytest.raises(DataError, match=r"plan\.json: the plan of another .*seed: 0 there, 1 here"):
+        build(folder, tmp_path / "out", make_config(seed=1))
+    (folder / "n00" / "new.jpg").write_bytes(encode(noise(30, 30)))
+    with pytest.raises(DataError, match="images: 40 there, 41 listed here"):
+        build(folder, tmp_path / "out")
+    assert read_files(tmp_path / "out") == before
+
+
+def test_half_a_plan_of_another_job_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 1, after=False))
+    assert list(read_files(tmp_path / "out")) == ["plan.parquet"]
+    with pytest.raises(DataError, match=r"plan\.parquet: the plan of another job"):
+        build(folder, tmp_path / "out", make_config(seed=1))
+
+
+def test_a_job_goes_on_from_its_own_source_only(folder: Path, tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted(folder.glob("*/*")):
+            tar.add(path, path.relative_to(folder).as_posix())
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 5, after=False))
+    # The images are the same, but the plan says where they lie in the folder.
+    with pytest.raises(DataError, match="the same images in another source"):
+        build(tmp_path / "x.tar", tmp_path / "out")
+    index, _ = build(folder, tmp_path / "out")
+    assert build(tmp_path / "x.tar", tmp_path / "out") == (index, ShardingReport(True, 0, 6, []))
+
+
+def test_shards_of_a_job_without_a_plan_are_not_continued(folder: Path, tmp_path: Path):
+    build(folder, tmp_path / "out")
+    for name in ("plan.json", "plan.parquet", "index.json"):
+        (tmp_path / "out" / name).unlink()
     with pytest.raises(DataError, match="a shard of another source or with other settings"):
         build(folder, tmp_path / "out", make_config(seed=1))
 
 
-def test_a_damaged_shard_of_an_interrupted_job_is_named(folder: Path, tmp_path: Path):
+def test_a_damaged_plan_is_named(folder: Path, tmp_path: Path):
     with pytest.raises(KilledError):
         build(folder, DyingStorage(tmp_path / "out", 2, after=False))
+    path = tmp_path / "out" / "plan.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    with pytest.raises(DataError, match=r"plan\.json: not a valid plan"):
+        build(folder, tmp_path / "out")
+    path.write_bytes(whole)
+    build(folder, tmp_path / "out")
+
+
+def test_the_plan_says_what_is_made_of_what(folder: Path, tmp_path: Path):
+    index, _ = build(folder, tmp_path / "out", source_options={"subfolder": "x"})
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert (plan["source"], plan["source_kind"]) == (str(folder), "folder")
+    assert plan["source_options"] == {"subfolder": "x"}
+    assert plan["options"]["samples_per_shard"] == 7
+    assert plan["plan_sha256"] == index.plans[0]
+    counts = [shard.count for shard in index.shards]
+    assert [shard["count"] for shard in plan["shards"]] == counts
+    with pq.ParquetFile(tmp_path / "out" / "plan.parquet") as rows:
+        assert [rows.metadata.row_group(n).num_rows for n in range(rows.num_row_groups)] == counts
+        samples = rows.read(use_threads=False).to_pylist()
+    assert {(one["key"], one["label"], one["name"]) for one in samples} == {
+        (path.stem, int(path.parent.name[1:]), f"{path.parent.name}/{path.name}")
+        for path in folder.glob("*/*")
+    }
+
+
+def test_two_jobs_of_one_plan_work_together(folder: Path, tmp_path: Path):
+    build(folder, tmp_path / "whole")
+    out = tmp_path / "out"
+    reports = []
+
+    def run_other_first(work: ChunkWork) -> None:
+        reports.append(build(folder, out)[1])  # the other job takes all shards meanwhile
+        run_in_processes(work)
+
+    _, late = build(folder, out, run_chunks=run_other_first)
+    assert read_files(out) == read_files(tmp_path / "whole")
+    assert (reports[0].num_built, late.problems) == (6, [])
+
+
+def test_a_damaged_shard_of_an_interrupted_job_is_named(folder: Path, tmp_path: Path):
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 4, after=False))
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"shard-000000\.tar: damaged: its sha256"):
         build(folder, tmp_path / "out")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard-000000\.tar: damaged: it has \d+ bytes"):
+        build(folder, tmp_path / "out")
     shard.unlink()
     build(folder, tmp_path / "out")
+
+
+def test_a_damaged_table_of_an_interrupted_job_is_named(folder: Path, tmp_path: Path):
+    with pytest.raises(KilledError):
+        build(folder, DyingStorage(tmp_path / "out", 4, after=False))
+    (tmp_path / "out" / "shard-000000.samples.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"shard-000000\.samples\.parquet: damaged: not a table"):
+        build(folder, tmp_path / "out")
+
+
+def test_a_shard_without_one_good_image_is_left_out(folder: Path, tmp_path: Path):
+    names = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
+    with open_source(str(folder)) as source:
+        plan = plan_dataset(source, make_config())
+        for row in plan.rows[: plan.shards[0].count]:
+            (folder / source.names[row]).write_bytes(b"\xff\xd8\xff" + bytes(source.sizes[row] - 3))
+    index, report = build(folder, tmp_path / "out")
+    assert [shard.file for shard in index.shards] == [f"shard-{n:06d}.tar" for n in range(1, 6)]
+    assert {problem.name for problem in report.problems} <= names
+    assert len(report.problems) == 40 - index.num_samples == plan.shards[0].count
+    assert not (tmp_path / "out" / "shard-000000.tar").exists()
+    assert build(folder, tmp_path / "out")[1].was_complete
+    assert build(folder, tmp_path / "out")[1].problems == report.problems
+
+
+def test_an_index_stays_small_with_any_number_of_problems(folder: Path, tmp_path: Path):
+    for number in range(300):
+        (folder / f"odd-{number:03d}.txt").write_text("x")
+    index, report = build(folder, tmp_path / "out")
+    assert (len(report.problems), index.num_problems, len(index.problems)) == (300, 300, 100)
+    lines = (tmp_path / "out" / "plan.problems.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [one.model_dump() for one in report.problems]
+    assert load_problems(Storage(tmp_path / "out"), "", index) == report.problems
+    (tmp_path / "out" / "plan.problems.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"plan\.problems\.jsonl: damaged"):
+        load_problems(Storage(tmp_path / "out"), "", index)
 
 
 def test_a_deleted_shard_of_a_finished_dataset_is_made_again(folder: Path, tmp_path: Path):
@@ -291,7 +453,7 @@ def test_images_that_do_not_decode_are_named_counted_and_left_out(
     index, report = build(folder, tmp_path / "out")
     assert [problem.name for problem in report.problems] == sorted(bad)
     assert index.problems == report.problems
-    assert load_index(Storage(tmp_path / "out"), "").problems == report.problems
+    assert load_index(Storage(tmp_path / "out"), "") == index
     assert index.num_samples == 40
     reasons = {problem.name: problem.reason for problem in report.problems}
     assert re.search("20000x20000|400000000|bomb", reasons["n04/huge.png"])
@@ -309,7 +471,7 @@ def test_a_source_without_one_good_image_is_an_error(tmp_path: Path):
 def test_a_file_that_vanishes_stops_the_job(folder: Path, tmp_path: Path):
     with open_source(str(folder)) as source:
         (folder / "n00" / "n00_0.JPEG").unlink()
-        with pytest.raises(DataError, match=r"'n00/n00_0\.JPEG' cannot be read"):
+        with pytest.raises(DataError, match=r"'n00/n00_0\.JPEG' changed .*it is gone"):
             build_dataset(source, Storage(tmp_path / "out"), "", make_config())
 
 
@@ -320,6 +482,7 @@ def test_short_side_reduces_large_images_only(folder: Path, tmp_path: Path):
         "kind": "short_side",
         "short_side": 30,
         "jpeg_quality": 90,
+        "only_if_bigger": True,
         "order_seed": 0,
     }
     storage = Storage(tmp_path / "out")
@@ -386,9 +549,10 @@ def test_keys_are_safe_unique_and_readable():
 def test_the_order_does_not_depend_on_which_other_images_there_are(folder: Path):
     with open_source(str(folder)) as source:
         config = make_config(samples_per_shard=1000)
-        whole = [sample.key for sample in plan_dataset(source, config).shards[0].samples]
-        half = source.select(np.arange(0, 40, 2))
-        part = [sample.key for sample in plan_dataset(half, config).shards[0].samples]
+        plan = plan_dataset(source, config)
+        whole = [plan.keys[row] for row in plan.rows]
+        half = plan_dataset(source.select(np.arange(0, 40, 2)), config)
+        part = [half.keys[row] for row in half.rows]
     assert part == [key for key in whole if key in part]
     assert whole != sorted(whole)
 
@@ -396,7 +560,7 @@ def test_the_order_does_not_depend_on_which_other_images_there_are(folder: Path)
 @pytest.mark.data
 def test_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path):
     source = test_data_dir / "imagenet-sample" / "val.tar.gz"
-    index, report = build(source, tmp_path / "out", make_config(split="val"), workers=2)
+    index, report = build(source, tmp_path / "out", make_config(split="val"))
     assert report.problems == []
     assert index.num_samples == 30
     assert build(source, tmp_path / "out", make_config(split="val"))[1].was_complete

@@ -1,39 +1,18 @@
 from __future__ import annotations
 
-import io
+import pickle
+import subprocess
+import sys
 import tarfile
-from collections.abc import Iterable
+import zipfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from support.source_files import png, special_member, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.sources.opening import open_source
-
-
-def png(color: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20, 10), (color, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: Iterable[tuple[tarfile.TarInfo | str, bytes]]) -> Path:
-    mode = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".bz2": "w:bz2", ".xz": "w:xz"}
-    with tarfile.open(path, mode[path.suffix]) as tar:
-        for member, data in members:
-            info = tarfile.TarInfo(member) if isinstance(member, str) else member
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
 
 TWO_IMAGES = [("b/2.png", png(2)), ("a/1.JPEG", png(1))]
 
@@ -96,16 +75,16 @@ def test_the_wrong_level_of_folders_is_explained(tmp_path: Path):
 
 
 HOSTILE = {
-    "../evil.png": special("../evil.png", tarfile.REGTYPE),
-    "a/../../evil.png": special("a/../../evil.png", tarfile.REGTYPE),
-    "/etc/evil.png": special("/etc/evil.png", tarfile.REGTYPE),
-    "C:/evil.png": special("C:/evil.png", tarfile.REGTYPE),
-    "a\\evil.png": special("a\\evil.png", tarfile.REGTYPE),
-    "a/\\x1b[31m.png": special("a/\x1b[31m.png", tarfile.REGTYPE),
-    "a/link.png": special("a/link.png", tarfile.SYMTYPE, "/etc/passwd"),
-    "a/hard.png": special("a/hard.png", tarfile.LNKTYPE, "a/1.JPEG"),
-    "a/device.png": special("a/device.png", tarfile.CHRTYPE),
-    "a/pipe.png": special("a/pipe.png", tarfile.FIFOTYPE),
+    "../evil.png": special_member("../evil.png", tarfile.REGTYPE),
+    "a/../../evil.png": special_member("a/../../evil.png", tarfile.REGTYPE),
+    "/etc/evil.png": special_member("/etc/evil.png", tarfile.REGTYPE),
+    "C:/evil.png": special_member("C:/evil.png", tarfile.REGTYPE),
+    "a\\evil.png": special_member("a\\evil.png", tarfile.REGTYPE),
+    "a/\\x1b[31m.png": special_member("a/\x1b[31m.png", tarfile.REGTYPE),
+    "a/link.png": special_member("a/link.png", tarfile.SYMTYPE, "/etc/passwd"),
+    "a/hard.png": special_member("a/hard.png", tarfile.LNKTYPE, "a/1.JPEG"),
+    "a/device.png": special_member("a/device.png", tarfile.CHRTYPE),
+    "a/pipe.png": special_member("a/pipe.png", tarfile.FIFOTYPE),
 }
 
 
@@ -173,11 +152,6 @@ def test_a_missing_source_is_named(tmp_path: Path):
             pass
 
 
-def test_a_folder_in_a_bucket_is_refused():
-    with pytest.raises(ConfigError, match="pack the folder"), open_source("s3://bucket/folder"):
-        pass
-
-
 def test_photographs_are_a_source():
     config = PhotographsConfig(image_size=16, crops_per_photograph=2)
     with open_source("builtin:photographs", split="val", photographs=config) as source:
@@ -217,4 +191,140 @@ def test_unpacking_is_reported_to_its_end(tmp_path: Path):
     with open_source(str(path), progress=lambda *call: calls.append(call)):
         pass
     size = path.stat().st_size
-    assert calls[-1] == ("unpacking", size, size)
+    assert [call for call in calls if call[0] == "unpacking"][-1] == ("unpacking", size, size)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("pipe:touch canary", "unknown scheme, and nothing is run"),
+        ("http://host/x.tar", "unknown scheme"),
+        ("s3://key:secret@bucket/x.tar", "credentials or a port in the URI"),
+        ("s3://key:secret@bucket/", "credentials or a port in the URI"),
+    ],
+)
+def test_other_urls_are_refused(tmp_path: Path, monkeypatch, uri: str, message: str):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught, open_source(uri):
+        pass
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_an_unknown_option_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="did you mean 'subfolder'"):
+        open_source(str(tmp_path), subfoldr="a").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("class_key", "txt"), ("root", "."), ("keep_keys", False)]
+)
+def test_options_of_other_kinds_of_sources_are_errors(tmp_path: Path, option: str, value: object):
+    write_files(tmp_path, TWO_IMAGES)
+    with (
+        pytest.raises(ConfigError, match=f"{option}: .*has no effect on .*read as folder"),
+        open_source(str(tmp_path), **{option: value}),
+    ):
+        pass
+
+
+def test_a_folder_of_classes_and_tars_has_to_be_named(tmp_path: Path):
+    write_files(tmp_path, TWO_IMAGES)
+    write_tar(tmp_path / "left.tar", TWO_IMAGES)
+    with pytest.raises(ConfigError, match="format=folder, format=webdataset"):
+        open_source(str(tmp_path)).__enter__()
+    with open_source(str(tmp_path), format="folder") as source:
+        assert source.names == ["a/1.JPEG", "b/2.png"]
+        assert [problem.name for problem in source.problems] == ["left.tar"]
+
+
+@pytest.mark.parametrize("name", ["folder", "x.tar", "x.tar.gz", "x.zip"])
+def test_one_content_gives_one_listing_from_any_container(tmp_path: Path, name: str):
+    path = tmp_path / name
+    if name == "folder":
+        write_files(path, TWO_IMAGES)
+    elif name == "x.zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in TWO_IMAGES:
+                archive.writestr(member, data)
+    else:
+        write_tar(path, TWO_IMAGES)
+    with open_source(str(path)) as source:
+        assert source.names == ["a/1.JPEG", "b/2.png"]
+        assert source.sizes.tolist() == [len(png(1)), len(png(2))]
+        assert [source.read(row) for row in range(2)] == [png(1), png(2)]
+
+
+@pytest.mark.parametrize("name", ["folder", "x.tar", "x.tar.xz"])
+def test_the_reader_works_in_another_process(tmp_path: Path, name: str):
+    path = tmp_path / name
+    _ = write_files(path, TWO_IMAGES) if name == "folder" else write_tar(path, TWO_IMAGES)
+    with open_source(str(path)) as source:
+        request = pickle.dumps((source.reader, source.names[1], source.place(1)))
+        script = (
+            "import pickle, sys; reader, name, place = pickle.load(sys.stdin.buffer); "
+            "sys.stdout.buffer.write(reader.read(name, place))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], input=request, capture_output=True, check=True
+        )
+    assert done.stdout == png(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shared", "expected"),
+    [("folder", False, False), ("folder", True, True), ("x.tar", True, True)],
+)
+def test_local_sources_are_shared_if_the_user_says_so(
+    tmp_path: Path, name: str, is_shared: bool, expected: bool
+):
+    path = tmp_path / name
+    _ = write_files(path, TWO_IMAGES) if name == "folder" else write_tar(path, TWO_IMAGES)
+    with open_source(str(path), is_shared=is_shared) as source:
+        assert source.is_shared_by_nodes is expected
+
+
+def test_an_unpacked_source_is_never_shared(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tgz", TWO_IMAGES)
+    with open_source(str(path)) as source:
+        assert not source.is_shared_by_nodes
+    for uri in (str(path), "s3://bucket/x.tar"):
+        with pytest.raises(ConfigError, match="is_shared: has no effect"):
+            open_source(uri, is_shared=True, format="tar").__enter__()
+
+
+def test_a_file_of_no_known_kind_has_to_be_named(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", TWO_IMAGES).rename(tmp_path / "images")
+    with pytest.raises(ConfigError, match="no known ending; say what it is with format"):
+        open_source(str(path)).__enter__()
+    with open_source(str(path), format="tar") as source:
+        assert len(source) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, request: pytest.FixtureRequest):
+    write_files(tmp_path, TWO_IMAGES)
+    (tmp_path / "a").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    request.getfixturevalue("without_root")
+    with pytest.raises(DataError, match=r"a: no folder that can be read \(Permission denied"):
+        open_source(str(tmp_path)).__enter__()
+
+
+def test_a_file_that_changed_after_it_was_listed_is_named(tmp_path: Path):
+    write_files(tmp_path, [*TWO_IMAGES, ("c/3.png", png(3))])
+    with open_source(str(tmp_path)) as source:
+        (tmp_path / "a" / "1.JPEG").write_bytes(png(1) + b"x")
+        (tmp_path / "b" / "2.png").write_bytes(png(2)[:-1])
+        (tmp_path / "c" / "3.png").unlink()
+        for row, name in enumerate(source.names):
+            with pytest.raises(DataError, match=f"{name}' changed while it was read"):
+                source.read(row)
+
+
+def test_a_tar_that_became_shorter_is_named(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", TWO_IMAGES)
+    with open_source(str(path)) as source:
+        path.write_bytes(path.read_bytes()[: int(source.offsets.min()) + 3])
+        with pytest.raises(DataError, match=r"'b/2\.png' changed while it was read.*is shorter"):
+            source.read(1)

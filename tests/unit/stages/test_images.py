@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.datasets import build_photographs
 
-from fqgan_dist.data.index import load_index
+from fqgan_dist.data.index import load_index, load_samples
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
@@ -55,11 +55,28 @@ def test_views_of_a_sample_follow_each_other(storage: Storage) -> None:
 
 
 def test_read_shard_checks_the_hash(storage: Storage, tmp_path: Path) -> None:
-
     index = load_index(storage, "train")
     damaged = Storage(tmp_path)
+    table = f"train/{index.shards[0].samples_file}"
+    damaged.write_bytes(table, storage.read_bytes(table))
     data = bytearray(storage.read_bytes(f"train/{index.shards[0].file}"))
     data[-1] ^= 1  # in the padding after the last member: every image still decodes
     damaged.write_bytes(f"train/{index.shards[0].file}", bytes(data))
     with pytest.raises(DataError, match="damaged"):
         list(read_shard(damaged, "train", index.shards[0], CENTER, (0,), seed=0, batch_size=8))
+
+
+def test_rows_whose_bytes_are_not_those_of_the_table_are_refused(
+    storage: Storage, tmp_path: Path
+) -> None:
+    index = load_index(storage, "train")
+    damaged = Storage(tmp_path)
+    for name in (index.shards[0].file, index.shards[0].samples_file):
+        damaged.write_bytes(f"train/{name}", storage.read_bytes(f"train/{name}"))
+    table = load_samples(storage, "train", index.shards[0])
+    data = bytearray(damaged.read_bytes(f"train/{index.shards[0].file}"))
+    data[int(table.offsets[2] + table.sizes[2] // 2)] ^= 1
+    damaged.write_bytes(f"train/{index.shards[0].file}", bytes(data))
+    assert len(read_rows(damaged, "train", index, range(2), CENTER).keys) == 2
+    with pytest.raises(DataError, match=f"{table.keys[2]}.*damaged"):
+        read_rows(damaged, "train", index, range(3), CENTER)

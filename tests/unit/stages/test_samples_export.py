@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
@@ -23,7 +24,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
 from fqgan_dist.stages.samples import SamplesStage
 from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
-from fqgan_dist.stages.stage import ChunkWork, RunContext
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.training.checkpoint import CheckpointStore

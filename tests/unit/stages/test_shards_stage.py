@@ -2,28 +2,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.stages.shards import _hold_out, _locate_splits
 
 
 class _NoReader:
-    def read(self, name: str, offset: int, size: int) -> bytes:
+    def read(self, name: str, place: Place) -> bytes:
         raise AssertionError(f"{name} was read while listing")
 
 
 def _listing(count: int) -> SourceListing:
-    return SourceListing(
-        uri="memory",
-        names=[f"class/{row:03d}.jpg" for row in range(count)],
-        offsets=np.arange(count),
-        sizes=np.full(count, 10),
-        problems=[],
-        reader=_NoReader(),
-    )
+    builder = ListingBuilder("memory")
+    for row in range(count):
+        builder.add(f"class/{row:03d}.jpg", Place("memory", row, 10))
+    return builder.build("tar", _NoReader(), is_shared_by_nodes=False)
 
 
 def test_folder_with_train_and_val_gives_both(tmp_path: Path) -> None:

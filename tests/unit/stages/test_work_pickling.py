@@ -11,9 +11,10 @@ import pytest
 import torch
 from support.pool_work import FileWork, open_context
 
+from fqgan_dist.chunks import ProcessLocalCaches, find_pending
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.network_ids import NetworkIds
-from fqgan_dist.stages.stage import ProcessLocalCaches, RunContext, find_pending
+from fqgan_dist.stages.stage import RunContext
 
 
 def test_context_takes_the_device_of_the_process_that_unpickles_it(tmp_path: Path) -> None:

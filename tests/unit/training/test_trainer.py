@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
+from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.errors import CheckpointError, DataError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng, torch_generator
-from fqgan_dist.telemetry.metrics import MetricsWriter, Record, read_metrics
+from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records
+from fqgan_dist.telemetry.metrics import MetricsWriter, Record, metric_series, read_metrics
 from fqgan_dist.telemetry.progress import track
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
@@ -31,11 +33,34 @@ from fqgan_dist.world import World
 CPU = torch.device("cpu")
 PREFIX = "toy/checkpoints"
 DATASET_ID = "d" * 64
-TIMES = {"time", "train/loader_wait_fraction", "train/images_per_s"}
+TIMES = {
+    "time",
+    "train/loader_wait_fraction",
+    "train/images_per_s",
+    "train/read_bytes_per_s",
+    "train/storage_retries",
+}
+DAMAGED_SLOTS = {2: [9, 7], 3: [12], 4: [18, 19], 7: [40]}
+"""By step, of 6 slots each."""
 
 
 class Killed(BaseException):
     """Stands for whatever ends a process; SIGKILL itself is in tests/integration."""
+
+
+def report_of(step: int) -> LoadReport:
+    """What a loader tells of a step's batches."""
+    replacements = [
+        Replacement(slot=slot, shard="s.tar", key=f"k{slot}", replacement_key="r", reason="torn")
+        for slot in DAMAGED_SLOTS.get(step, [])
+    ]
+    return merge_reports(
+        [
+            LoadReport(
+                replacements=tuple(replacements), samples_read=6, bytes_read=600, retries=step % 2
+            )
+        ]
+    )
 
 
 class ToyConfig(Config):
@@ -103,6 +128,7 @@ class Run:
 
     def __init__(self, root: Path, storage: Storage | None = None, **changes: Any) -> None:
         self.metrics_path = root / "metrics.jsonl"
+        self.ledger_path = root / "damaged_samples.jsonl"
         values: dict[str, Any] = {
             "steps": 8,
             "global_batch_size": 6,
@@ -116,6 +142,7 @@ class Run:
         self.config = TrainingConfig.model_validate(values | changes)
         self.store = CheckpointStore(storage or Storage(root), PREFIX)
         self.published: list[tuple[list[int], list[Record]]] = []
+        self.published_ledgers: list[list[int]] = []
 
     def fit(
         self,
@@ -127,14 +154,26 @@ class Run:
     ) -> tuple[TrainingResult, ToyTask]:
         task = task or ToyTask(self.config, architecture or ToyConfig())
 
-        def batches(first_step: int) -> Iterator[list[Tensor]]:
-            for step in range(first_step + 1, 10**6):
-                if step == killed_before:
-                    raise Killed
-                yield [
-                    torch.randn(2, 4, generator=torch_generator(step, slot.micro_batch))
-                    for slot in task.slots
-                ]
+        loaded: list[LoadReport] = []
+        self.is_closed = False
+
+        def batches(first_step: int) -> Generator[list[Tensor], None, None]:
+            try:
+                for step in range(first_step + 1, 10**6):
+                    if step == killed_before:
+                        raise Killed
+                    loaded.append(report_of(step))
+                    yield [
+                        torch.randn(2, 4, generator=torch_generator(step, slot.micro_batch))
+                        for slot in task.slots
+                    ]
+            finally:
+                self.is_closed = True
+
+        def take_report() -> LoadReport:
+            report = merge_reports(loaded)
+            loaded.clear()
+            return report
 
         with track(self.config.steps, "training the toy", "steps") as bar:
             trainer = Trainer(
@@ -144,8 +183,10 @@ class Run:
                 store=self.store,
                 dataset_id=dataset_id,
                 world=World(),
+                take_report=take_report,
                 open_metrics=lambda step: MetricsWriter(self.metrics_path, resumed_step=step),
-                publish_metrics=self._publish,
+                open_ledger=lambda step: JsonLinesWriter(self.ledger_path, resumed_step=step),
+                publish_files=self._publish,
                 progress=bar,
             )
             return trainer.fit(), task
@@ -156,7 +197,11 @@ class Run:
             for record in read_metrics(self.metrics_path)
         ]
 
+    def ledger(self) -> list[Record]:
+        return read_records(self.ledger_path, kind="ledger")
+
     def _publish(self) -> None:
+        self.published_ledgers.append([record["slot"] for record in self.ledger()])
         steps = [commit.step for commit in self.store.list_commits()]
         self.published.append((steps, read_metrics(self.metrics_path)))
 
@@ -188,6 +233,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert is_equal(task, expected_task)
     assert result == expected_result
     assert run.records() == expected_run.records()
+    assert run.ledger_path.read_bytes() == expected_run.ledger_path.read_bytes()
 
 
 def test_a_run_may_be_killed_again_and_again(
@@ -200,6 +246,68 @@ def test_a_run_may_be_killed_again_and_again(
     _, task = run.fit()
     assert is_equal(task, unbroken[2])
     assert run.records() == unbroken[0].records()
+    assert run.ledger() == unbroken[0].ledger()
+
+
+def test_the_ledger_has_a_line_for_every_replaced_slot_in_order(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    run, _, _ = unbroken
+    ledger = run.ledger()
+    assert ledger[0] == {
+        "step": 2,
+        "slot": 7,
+        "shard": "s.tar",
+        "key": "k7",
+        "replacement_key": "r",
+        "reason": "torn",
+    }
+    assert [record["slot"] for record in ledger] == [7, 9, 12, 18, 19, 40]
+    assert [record["step"] for record in ledger] == [2, 2, 3, 4, 4, 7]
+
+
+def test_the_ledger_is_published_before_the_checkpoint_that_it_leads_to(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    # The checkpoints are of steps 3, 6 and 8; only every second step is logged.
+    assert unbroken[0].published_ledgers == [
+        [7, 9, 12],
+        [7, 9, 12, 18, 19],
+        [7, 9, 12, 18, 19, 40],
+    ]
+
+
+def test_metrics_count_the_damaged_samples_so_far(
+    unbroken: tuple[Run, TrainingResult, ToyTask],
+) -> None:
+    records = read_metrics(unbroken[0].metrics_path)
+    counts = metric_series(records, "train/damaged_samples")
+    assert counts == ([2, 4, 6, 8], [2, 5, 5, 6])
+    # All six steps' images are counted once, although a checkpoint lies between two records.
+    steps, hits = metric_series(records, "train/cache_hit_fraction")
+    assert (steps, hits) == ([2, 4, 6, 8], [0.0] * 4)
+    retries = metric_series(records, "train/storage_retries")
+    assert retries == ([2, 4, 6, 8], [1, 1, 1, 1])
+    assert all(
+        record["train/read_bytes_per_s"] > 0 for record in records if "toy/loss/total" in record
+    )
+
+
+def test_the_loader_is_closed_when_training_ends(tmp_path: Path) -> None:
+    class Failing(ToyTask):
+        def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+            if step == 4:
+                raise Killed
+            return super().train_step(micro_batches, step)
+
+    run = Run(tmp_path)
+    with pytest.raises(Killed) as caught:
+        run.fit(task=Failing(run.config, ToyConfig()))
+    # The error still holds the frames of training, and all that they refer to.
+    assert caught.tb is not None
+    assert run.is_closed
+    run.fit()
+    assert run.is_closed
 
 
 def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The subjects of `benchmarks/data.py`: decoding, loaders, bandwidth, codes, scale."""

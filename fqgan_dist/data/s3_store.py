@@ -1,0 +1,481 @@
+"""A bucket as an object store.
+
+Each request is made, repeated and explained here, one by one. Left to themselves s3fs and botocore
+repeat some errors and not others, a whole listing or body instead of what failed of it, each on top
+of the other, and count nothing.
+
+Sources: one connection per 85-90 MB/s and ranges of 8-16 MB, "Performance design patterns for
+Amazon S3"; create-only puts, "Conditional requests", both in the Amazon S3 user guide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+
+from fqgan_dist.data.download_target import TargetFile, create_target
+from fqgan_dist.data.object_stream import ObjectStream
+from fqgan_dist.data.request_retries import RequestRetries
+from fqgan_dist.data.s3_connection import as_request_error, client_errors, connect
+from fqgan_dist.data.s3_errors import RequestError, explain
+from fqgan_dist.errors import DataError
+
+_REQUESTS_AT_ONCE = 32
+_TRANSFERS_AT_ONCE = 16
+"""Connections for parts of large objects: they keep none of the others from small requests."""
+_PART_BYTES = 8 * 2**20
+_LONGEST_PART_BYTES = 64 * 2**20
+"""Parts of a download go to disk as they come, and go on where they broke off: long ones save
+first-byte latencies (60 ms are 5 MB at 90 MB/s)."""
+_MULTIPART_FROM_BYTES = 32 * 2**20
+_MAX_UPLOAD_PARTS = 9000  # S3 allows 10 000
+_PIECE_BYTES = 256 * 2**10
+_DISK_WRITE_BYTES = 2**20
+_PROGRESS_BYTES = 64 * 2**10
+"""A try that brought as much of a body counts as progress."""
+_READS_OF_CHANGING_OBJECT = 3
+_NAMES_PER_PAGE = 1000
+_UPLOAD_MARK = "fqgan-upload"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Sink = Callable[[int, bytes], Awaitable[None]]
+"""Takes a piece of an object and its offset."""
+
+
+@dataclass
+class _Span:
+    """A range of an object that is being read."""
+
+    uri: str
+    position: int
+    end: int
+    """Where to stop; the end of the object if that comes first."""
+    etag: str = ""
+    """The version to read; "" for any, then the one that came."""
+    total: int = 0
+    """Size of the object, once an answer has come."""
+
+
+class S3Backend:
+    """Objects of buckets, by `s3://` URIs. Safe to use from several threads; one per process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: Any = None
+        self._retries = RequestRetries()
+        self._slots = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+        self._transfer_slots = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
+
+    @property
+    def num_retries(self) -> int:
+        """Requests that were made again."""
+        return self._retries.num_retries
+
+    def size(self, uri: str) -> int:
+        """Read an object's size."""
+        return self._run(uri, self._find, uri).total
+
+    def read(self, uri: str, offset: int, length: int | None) -> bytes:
+        """Read a range, or to the end where `length` is None; less than asked for at the end."""
+        return self._run(uri, self._read, uri, offset, length)
+
+    def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
+        """Read ranges concurrently; one that fails is repeated alone."""
+        reads = [
+            self._named(uri, self._read, uri, start, size)
+            for uri, (start, size) in zip(uris, ranges, strict=True)
+        ]
+        return self._run("", _gather, reads)
+
+    def open_read(self, uri: str) -> BinaryIO:
+        """Open an object as a stream that reads ahead."""
+        span = self._run(uri, self._find, uri)
+
+        def read_range(offset: int, size: int) -> Future[bytes]:
+            return self._submit(uri, self._read_version, uri, offset, size, span.etag)
+
+        stream = io.BufferedReader(ObjectStream(read_range, span.total), _PIECE_BYTES)
+        return cast(BinaryIO, stream)
+
+    def download(
+        self, uri: str, target: Path, progress: Callable[[int], None] | None
+    ) -> tuple[str, int]:
+        """Copy an object to a new file by parallel ranges; give its sha256 and size."""
+        span = self._run(uri, self._find, uri)
+        with create_target(target, span.total) as file:
+            self._run(uri, self._download, span, file, progress)
+            return file.sha256, span.total
+
+    def write(self, uri: str, data: bytes) -> None:
+        """Replace an object."""
+        if len(data) < _MULTIPART_FROM_BYTES:
+            self._run(uri, self._call, "put_object", uri, Body=data)
+        else:
+            view = memoryview(data)
+            self._run(uri, self._upload, uri, len(data), lambda start, end: bytes(view[start:end]))
+
+    def write_file(self, uri: str, source: Path) -> None:
+        """Replace an object by a local file's bytes."""
+        size = source.stat().st_size
+        if size < _MULTIPART_FROM_BYTES:
+            self.write(uri, source.read_bytes())
+        else:
+            self._run(
+                uri, self._upload, uri, size, lambda start, end: _read_part(source, start, end)
+            )
+
+    def create(self, uri: str, data: bytes) -> None:
+        """Make a new object; FileExistsError where the name is taken, by us perhaps."""
+        self._run(uri, self._create, uri, data)
+
+    def names(self, uri: str) -> list[str]:
+        """List what is directly below a folder."""
+        bucket, prefix = _split_folder(uri)
+        pages = self._pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/")
+        names = [
+            entry.get("Prefix", entry.get("Key", "")).removeprefix(prefix).rstrip("/")
+            for page in pages
+            for entry in (*page.get("CommonPrefixes", ()), *page.get("Contents", ()))
+        ]
+        return [name for name in names if name]  # an empty name is a console's folder marker
+
+    def walk(self, uri: str) -> Iterator[tuple[str, int]]:
+        """List every object below a folder: relative name and size, in the order of bytes."""
+        bucket, prefix = _split_folder(uri)
+        last = b""
+        for page in self._pages(uri, Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", ()):
+                name = entry["Key"].removeprefix(prefix)
+                if not name or name.endswith("/"):
+                    continue  # a console's folder marker
+                if (key := name.encode()) <= last:
+                    raise DataError(
+                        f"{uri}: the store lists {name!r} out of order; expected the names sorted "
+                        "by their bytes; use a general purpose bucket"
+                    )
+                last = key
+                yield name, int(entry["Size"])
+
+    def delete(self, uri: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        self._run(uri, self._call, "delete_object", uri)
+
+    # Reading
+
+    async def _find(self, uri: str) -> _Span:
+        """Learn an object's size and version.
+
+        By a GET of one byte: the error answers of a HEAD have no body that says what is wrong.
+        """
+        span = _Span(uri, 0, 1)
+        try:
+            await self._fetch(span, _drop, self._slots)
+        except RequestError as error:
+            if not error.is_beyond_end:  # an empty object has no first byte
+                raise
+        return span
+
+    async def _read(self, uri: str, offset: int, length: int | None) -> bytes:
+        if length == 0:
+            return b""  # no Range header can say that
+        for left in reversed(range(_READS_OF_CHANGING_OBJECT)):
+            try:
+                return await self._read_version(uri, offset, length, "")
+            except RequestError as error:
+                if error.is_beyond_end:
+                    return b""
+                if not (error.is_precondition and left):  # else it was replaced: read the new one
+                    raise
+        raise AssertionError("the last read returns or raises")
+
+    async def _read_version(self, uri: str, offset: int, length: int | None, etag: str) -> bytes:
+        """Read one version of an object; the answer for its first part says how large it is."""
+        wanted = _PART_BYTES if length is None else min(length, _PART_BYTES)
+        first = _Span(uri, offset, offset + wanted, etag)
+        pieces: dict[int, bytes] = {}
+
+        async def keep(position: int, piece: bytes) -> None:
+            pieces[position] = piece
+
+        if length == wanted:
+            await self._fetch(first, keep, self._slots)
+        else:
+            answered = asyncio.Event()
+            head = asyncio.create_task(self._fetch(first, keep, self._slots, answered))
+            await _wait_for_first(head, answered)
+            end = first.total if length is None else min(first.total, offset + length)
+            rest = [
+                self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfer_slots)
+                for start, stop in _split(offset + wanted, end, _PART_BYTES)
+            ]
+            await _gather([head, *rest])
+        return b"".join(pieces[position] for position in sorted(pieces))
+
+    async def _fetch(
+        self,
+        span: _Span,
+        sink: Sink,
+        slots: asyncio.Semaphore,
+        answered: asyncio.Event | None = None,
+    ) -> None:
+        """Read a range; after an error go on from where it broke off.
+
+        `answered` is set as soon as `span` holds the object's size and version.
+        """
+        start = span.position
+
+        async def read_on() -> None:
+            async with slots, aclosing(self._pieces(span, answered)) as pieces:
+                async for piece in pieces:
+                    await sink(span.position, piece)
+                    span.position += len(piece)
+
+        def progress() -> int:
+            return (span.position - start) // _PROGRESS_BYTES
+
+        await self._retries.run(read_on, progress=progress)
+
+    async def _pieces(
+        self, span: _Span, answered: asyncio.Event | None
+    ) -> AsyncGenerator[bytes, None]:
+        """Make one request for the rest of a range; the taker of the pieces moves its position."""
+        bucket, key = _split_uri(span.uri)
+        version = {"IfMatch": span.etag} if span.etag else {}
+        byte_range = f"bytes={span.position}-{span.end - 1}"
+        try:
+            # The methods of s3fs for use within its event loop have an underscore.
+            answer = await self._filesystem._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=byte_range, **version
+            )
+            start, span.total = _parse_range(answer)
+            if start != span.position:
+                raise RequestError("broken", f"bytes from {start}, not {span.position}")
+            span.etag = answer["ETag"]
+            span.end = min(span.end, span.total)
+            if answered is not None:
+                answered.set()
+            async with answer["Body"] as body:
+                while span.position < span.end:
+                    piece = await body.read(min(_PIECE_BYTES, span.end - span.position))
+                    if not piece:
+                        raise RequestError("broken", "fewer bytes came than were asked for")
+                    yield piece
+        except client_errors() as error:
+            raise as_request_error(error) from error
+
+    async def _download(
+        self, span: _Span, file: TargetFile, progress: Callable[[int], None] | None
+    ) -> None:
+        parts = _split(0, span.total, _part_bytes(span.total))
+
+        async def fetch(start: int, end: int) -> None:
+            waiting = bytearray()
+
+            async def keep(position: int, piece: bytes) -> None:
+                waiting.extend(piece)
+                if progress is not None:
+                    progress(len(piece))
+                position += len(piece)
+                if len(waiting) >= _DISK_WRITE_BYTES or position == end:
+                    # Copied: the thread may outlive a cancelled task.
+                    data = bytes(waiting)
+                    waiting.clear()
+                    await asyncio.to_thread(file.write, position - len(data), data)
+
+            part = _Span(span.uri, start, end, span.etag)
+            await self._fetch(part, keep, self._transfer_slots)
+
+        tasks = [asyncio.create_task(fetch(start, end)) for start, end in parts]
+        try:
+            for task, (start, end) in zip(tasks, parts, strict=True):
+                await task
+                await asyncio.to_thread(file.hash, start, end - start)
+        finally:
+            await _cancel(tasks)
+
+    # Writing and listing
+
+    async def _call(self, method: str, uri: str, **parameters: Any) -> Any:
+        bucket, key = _split_uri(uri)
+        return await self._request(method, Bucket=bucket, Key=key, **parameters)
+
+    async def _request(self, method: str, **parameters: Any) -> Any:
+        async def request() -> Any:
+            async with self._slots:
+                try:
+                    return await self._filesystem._call_s3(method, **parameters)
+                except client_errors() as error:
+                    raise as_request_error(error) from error
+
+        return await self._retries.run(request)
+
+    async def _create(self, uri: str, data: bytes) -> None:
+        # One request, however large: Ceph 16 ignores If-None-Match where a multipart upload is
+        # completed, and overwrites (measured).
+        try:
+            await self._call("put_object", uri, Body=data, IfNoneMatch="*")
+        except RequestError as error:
+            if error.is_precondition:
+                raise FileExistsError(uri) from error
+            raise
+
+    async def _upload(self, uri: str, size: int, part_of: Callable[[int, int], bytes]) -> None:
+        """Write an object in parts; it appears when all of them are there."""
+        mark = uuid.uuid4().hex
+        upload = await self._call("create_multipart_upload", uri, Metadata={_UPLOAD_MARK: mark})
+        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))
+        identity = {"UploadId": upload["UploadId"]}
+
+        async def put(number: int, start: int, end: int) -> dict[str, Any]:
+            async with self._transfer_slots:  # bounds the parts in memory
+                data = await asyncio.to_thread(part_of, start, end)
+                answer = await self._call(
+                    "upload_part", uri, PartNumber=number, Body=data, **identity
+                )
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        spans = _split(0, size, part_bytes)
+        try:
+            parts = await _gather([put(i, *span) for i, span in enumerate(spans, start=1)])
+            await self._complete(uri, mark, {**identity, "MultipartUpload": {"Parts": parts}})
+        except BaseException:
+            with suppress(RequestError):  # the first error says more
+                await self._call("abort_multipart_upload", uri, **identity)
+            raise
+
+    async def _complete(self, uri: str, mark: str, parameters: dict[str, Any]) -> None:
+        try:
+            await self._call("complete_multipart_upload", uri, **parameters)
+        except RequestError as error:
+            # The repetition of a request whose answer was lost finds the upload gone. Then the
+            # object bears its mark, or somebody else has replaced it since.
+            if error.code != "NoSuchUpload":
+                raise
+            found = await self._call("head_object", uri)
+            if found["Metadata"].get(_UPLOAD_MARK) != mark:
+                raise
+
+    def _pages(self, uri: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """List page by page: a page that fails is repeated, not the pages before it."""
+        parameters["MaxKeys"] = _NAMES_PER_PAGE
+        while True:
+            page = self._run(uri, self._request, "list_objects_v2", **parameters)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            parameters["ContinuationToken"] = page["NextContinuationToken"]
+
+    # The event loop
+
+    @property
+    def _filesystem(self) -> Any:
+        with self._lock:
+            if self._connection is None:
+                self._connection = connect(max_connections=_REQUESTS_AT_ONCE + _TRANSFERS_AT_ONCE)
+        return self._connection
+
+    def _submit(
+        self, uri: str, call: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> Future[T]:
+        loop = self._filesystem.loop
+        return asyncio.run_coroutine_threadsafe(self._named(uri, call, *args, **options), loop)
+
+    def _run(
+        self, uri: str, call: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        future = self._submit(uri, call, *args, **options)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # of no effect unless this thread was interrupted
+
+    async def _named(
+        self, uri: str, call: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        try:
+            return await call(*args, **options)
+        except RequestError as error:
+            raise explain(uri, error) from error
+
+
+def _split_uri(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _split_folder(uri: str) -> tuple[str, str]:
+    """Give a folder's bucket and the prefix of all names in it."""
+    bucket, key = _split_uri(uri)
+    return bucket, f"{key}/" if key else ""
+
+
+def _parse_range(answer: dict[str, Any]) -> tuple[int, int]:
+    """Read where an answer's bytes begin, and the size of the object."""
+    if "ContentRange" not in answer:
+        return 0, int(answer["ContentLength"])  # the server sends the whole object
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer["ContentRange"])
+    if match is None:
+        raise RequestError("broken", "an answer without a valid Content-Range")
+    return int(match[1]), int(match[2])
+
+
+def _part_bytes(size: int) -> int:
+    """Choose parts so that all connections end at about the same time."""
+    waves = -(-size // (_TRANSFERS_AT_ONCE * _LONGEST_PART_BYTES))
+    return max(_PART_BYTES, -(-size // max(1, waves * _TRANSFERS_AT_ONCE)))
+
+
+def _split(start: int, end: int, part_bytes: int) -> list[tuple[int, int]]:
+    return [(first, min(first + part_bytes, end)) for first in range(start, end, part_bytes)]
+
+
+def _read_part(source: Path, start: int, end: int) -> bytes:
+    with source.open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    if len(data) != end - start:
+        raise DataError(f"{source}: became shorter while it was uploaded; stop its writer")
+    return data
+
+
+async def _wait_for_first(head: asyncio.Task[None], answered: asyncio.Event) -> None:
+    """Wait until the answer has begun; raise what came instead of one."""
+    waiting = asyncio.create_task(answered.wait())
+    try:
+        await asyncio.wait((head, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if head.done():
+            head.result()
+    except BaseException:
+        head.cancel()
+        raise
+    finally:
+        waiting.cancel()
+
+
+async def _drop(position: int, piece: bytes) -> None:
+    """Take a piece that nobody wants."""
+
+
+async def _gather(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Wait for all; when one fails, cancel the others and wait for their end."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,391 @@
+"""Add images to a dataset: new shards beside the old ones, which stay as they are.
+
+An extension has a create-only plan of its own, `extension-NNNN.json` and `.parquet`, so that two
+extensions of one dataset follow each other. The index is replaced last; the former one stays as
+`index-<first 16 digits of its id>.json`, for runs that were started on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from fqgan_dist.chunks import RunChunks, run_in_processes
+from fqgan_dist.config import Config
+from fqgan_dist.data.index import (
+    INDEX_NAME,
+    DatasetIndex,
+    SampleTable,
+    former_index_name,
+    join_path,
+    load_index,
+    load_samples,
+    parse_index,
+)
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.building import (
+    FinishedPlan,
+    ShardingReport,
+    check_remade,
+    find_missing_files,
+    run_plan,
+)
+from fqgan_dist.sharding.images import ImagePolicy
+from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.plan import (
+    LAYOUT,
+    DatasetPlan,
+    ShardingConfig,
+    add_hash,
+    assign_rows,
+    find_unknown_classes,
+    make_keys,
+    make_stems,
+)
+from fqgan_dist.sharding.plan_files import PlanFile, load_plan, publish_plan
+from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems
+
+_PLAN_NAME = re.compile(r"extension-(\d{4})\.json")
+_CONCURRENT_READS = 16
+_SHOWN_NAMES = 5
+
+
+class ExtensionConfig(Config):
+    """How a dataset is extended; the images get the form that the dataset's own have."""
+
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Greatest number of images in a new shard."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the new images."""
+    new_classes: bool = False
+    """Append classes that the dataset does not have yet; false: they are an error. Models that were
+    trained on the former classes know nothing of new ones."""
+
+
+@dataclass(frozen=True)
+class ExtensionReport:
+    """What an extension did."""
+
+    work: ShardingReport
+    """Shards and problems."""
+    num_added: int = 0
+    """Images that the dataset did not have."""
+    num_present: int = 0
+    """Images of the source that the dataset had already, by their keys."""
+    added_classes: Sequence[str] = ()
+    """Classes that the dataset did not have."""
+    former_id: str = ""
+    """Id of the dataset before."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedExtension:
+    """An extension before any image is read."""
+
+    stem: str
+    """Name of the plan's files without their endings."""
+    base: DatasetIndex
+    """The dataset that is extended."""
+    plan: DatasetPlan
+    """New images and shards."""
+    config: ShardingConfig
+    """How the shards are made."""
+    num_present: int
+    """Images of the source that the dataset has."""
+    added_classes: list[str]
+    """Classes that the dataset does not have."""
+
+
+def extend_dataset(
+    source: SourceListing,
+    storage: Storage,
+    prefix: str,
+    config: ExtensionConfig,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    run_chunks: RunChunks = run_in_processes,
+    log_storage: Storage | None = None,
+) -> tuple[DatasetIndex, ExtensionReport]:
+    """Add the images of a source to a dataset, or what an interrupted call left to be added.
+
+    Images whose key the dataset has are skipped. Classes keep their labels, new ones are appended.
+
+    Args:
+        source: the images.
+        storage: where the dataset is.
+        prefix: its folder; "" for the root itself.
+        config: what to do.
+        source_options: how the source was opened, noted in the plan.
+        run_chunks: makes the shards; it does not change the result.
+        log_storage: where processes write log files; None: they write none.
+
+    Returns:
+        The new index, and what was done.
+
+    Raises:
+        DataError: there is no dataset, another extension is not finished, an image has a class
+            that the dataset does not have, or another image with its key is there.
+        ClusterError: from `run_chunks`.
+    """
+    index = load_index(storage, prefix)
+    extension = plan_extension(source, storage, prefix, index, config)
+    if extension is None:
+        work = ShardingReport(True, 0, 0, load_problems(storage, prefix, index))
+        return index, ExtensionReport(work, num_present=len(source), former_id=index.dataset_id)
+    base = extension.base
+    is_new = publish_plan(
+        storage,
+        prefix,
+        extension.stem,
+        extension.plan,
+        source,
+        extension.config,
+        source_options=source_options or {},
+        extends=base.dataset_id,
+    )
+    done = run_plan(
+        extension.plan,
+        source,
+        extension.config,
+        storage,
+        prefix,
+        extension.stem,
+        is_new=is_new,
+        run_chunks=run_chunks,
+        log_storage=log_storage,
+    )
+    report = ExtensionReport(
+        work=done.report,
+        num_added=sum(entry.count for entry in done.entries),
+        num_present=extension.num_present,
+        added_classes=extension.added_classes,
+        former_id=base.dataset_id,
+    )
+    return _replace_index(storage, prefix, extension, done), report
+
+
+def plan_extension(
+    source: SourceListing,
+    storage: Storage,
+    prefix: str,
+    index: DatasetIndex,
+    config: ExtensionConfig,
+) -> PlannedExtension | None:
+    """Find what is new in a source and assign it to new shards; None: nothing is left to do.
+
+    Raises:
+        DataError: as `extend_dataset`.
+    """
+    request = _hash_request(source, config)
+    if request in index.plans and not find_missing_files(storage, prefix, index):
+        return None
+    stem, base = _find_place(storage, prefix, index, request)
+    policy = ImagePolicy.parse_description(base.image_policy)
+    keys = source.keys or make_keys(source.names)
+    is_present = _find_present(source, keys, storage, prefix, base, policy)
+    rows = np.flatnonzero(~is_present)
+    if not len(rows):
+        return None
+    added = _find_new_classes(source.select(rows), base, config)
+    classes = [*base.classes, *added]
+    descriptions = {
+        name: text for name, text in source.class_descriptions.items() if name in added
+    } | base.class_descriptions
+    sharding = _inherit_config(base, policy, config)
+    header = {
+        "layout": LAYOUT,
+        "request": request,
+        "policy": sharding.describe_policy(),
+        "classes": classes,
+        "class_descriptions": descriptions,
+    }
+    plan = assign_rows(source, rows, sharding, header, keys=keys, name_shard=f"{stem}-{{:06d}}.tar")
+    # Known by what was asked for, so that the same command finds itself done.
+    plan = replace(plan, plan_sha256=request)
+    return PlannedExtension(stem, base, plan, sharding, int(is_present.sum()), added)
+
+
+def _hash_request(source: SourceListing, config: ExtensionConfig) -> str:
+    """Hash what is asked for, whatever the dataset has of it already."""
+    digest = hashlib.sha256()
+    header = {"layout": LAYOUT, "seed": config.seed, "count": config.samples_per_shard}
+    problems = [problem.model_dump() for problem in source.problems]
+    digest.update(json.dumps([header, problems], sort_keys=True).encode())
+    keys = source.keys or [None] * len(source)
+    for line in zip(keys, source.names, source.sizes.tolist(), strict=True):
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def _find_place(
+    storage: Storage, prefix: str, index: DatasetIndex, request: str
+) -> tuple[str, DatasetIndex]:
+    """Find the name of the plan, and the dataset that it extends.
+
+    Raises:
+        DataError: another extension is not finished.
+    """
+    matches = [_PLAN_NAME.fullmatch(name) for name in storage.list(prefix)]
+    numbers = sorted(int(match[1]) for match in matches if match is not None)
+    for number in numbers:
+        stem = _name_plan(number)
+        plan = load_plan(storage, prefix, stem)
+        assert plan is not None, "it was listed"
+        if plan.plan_sha256 == request:
+            return stem, _load_base(storage, prefix, index, plan, stem)
+        if plan.plan_sha256 not in index.plans:
+            raise DataError(
+                f"{storage.uri(join_path(prefix, stem))}.json: an extension by "
+                f"{plan.source!r} is under way or was interrupted; expected at most one at a time: "
+                "wait for it, finish it by the same command, or delete its files "
+                f"{stem}* if no job runs"
+            )
+    return _name_plan(max(numbers, default=0) + 1), index
+
+
+def _load_base(
+    storage: Storage, prefix: str, index: DatasetIndex, plan: PlanFile, stem: str
+) -> DatasetIndex:
+    assert plan.extends is not None, "the plan of an extension names the dataset"
+    if plan.extends == index.dataset_id:
+        return index
+    path = join_path(prefix, former_index_name(plan.extends))
+    try:
+        return parse_index(storage.read_bytes(path), source=storage.uri(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{storage.uri(join_path(prefix, stem))}.json: it extends dataset "
+            f"{plan.extends[:16]}, and {INDEX_NAME} is {index.dataset_id[:16]}; the index was "
+            f"replaced by hand: restore it, or delete the files {stem}*"
+        ) from error
+
+
+def _name_plan(number: int) -> str:
+    return f"extension-{number:04d}"
+
+
+def _find_present(
+    source: SourceListing,
+    keys: Sequence[str],
+    storage: Storage,
+    prefix: str,
+    index: DatasetIndex,
+    policy: ImagePolicy,
+) -> np.ndarray:
+    """Tell which images a dataset has, (n,) bool.
+
+    The key of an image depends on its neighbours: where several names give one, all get a hash. So
+    an image counts as present by either form of its key.
+
+    Raises:
+        DataError: the dataset has another image with the same key.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, stem in enumerate(source.keys or make_stems(source.names)):
+        rows_of.setdefault(stem, []).append(row)
+    is_present = np.zeros(len(source), bool)
+    conflicts: list[str] = []
+    for table in _load_tables(storage, prefix, index):
+        for key, size in zip(table.keys, table.sizes.tolist(), strict=True):
+            stem, _, _ = key.rpartition("-")
+            rows = [
+                *(row for row in rows_of.get(key, []) if keys[row] == key or not policy.is_lossy),
+                *(row for row in rows_of.get(stem, []) if add_hash(stem, source.names[row]) == key),
+            ]
+            same = [row for row in rows if policy.is_lossy or source.sizes[row] == size]
+            is_present[same] = True
+            conflicts += [source.names[row] for row in rows if not same and keys[row] == key]
+    if conflicts:
+        raise DataError(
+            f"{source.uri}: {len(conflicts)} images have the key of another image of "
+            f"{storage.uri(join_path(prefix, INDEX_NAME))}, by their sizes: "
+            f"{sorted(conflicts)[:_SHOWN_NAMES]!r}; rename them, or leave them out"
+        )
+    return is_present
+
+
+def _load_tables(storage: Storage, prefix: str, index: DatasetIndex) -> Iterator[SampleTable]:
+    """Read all tables, some at a time: those of 12 million samples take gigabytes."""
+    with ThreadPoolExecutor(_CONCURRENT_READS) as threads:
+        for start in range(0, len(index.shards), _CONCURRENT_READS):
+            shards = index.shards[start : start + _CONCURRENT_READS]
+            yield from threads.map(partial(load_samples, storage, prefix), shards)
+
+
+def _find_new_classes(
+    source: SourceListing, index: DatasetIndex, config: ExtensionConfig
+) -> list[str]:
+    unknown = set(find_unknown_classes(source, index.classes))
+    if unknown and not config.new_classes:
+        raise DataError(
+            f"{source.uri}: {len(unknown)} classes are not among the dataset's "
+            f"{index.num_classes}: {sorted(unknown)[:_SHOWN_NAMES]!r}; correct the source, or "
+            "append them with new_classes=true"
+        )
+    return [name for name in source.class_names() if name in unknown]
+
+
+def _inherit_config(
+    index: DatasetIndex, policy: ImagePolicy, config: ExtensionConfig
+) -> ShardingConfig:
+    settings = policy.model_dump(include=policy.model_fields_set)
+    if index.image_policy.get("lossy_evaluation"):
+        settings["allow_lossy_evaluation"] = True
+    return ShardingConfig(
+        name=index.name,
+        split=index.split,
+        samples_per_shard=config.samples_per_shard,
+        seed=config.seed,
+        **settings,
+    )
+
+
+def _replace_index(
+    storage: Storage, prefix: str, extension: PlannedExtension, done: FinishedPlan
+) -> DatasetIndex:
+    """Publish the extension, unless another job with the same plan has done so.
+
+    Raises:
+        DataError: the index is neither the former nor the new one.
+    """
+    base, request = extension.base, extension.plan.plan_sha256
+    tables = [done.problem_table] if done.problem_table else []
+    changes = {
+        "classes": extension.plan.classes,
+        "class_descriptions": extension.plan.class_descriptions,
+        "shards": [*base.shards, *done.entries],
+        "plans": [*base.plans, request],
+        "problems": [*base.problems, *done.report.problems][:NUM_INDEXED_PROBLEMS],
+        "problem_tables": [*base.problem_tables, *tables],
+    }
+    former_values = {name: getattr(base, name) for name in DatasetIndex.model_fields}
+    extended = DatasetIndex.model_validate(former_values | changes)
+    former = join_path(prefix, former_index_name(base.dataset_id))
+    try:
+        storage.create_bytes(former, base.to_bytes())
+    except FileExistsError as error:
+        raise DataError(
+            f"{storage.uri(former)}: not the index that its name says; delete it, and run the same "
+            "command again"
+        ) from error
+    current = load_index(storage, prefix)
+    if request in current.plans:
+        check_remade(storage, prefix, current, done.entries)
+        return current
+    if current.dataset_id != base.dataset_id:
+        raise DataError(
+            f"{storage.uri(join_path(prefix, INDEX_NAME))}: it was changed by hand while it was "
+            "extended; restore it, and run the same command again"
+        )
+    storage.write_bytes(join_path(prefix, INDEX_NAME), extended.to_bytes())
+    return extended

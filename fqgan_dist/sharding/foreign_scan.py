@@ -1,0 +1,173 @@
+"""What is in a tar that somebody else made: one pass, its samples and its hash."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fqgan_dist.data.decoding import decode_image, read_size
+from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import printable
+from fqgan_dist.sharding.sample_rules import SampleRules
+from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("digest", pa.binary(16)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FoundSample:
+    """A usable sample of a tar."""
+
+    key: str
+    """Its key."""
+    label: str
+    """Text of its label; "" where there are no labels."""
+    offset: int
+    """Where the image's bytes begin."""
+    size: int
+    """Number of the image's bytes."""
+    width: int
+    """Pixels per row, upright."""
+    height: int
+    """Rows, upright."""
+    digest: bytes
+    """See `image_digest`."""
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """What was found in a tar."""
+
+    sha256: str
+    """Hash of the file, hex."""
+    num_bytes: int
+    """Size of the file."""
+    samples: list[FoundSample]
+    """The usable samples, in the order of the tar."""
+    problems: list[SourceProblem]
+    """Members and samples that are not used."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The texts of labels that occur, sorted."""
+        return sorted({sample.label for sample in self.samples})
+
+    def tabulate(self, labels: list[int]) -> SampleTable:
+        """Make the table of samples, with a number for each sample's label."""
+        samples = self.samples
+        return SampleTable(
+            keys=[sample.key for sample in samples],
+            labels=np.array(labels, np.int32),
+            offsets=np.array([sample.offset for sample in samples], np.int64),
+            sizes=np.array([sample.size for sample in samples], np.int64),
+            widths=np.array([sample.width for sample in samples], np.int32),
+            heights=np.array([sample.height for sample in samples], np.int32),
+            digests=stack_digests([sample.digest for sample in samples]),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Write everything as parquet, for another process."""
+        rows = [vars(sample) for sample in self.samples]
+        facts = {
+            "sha256": self.sha256,
+            "num_bytes": self.num_bytes,
+            "problems": [problem.model_dump() for problem in self.problems],
+        }
+        schema = _SCHEMA.with_metadata({"facts": json.dumps(facts)})
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+        return sink.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> ShardScan:
+        """Read what `to_bytes` wrote."""
+        with pq.ParquetFile(io.BytesIO(data)) as file:
+            table = file.read(use_threads=False)
+        facts: dict[str, Any] = json.loads((table.schema.metadata or {})[b"facts"])
+        problems = [SourceProblem(**values) for values in facts["problems"]]
+        samples = [FoundSample(**row) for row in table.to_pylist()]
+        return ShardScan(facts["sha256"], facts["num_bytes"], samples, problems)
+
+
+def scan_shard(storage: Storage, file: str, rules: SampleRules, *, is_deep: bool) -> ShardScan:
+    """Read a tar once.
+
+    Args:
+        storage: where the shards are.
+        file: name of the tar.
+        rules: where images and labels are.
+        is_deep: decode every image; else only the headers are read.
+
+    Raises:
+        DataError: the tar is missing, compressed, damaged or cut off, or holds a key twice.
+    """
+    source = storage.uri(file)
+    problems: list[SourceProblem] = []
+    samples: dict[str, FoundSample] = {}
+    try:
+        with storage.open_read(file) as stream:
+            scan = TarScan(stream, source=source)
+            members = _note_dangers(scan.members(rules.is_wanted), file, problems)
+            for sample in group_samples(members):
+                if sample.key in samples:
+                    raise DataError(f"{source}: {describe_repeat(sample.key, file, file)}")
+                try:
+                    samples[sample.key] = _find_sample(sample, rules, is_deep=is_deep)
+                except DataError as error:
+                    name = f"{file}/{sample.key}"
+                    problems.append(SourceProblem(name=name, reason=str(error), action="skipped"))
+            sha256, num_bytes = scan.finish()
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: no such file; it was there a moment ago") from error
+    return ShardScan(sha256, num_bytes, list(samples.values()), problems)
+
+
+def describe_repeat(key: str, place: str, other: str) -> str:
+    """Say that a key occurs twice, and what to do about it."""
+    return (
+        f"the key {key!r} occurs in {place} and again in {other}; expected that no two samples "
+        "share a key: make a dataset of its own with `fqgan-data shard SRC DST "
+        "format=webdataset keep_keys=false`, which gives every sample a new one"
+    )
+
+
+def _note_dangers(
+    members: Iterable[TarMember], file: str, problems: list[SourceProblem]
+) -> Iterator[TarMember]:
+    for member in members:
+        if member.danger is not None:
+            name = printable(f"{file}/{member.name}")
+            problems.append(SourceProblem(name=name, reason=member.danger, action="refused"))
+        yield member
+
+
+def _find_sample(sample: TarSample, rules: SampleRules, *, is_deep: bool) -> FoundSample:
+    """Check a sample; DataError says why it is not usable."""
+    image = rules.find_image(sample)
+    label = rules.find_label(sample)
+    assert image.data is not None, "an image's bytes were asked for"
+    if is_deep:
+        width, height = decode_image(image.data, name=image.name).size
+    else:
+        width, height = read_size(image.data, name=image.name)
+    place = image.offset, image.size
+    return FoundSample(sample.key, label, *place, width, height, image_digest(image.data))

@@ -1,0 +1,155 @@
+"""Which members of a tar are a sample's image and label, in shards of any maker."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from fqgan_dist.config import Config
+from fqgan_dist.data.index import DatasetIndex
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES
+from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
+
+_IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+_CLASS_KEYS = ("cls", "txt", "none")
+_MAX_LABEL_BYTES = 2**20
+_MAX_LABEL_CHARACTERS = 200
+_SHOWN_CHARACTERS = 40
+
+INDEXED = "indexed"
+"""`kind` in the image policy of datasets that were made by others and only indexed."""
+
+
+class SampleRules(Config):
+    """Where a sample's image and label are."""
+
+    class_key: str = "cls"
+    """Member of a sample that holds its class, a number or a name: `cls`, `txt`, or `json.FIELD`
+    for a field of it; `none`: the images have no classes."""
+    image_key: str | None = None
+    """Ending of the image's name, as in `rgb.png`; none: the only member that ends in jpg, jpeg,
+    png or webp."""
+
+    @field_validator("class_key")
+    @classmethod
+    def _check_class_key(cls, value: str) -> str:
+        if value not in _CLASS_KEYS and re.fullmatch(r"json\..+", value) is None:
+            raise ValueError(f"{value!r}: expected cls, txt, json.FIELD or none")
+        return value
+
+    @property
+    def labels(self) -> str:
+        """Ending of the members that hold classes; `none`: there are none."""
+        return self.class_key.partition(".")[0]
+
+    @staticmethod
+    def of_dataset(image_policy: Mapping[str, Any]) -> SampleRules:
+        """Give the rules by which a dataset was indexed; the default ones if it was made by us."""
+        if image_policy.get("kind") != INDEXED:
+            return SampleRules()
+        names = SampleRules.model_fields
+        return SampleRules(**{name: image_policy[name] for name in names if name in image_policy})
+
+    def describe(self) -> dict[str, Any]:
+        """Give what an image policy tells about the rules."""
+        return self.model_dump(exclude_none=True)
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether a member of this name is read."""
+        suffix = TarMember(name, 0, 0, None, None).suffix
+        return suffix in (*self._image_suffixes, self.labels)
+
+    def find_image(self, sample: TarSample) -> TarMember:
+        """Give the member that is a sample's image.
+
+        Raises:
+            DataError: there is none, or more than one.
+        """
+        images = sample.find(*self._image_suffixes)
+        if len(images) == 1:
+            return images[0]
+        found = ", ".join(f".{member.suffix}" for member in sample.members)
+        expected = " or ".join(f".{suffix}" for suffix in self._image_suffixes)
+        if not images:
+            raise DataError(f"no image: it has {found}; expected one {expected}")
+        raise DataError(f"{len(images)} images: it has {found}; name the one with image_key=...")
+
+    def find_label(self, sample: TarSample) -> str:
+        """Give the text of a sample's label; "" where there are no labels.
+
+        Raises:
+            DataError: the sample has none, or one that cannot be read.
+        """
+        if self.labels == "none":
+            return ""
+        members = sample.find(self.labels)
+        if len(members) != 1:
+            raise DataError(f"{len(members)} members .{self.labels}; expected one, with the label")
+        member = members[0]
+        if member.data is None or member.size > _MAX_LABEL_BYTES:
+            raise DataError(f".{self.labels}: {member.size} bytes are no label")
+        try:
+            text = member.data.decode()
+            label = self._read_field(text) if self.labels == "json" else text.strip()
+        except (ValueError, RecursionError) as error:
+            raise DataError(f".{self.labels}: cannot be read: {error}") from error
+        if not label or not label.isprintable() or len(label) > _MAX_LABEL_CHARACTERS:
+            raise DataError(
+                f".{self.labels}: {label[:_SHOWN_CHARACTERS]!a} is no label; expected a "
+                f"number or a name of at most {_MAX_LABEL_CHARACTERS} characters"
+            )
+        return label
+
+    def _read_field(self, text: str) -> str:
+        values, field = json.loads(text), self.class_key.partition(".")[2]
+        value = values.get(field) if isinstance(values, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"field {field!r} holds no number or text")
+        return str(value).strip()
+
+    @property
+    def _image_suffixes(self) -> tuple[str, ...]:
+        return _IMAGE_SUFFIXES if self.image_key is None else (self.image_key.lower(),)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Numbers of label texts."""
+
+    classes: list[str]
+    """Class names."""
+    kind: Literal["numbers", "names", "none"]
+    """Whether the texts are the numbers themselves, or names of classes; none: all are of the first
+    class."""
+
+    @staticmethod
+    def of_dataset(index: DatasetIndex, *, is_foreign: bool) -> Labelling:
+        """Give the labelling of shards; those that were made by us hold numbers."""
+        kind = index.image_policy.get("label_kind", "numbers") if is_foreign else "numbers"
+        return Labelling(index.classes, kind)
+
+    def number_of(self, text: str) -> int | None:
+        """Give the label of a text; None if it is none."""
+        if self.kind == "none":
+            return 0
+        if self.kind == "names":
+            return self._numbers.get(text)
+        number = parse_number(text)
+        return number if number is not None and number < len(self.classes) else None
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+
+def parse_number(text: str) -> int | None:
+    """Read a label that is a whole number of ordinary size; None if it is something else."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= 9  # int32
+    return int(text) if is_number else None

@@ -1,0 +1,72 @@
+"""Class folders with images, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import os
+
+from fqgan_dist.chunks import ReportProgress
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
+from fqgan_dist.sharding.sources.options import SourceOptions
+from fqgan_dist.sharding.sources.readers import FileReader
+
+_REPORT_EVERY = 1000
+
+
+def list_folder(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+    """List the files `class/name.ext` below a folder.
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    subfolder = options.subfolder.strip("/")
+    storage = Storage(uri).child(subfolder)
+    builder = ListingBuilder(f"{uri.rstrip('/')}/{subfolder}" if subfolder else uri)
+    if storage.is_local:
+        _list_directory(storage.root, builder, progress)
+    else:
+        for name, size in storage.walk():
+            if name.startswith("./"):  # an object of that very name, unlike in a tar
+                builder.refuse(name, "a name with a '.' part")
+                continue
+            builder.add(name, Place(name, 0, size))
+            if len(builder) % _REPORT_EVERY == 0:
+                progress("listing", len(builder), 0)
+    is_shared = options.is_shared or not storage.is_local
+    return builder.build("folder", FileReader(storage), is_shared_by_nodes=is_shared)
+
+
+def _list_directory(folder: str, builder: ListingBuilder, progress: ReportProgress) -> None:
+    # Not `Storage.walk`, which gives files only: here empty folders and broken links are reported.
+    for entry in _scan(folder):
+        if not entry.is_dir():
+            # Not in a class folder: reported by name.
+            builder.add(entry.name, Place(entry.name, 0, 0))
+            continue
+        files = _scan(entry.path)
+        for file in files:
+            _add_file(f"{entry.name}/{file.name}", file, builder)
+        if not files:
+            builder.skip(entry.name, "an empty class folder")
+        progress("listing", len(builder), 0)
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: no folder that can be read ({error.strerror}); expected class folders with "
+            "images: correct the path or its permissions"
+        ) from error
+
+
+def _add_file(name: str, entry: os.DirEntry[str], builder: ListingBuilder) -> None:
+    # Links are followed: the folder is the user's own, and subsets are often made of links.
+    if entry.is_file():
+        builder.add(name, Place(name, 0, entry.stat().st_size))
+    elif entry.is_dir():
+        builder.skip(name, "a folder inside a class folder")
+    else:
+        builder.refuse(name, "not a file: a broken link, device or pipe")

@@ -1,0 +1,66 @@
+"""Where a source lies, as a storage and a name in it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.storage_names import check_root
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+
+
+def check_source_uri(uri: str) -> None:
+    """Refuse sources that are no paths.
+
+    Raises:
+        ConfigError: a URL of another scheme than s3://, such as webdataset's `pipe:`, or one with
+            credentials.
+    """
+    if uri.startswith("s3://"):
+        check_root(uri)
+        return
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri)
+    if scheme is not None and not os.path.lexists(uri):
+        raise ConfigError(
+            f"source {scheme[0]}...: unknown scheme, and nothing is run; expected a path or "
+            "s3://bucket/path: copy the source there first"
+        )
+
+
+def locate_file(uri: str) -> tuple[Storage, str]:
+    """Give the storage of a file's folder, and the file's name there.
+
+    Raises:
+        ConfigError: the URI names no file.
+    """
+    folder, name = os.path.split(uri)
+    if not name or folder in ("s3:", "s3:/"):
+        raise ConfigError(f"source {uri!r}: names no file; expected a path or s3://bucket/path")
+    return Storage(folder or "."), name
+
+
+def source_exists(uri: str) -> bool:
+    """Whether a file, a folder, or the first shard of a pattern is there."""
+    storage, name = locate_file(uri.rstrip("/"))
+    return storage.exists(expand_pattern(name)[0]) or folder_exists(uri)
+
+
+def folder_exists(uri: str) -> bool:
+    """Whether a folder is there; one in a bucket has something in it."""
+    storage = Storage(uri)
+    return os.path.isdir(storage.root) if storage.is_local else bool(storage.list())
+
+
+def locate_existing_file(uri: str) -> tuple[Storage, str, int]:
+    """Give the storage of a file's folder, the file's name there, and its size in bytes.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    storage, name = locate_file(uri)
+    try:
+        return storage, name, storage.size(name)
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: no such file; correct the path of the source") from error

@@ -1,0 +1,313 @@
+"""Parquet files with a column of encoded images, as Hugging Face's datasets are stored.
+
+A row cannot be read alone, so the images are copied to a temporary file (in `TMPDIR`) first.
+Nothing of Arrow's extension types is loaded: only plain columns are read.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fqgan_dist.chunks import ReportProgress
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.listing import (
+    MAX_IMAGE_BYTES,
+    ListingBuilder,
+    Place,
+    SourceListing,
+    find_danger,
+    find_fault_of_class,
+    is_image_name,
+    printable,
+)
+from fqgan_dist.sharding.sources.labels import class_from_value, describe_missing_class
+from fqgan_dist.sharding.sources.locations import locate_existing_file
+from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
+from fqgan_dist.sharding.sources.readers import RangeReader
+from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
+
+PARQUET_SUFFIX = ".parquet"
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
+_CLASS_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
+_BATCH_ROWS = 32
+_BUFFER_BYTES = 2**20
+# A row group's page is expanded in memory; no honest one of images is as large.
+_MAX_ROW_GROUP_BYTES = 16 * 2**30
+_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
+
+
+@contextmanager
+def open_parquet(
+    uri: str, options: SourceOptions, progress: ReportProgress
+) -> Iterator[SourceListing]:
+    """List the images of a parquet file, or of all in a folder.
+
+    A row's name is its class and the file name that is stored with its image, where all rows have
+    one of their own; else the parquet file's name and the number of the row.
+
+    Raises:
+        ConfigError: the columns cannot be told.
+        DataError: a file is missing or damaged, or there is no image.
+    """
+    storage, files = _find_files(uri)
+    columns = _choose_columns(uri, _read_schema(storage, files[0]), options)
+    rows = _Rows()
+    with open_spool_folder() as folder:
+        for file in files:
+            reader = partial(_iterate_images, storage, file, columns, rows, progress)
+            write_spool_file(folder / _spool_name(file), reader(), uri=uri)
+        builder = ListingBuilder(uri, expected="rows with an image and a class")
+        has_keys = columns.key is not None and options.keep_keys
+        _add_rows(rows, builder, has_keys=has_keys)
+        yield builder.build(
+            "parquet",
+            RangeReader(Storage(folder)),
+            is_shared_by_nodes=False,
+            classes=columns.class_names or builder.class_numbers(),
+            class_descriptions=columns.class_descriptions,
+        )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is read of the files."""
+
+    image: str
+    label: str | None
+    key: str | None
+    class_names: list[str] | None
+    class_descriptions: dict[str, str]
+
+
+@dataclass
+class _Rows:
+    """What was found, row by row."""
+
+    classes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    """File name that is stored with the image; "" where there is none."""
+    keys: list[str] = field(default_factory=list)
+    row_names: list[str] = field(default_factory=list)
+    """Name by the number of the row."""
+    files: list[str] = field(default_factory=list)
+    """Spooled file that holds the image."""
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    odd: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _find_files(uri: str) -> tuple[Storage, list[str]]:
+    if uri.endswith(PARQUET_SUFFIX):
+        storage, name, _ = locate_existing_file(uri)
+        return storage, [name]
+    storage = Storage(uri)
+    names = [name for name in storage.list() if name.endswith(PARQUET_SUFFIX)]
+    if not names:
+        raise DataError(f"{uri}: no .parquet files; correct the path, or name another format")
+    return storage, names
+
+
+def _spool_name(file: str) -> str:
+    return f"{file}.images"
+
+
+@contextmanager
+def _open_file(storage: Storage, name: str) -> Iterator[pq.ParquetFile]:
+    uri = storage.uri(name)
+    try:
+        with (
+            storage.open_read(name) as stream,
+            # Not buffered ahead: a column of images is gigabytes.
+            pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
+        ):
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: not a whole parquet file ({error}); copy it again") from error
+
+
+def _read_schema(storage: Storage, name: str) -> pa.Schema:
+    with _open_file(storage, name) as file:
+        return file.schema_arrow
+
+
+def _choose_columns(uri: str, schema: pa.Schema, options: SourceOptions) -> _Columns:
+    """Tell which columns hold images, classes and keys.
+
+    Raises:
+        ConfigError: it cannot be told, or a named column is not there.
+    """
+    images = [field.name for field in schema if _holds_bytes(field.type)]
+    image = _choose(uri, "image_key", options.image_key, _IMAGE_COLUMNS, images)
+    label = None
+    if options.class_key != NO_CLASSES:
+        others = [field.name for field in schema if _holds_classes(field.type)]
+        label = _choose(uri, "class_key", options.class_key, _CLASS_COLUMNS, others)
+    if options.id_key is not None and options.id_key not in schema.names:
+        raise ConfigError(f"id_key: {uri} has no column {options.id_key!r}, only {schema.names}")
+    names, descriptions = (None, {}) if label is None else _read_class_names(schema, label)
+    return _Columns(image, label, options.id_key, names, descriptions)
+
+
+def _choose(
+    uri: str, option: str, given: str | None, usual: Sequence[str], possible: Sequence[str]
+) -> str:
+    found = [given] if given is not None else [name for name in possible if name in usual]
+    if not found and len(possible) == 1:
+        found = list(possible)
+    if len(found) == 1 and found[0] in possible:
+        return found[0]
+    raise ConfigError(
+        f"{option}: {given!r}: {uri} has the columns {list(possible)} that could be it; "
+        f"name one with {option}=..."
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_classes(kind: pa.DataType) -> bool:
+    return any(
+        check(kind) for check in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    )
+
+
+def _read_class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None, dict[str, str]]:
+    """Read the names of a Hugging Face ClassLabel.
+
+    Returns:
+        The classes in the order of their labels, None where the file names none, and readable names
+        of classes: names that cannot be ours (two of one name, a slash) describe numbers instead.
+    """
+    metadata: Mapping[bytes, bytes] = schema.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None, {}
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        return None, {}
+    names = [name.strip() for name in names]
+    if len(set(names)) == len(names) and not any(map(find_fault_of_class, names)):
+        return names, {}
+    numbers = [str(label) for label in range(len(names))]
+    return numbers, {number: printable(name) for number, name in zip(numbers, names, strict=True)}
+
+
+def _iterate_images(
+    storage: Storage, name: str, columns: _Columns, rows: _Rows, progress: ReportProgress
+) -> Iterator[bytes]:
+    """Yield the images of a file, and note the rows."""
+    wanted = [column for column in (columns.image, columns.label, columns.key) if column]
+    offset = number = 0
+    with _open_file(storage, name) as file:
+        _check_row_groups(file.metadata, storage.uri(name))
+        if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
+            raise DataError(f"{storage.uri(name)}: has no columns {missing}, unlike the first file")
+        total = file.metadata.num_rows
+        for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
+            for values in _iterate_rows(batch):
+                data = _take_row(values, columns, name, number, offset, rows)
+                number += 1
+                if data:
+                    offset += len(data)
+                    yield data
+            progress("reading rows", number, total)
+
+
+def _check_row_groups(metadata: pq.FileMetaData, uri: str) -> None:
+    for number in range(metadata.num_row_groups):
+        size = metadata.row_group(number).total_byte_size
+        if size > _MAX_ROW_GROUP_BYTES:
+            raise DataError(
+                f"{uri}: row group {number} expands to {size} bytes; expected at most "
+                f"{_MAX_ROW_GROUP_BYTES}: a decompression bomb, or write it with smaller groups"
+            )
+
+
+def _iterate_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    for row in range(batch.num_rows):
+        yield {name: column[row].as_py() for name, column in columns.items()}
+
+
+def _take_row(
+    values: Mapping[str, Any],
+    columns: _Columns,
+    file: str,
+    number: int,
+    offset: int,
+    rows: _Rows,
+) -> bytes | None:
+    """Note a row.
+
+    Returns:
+        Its image, or None where it has none that is usable.
+    """
+    row_name = f"{file.removesuffix(PARQUET_SUFFIX)}-{number:08d}"
+    spool_file = _spool_name(file)
+    image = values[columns.image]
+    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, "")
+    key = str(values[columns.key]) if columns.key else ""
+    class_name = THE_ONLY_CLASS if columns.label is None else _find_class(values, columns)
+    if class_name is None:
+        rows.odd.append((row_name, describe_missing_class(values[str(columns.label)])))
+        return None
+    extension = _find_extension(data) if isinstance(data, bytes) else None
+    if not isinstance(data, bytes) or extension is None or len(data) > MAX_IMAGE_BYTES:
+        what = f"{len(data)} bytes that are no JPEG, PNG or WebP" if data else "no bytes"
+        rows.odd.append((row_name, f"{what}; expected an image in the column {columns.image!r}"))
+        return None
+    rows.classes.append(class_name)
+    rows.names.append(_safe_file_name(path))
+    rows.keys.append(key)
+    rows.row_names.append(f"{row_name}.{extension}")
+    rows.files.append(spool_file)
+    rows.offsets.append(offset)
+    rows.sizes.append(len(data))
+    return data
+
+
+def _find_class(values: Mapping[str, Any], columns: _Columns) -> str | None:
+    value = values[str(columns.label)]
+    if columns.class_names is None or not isinstance(value, int):
+        return class_from_value(value)
+    # -1 is Hugging Face's "no label", as in test splits.
+    return columns.class_names[value] if 0 <= value < len(columns.class_names) else None
+
+
+def _find_extension(data: bytes) -> str | None:
+    return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+
+
+def _safe_file_name(path: Any) -> str:
+    """Give the last part of a stored path; the folders are of somebody else's machine."""
+    name = PurePosixPath(path).name if isinstance(path, str) else ""
+    return name if name and find_danger(name) is None and is_image_name(name) else ""
+
+
+def _add_rows(rows: _Rows, builder: ListingBuilder, *, has_keys: bool) -> None:
+    pairs = list(zip(rows.classes, rows.names, strict=True))
+    has_names = all(rows.names) and len(set(pairs)) == len(pairs)
+    names = rows.names if has_names else rows.row_names
+    for row, file in enumerate(rows.files):
+        key = rows.keys[row] if has_keys else None
+        place = Place(file, rows.offsets[row], rows.sizes[row])
+        builder.add_labelled(
+            rows.classes[row], names[row], place, key=key, shown_name=rows.row_names[row]
+        )
+    for name, reason in rows.odd:
+        builder.skip(name, reason)

@@ -1,0 +1,249 @@
+"""WebDataset shards as a source: by their index where they have one, else by a pass over them.
+
+Shards are hostile input: nothing in them is unpickled, unpacked or run (see `tar_scanning`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from fqgan_dist.chunks import ReportProgress
+from fqgan_dist.config import parse_config
+from fqgan_dist.data.index import (
+    INDEX_NAME,
+    DatasetIndex,
+    SampleTable,
+    ShardEntry,
+    load_samples,
+    parse_index,
+)
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
+from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
+from fqgan_dist.sharding.sources.concurrency import map_in_order
+from fqgan_dist.sharding.sources.locations import locate_file
+from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
+from fqgan_dist.sharding.sources.readers import RangeReader
+from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+
+SHARD_SUFFIX = ".tar"
+
+_EXPECTED = "samples with an image and a class"
+_DEFAULT_CLASS_KEY = "cls"
+_FORMAT_MARK = b'"fqgan-dataset-'
+_SHOWN_NAMES = 3
+# What stands beside shards and is no data: our own files, and what other tools write there.
+_COMPANIONS = re.compile(r".*\.(json|jsonl|parquet|csv|txt|md|idx|yaml)|README|LICENSE|\..*")
+
+
+def list_shards(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+    """List the samples of shards.
+
+    Args:
+        uri: a folder of shards, one shard, or a pattern such as `shard-{000000..000146}.tar`.
+        options: how they are read.
+        progress: told about shards.
+
+    Raises:
+        ConfigError: the pattern is wrong.
+        DataError: a shard is missing or damaged, no class can be found, or keys are repeated.
+    """
+    storage, shards, odd = _find_shards(uri)
+    rescan = options.class_key is not None or options.image_key is not None
+    index = None if rescan else _load_index_of(storage, shards)
+    if index is not None:
+        builder = ListingBuilder(uri, check_bytes=16, expected=_EXPECTED)
+        _list_by_tables(storage, index, shards, builder, options, progress)
+        classes = index.classes
+    else:
+        builder = ListingBuilder(uri, expected=_EXPECTED)
+        _list_by_scans(storage, shards, builder, options, progress)
+        classes = builder.class_numbers()
+    for name in odd:
+        builder.skip(name, "not a shard: a plain .tar")
+    return builder.build(
+        "webdataset",
+        RangeReader(storage),
+        is_shared_by_nodes=options.is_shared or not storage.is_local,
+        classes=classes,
+        class_descriptions=None if index is None else index.class_descriptions,
+    )
+
+
+def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
+    """Give the storage, the names of the shards and those of odd files beside them."""
+    if uri.endswith(SHARD_SUFFIX):
+        storage, pattern = locate_file(uri)
+        wanted = expand_pattern(pattern)
+        present = set(storage.list())
+        if missing := [name for name in wanted if name not in present]:
+            raise DataError(
+                f"{uri}: {len(missing)} of {len(wanted)} shards are missing: "
+                f"{missing[:_SHOWN_NAMES]!r}; correct the pattern, or copy them again"
+            )
+        return storage, sorted(set(wanted)), []
+    storage = Storage(uri)
+    names = storage.list()
+    shards = [name for name in names if name.endswith(SHARD_SUFFIX)]
+    if not shards:
+        raise DataError(f"{uri}: no shards; expected a folder of .tar files, or another format")
+    odd = [name for name in names if name not in shards and not _COMPANIONS.fullmatch(name)]
+    return storage, shards, odd
+
+
+def _load_index_of(storage: Storage, shards: Sequence[str]) -> DatasetIndex | None:
+    """Load the index beside shards; None if there is none, or not of all of them."""
+    try:
+        data = storage.read_bytes(INDEX_NAME)
+    except FileNotFoundError:
+        return None
+    if _FORMAT_MARK not in data:
+        return None  # of another program: MosaicML and wids use this name too
+    index = parse_index(data, source=storage.uri(INDEX_NAME))
+    listed = {entry.file for entry in index.shards}
+    return index if listed.issuperset(shards) else None
+
+
+def _list_by_tables(
+    storage: Storage,
+    index: DatasetIndex,
+    shards: Sequence[str],
+    builder: ListingBuilder,
+    options: SourceOptions,
+    progress: ReportProgress,
+) -> None:
+    wanted = set(shards)
+    entries = [entry for entry in index.shards if entry.file in wanted]
+    load = partial(load_samples, storage, "")
+    tables = map_in_order(storage, load, entries, "reading tables", progress)
+    for entry, table in zip(entries, tables, strict=True):
+        _add_table(entry, table, index.classes, builder, options)
+
+
+def _add_table(
+    entry: ShardEntry,
+    table: SampleTable,
+    classes: Sequence[str],
+    builder: ListingBuilder,
+    options: SourceOptions,
+) -> None:
+    labels: list[int] = table.labels.tolist()
+    offsets: list[int] = table.offsets.tolist()
+    sizes: list[int] = table.sizes.tolist()
+    names = list(classes)
+    for row, key in enumerate(table.keys):
+        if labels[row] >= len(names):
+            raise DataError(
+                f"{builder.uri}: {entry.samples_file}: label {labels[row]} of {key!r}; the index "
+                f"has {len(names)} classes: make the index again"
+            )
+        place = Place(entry.file, offsets[row], sizes[row], 0, table.digests[row].tobytes())
+        _add_sample(builder, names[labels[row]], entry.file, key, place, options)
+
+
+def _add_sample(
+    builder: ListingBuilder,
+    class_name: str,
+    shard: str,
+    key: str,
+    place: Place,
+    options: SourceOptions,
+) -> None:
+    # The name is the same with and without an index, whose tables do not say what kind of image
+    # a sample is.
+    given_key = key if options.keep_keys else None
+    name = (
+        f"{key}.image" if options.keep_keys else f"{shard.removesuffix(SHARD_SUFFIX)}/{key}.image"
+    )
+    builder.add_labelled(class_name, name, place, key=given_key, shown_name=f"{shard}/{key}")
+
+
+@dataclass
+class _ShardContent:
+    """What a pass over a shard found."""
+
+    samples: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """Class, key, offset and size."""
+    odd: list[tuple[str, str, bool]] = field(default_factory=list)
+    """Name, what is wrong, and whether it is dangerous."""
+    suffixes: set[str] = field(default_factory=set)
+    """Endings of the samples' members."""
+
+
+def _list_by_scans(
+    storage: Storage,
+    shards: Sequence[str],
+    builder: ListingBuilder,
+    options: SourceOptions,
+    progress: ReportProgress,
+) -> None:
+    rules = _make_rules(options)
+    suffixes: set[str] = set()
+    contents = map_in_order(
+        storage, partial(_scan_shard, storage, rules), shards, "reading shards", progress
+    )
+    for shard, content in zip(shards, contents, strict=True):
+        suffixes |= content.suffixes
+        for class_name, key, offset, size in content.samples:
+            _add_sample(builder, class_name, shard, key, Place(shard, offset, size), options)
+        for name, reason, is_dangerous in content.odd:
+            note = builder.refuse if is_dangerous else builder.skip
+            note(f"{shard}/{name}", reason)
+    if not len(builder) and suffixes and options.class_key is None:
+        raise DataError(
+            f"{builder.uri}: no sample has an image and a .cls member; the members are "
+            f"{', '.join(sorted(suffixes))}: say where the class stands with class_key=txt, "
+            f"class_key=json.FIELD or class_key={NO_CLASSES}"
+        )
+
+
+def _make_rules(options: SourceOptions) -> SampleRules:
+    """Translate the options.
+
+    Raises:
+        ConfigError: the class cannot stand there.
+    """
+    values = {
+        "class_key": options.class_key or _DEFAULT_CLASS_KEY,
+        "image_key": options.image_key,
+    }
+    return parse_config(values, SampleRules, source="source options")
+
+
+def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardContent:
+    content = _ShardContent()
+    ending = f".{rules.labels}"
+    with storage.open_read(shard) as file:
+        scan = TarScan(file, source=storage.uri(shard))
+        members = scan.members(lambda name: name.lower().endswith(ending))
+        for sample in group_samples(_note_dangers(members, content)):
+            content.suffixes.update(member.suffix for member in sample.members)
+            try:
+                image, label = rules.find_image(sample), rules.find_label(sample)
+            except DataError as error:
+                content.odd.append((sample.key, str(error), False))
+                continue
+            class_name = _name_class(label, rules)
+            content.samples.append((class_name, sample.key, image.offset, image.size))
+    return content
+
+
+def _note_dangers(members: Iterable[TarMember], content: _ShardContent) -> Iterator[TarMember]:
+    for member in members:
+        if member.danger is not None:
+            content.odd.append((member.name, member.danger, True))
+        elif not member.key:
+            content.odd.append((member.name, "no key and extension, as samples have", False))
+        yield member
+
+
+def _name_class(label: str, rules: SampleRules) -> str:
+    if rules.labels == "none":
+        return THE_ONLY_CLASS
+    number = parse_number(label)
+    return label if number is None else str(number)  # without leading zeros

@@ -1,0 +1,224 @@
+"""One pass over a tar that somebody else made: its hash, its members and their places.
+
+Tars are hostile input. Only plain tars are read (a compressed one could expand to anything), as a
+stream and with bounded memory; nothing is unpacked to the file system, unpickled or run; a member
+is read into memory only where the caller asks for it, and only up to a limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import BinaryIO
+
+from webdataset.tariterators import base_plus_ext
+
+from fqgan_dist.data.index import is_safe_key
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.listing import find_danger, printable
+
+MAX_MEMBER_BYTES = 2**28
+"""Largest member that is read; ImageNet's largest image has 16 MB."""
+
+UNPICKLED_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
+"""Endings of members that webdataset's `decode()` would unpickle, and so run what is in them."""
+
+_BLOCK_BYTES = 2**20
+_BUFFER_BYTES = 2**16
+"""tarfile copies what is left of its buffer at each of its reads: a larger one is slower."""
+_MAX_HEADER_BYTES = 2**20
+_MAGIC = slice(257, 262)
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves such members out
+_EXTENDED_HEADERS = frozenset(
+    {
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    }
+)
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A member of a tar."""
+
+    name: str
+    """Its name, without a leading `./`."""
+    offset: int
+    """Where its bytes begin in the tar."""
+    size: int
+    """Number of its bytes."""
+    data: bytes | None
+    """Its bytes, where they were asked for."""
+    danger: str | None
+    """Why it must not be used; None if it may be."""
+
+    @property
+    def key(self) -> str:
+        """What comes before the first dot of the last part of the name, as webdataset has it.
+
+        "" where webdataset leaves the member out: no dot, or `__meta__/...`.
+        """
+        return "" if _META.match(self.name) else base_plus_ext(self.name)[0] or ""
+
+    @property
+    def suffix(self) -> str:
+        """What comes after that dot, in small letters."""
+        return (base_plus_ext(self.name)[1] or "").lower()
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Members of one key that stand beside each other: a sample of webdataset."""
+
+    key: str
+    """The key."""
+    members: list[TarMember]
+    """The members that may be used, in the order of the tar."""
+
+    def find(self, *suffixes: str) -> list[TarMember]:
+        """Give the members with one of these suffixes."""
+        return [member for member in self.members if member.suffix in suffixes]
+
+
+class TarScan:
+    """Reads a tar once, from front to back, and hashes what passes."""
+
+    def __init__(self, file: BinaryIO, *, source: str) -> None:
+        """Scan a file at its beginning.
+
+        Args:
+            file: the tar.
+            source: its name, for errors.
+        """
+        self._stream = _HashedStream(file)
+        self._source = source
+
+    def members(self, is_wanted: Callable[[str], bool]) -> Iterator[TarMember]:
+        """Yield the members but folders, with the bytes of those whose name is wanted.
+
+        Raises:
+            DataError: not a plain tar, damaged, or cut off.
+        """
+        header_type = _make_header_type()
+        try:
+            with tarfile.open(
+                fileobj=self._stream, mode="r|", bufsize=_BUFFER_BYTES, tarinfo=header_type
+            ) as archive:
+                while (info := archive.next()) is not None:
+                    # The members of a tar of a million images would take gigabytes.
+                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
+                    if not info.isdir():
+                        yield _read_member(archive, info, is_wanted)
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self._source}: not a whole, plain tar archive ({error}); expected one that is "
+                "not compressed: unpack it, or copy it again"
+            ) from error
+        if not header_type.found_end:
+            raise DataError(
+                f"{self._source}: the tar file is damaged or cut off: it has no end mark; "
+                "copy or make it again"
+            )
+
+    def finish(self) -> tuple[str, int]:
+        """Read what is left and give the sha256 (hex) and the size of the whole file."""
+        while self._stream.read(_BLOCK_BYTES):
+            pass
+        return self._stream.hash.hexdigest(), self._stream.num_bytes
+
+
+def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
+    """Put neighbours of one key together; members that may not be used are left out."""
+    usable = (member for member in members if member.danger is None and member.key)
+    for key, group in groupby(usable, key=lambda member: member.key):
+        yield TarSample(key, list(group))
+
+
+def _read_member(
+    archive: tarfile.TarFile, info: tarfile.TarInfo, is_wanted: Callable[[str], bool]
+) -> TarMember:
+    name = info.name
+    while name.startswith("./"):
+        name = name[2:]
+    danger = _find_member_danger(name, info)
+    data = None
+    if danger is None and is_wanted(name):
+        stream = archive.extractfile(info)
+        assert stream is not None, "a plain member has bytes"
+        data = stream.read()
+    return TarMember(printable(name) if danger else name, info.offset_data, info.size, data, danger)
+
+
+def _find_member_danger(name: str, info: tarfile.TarInfo) -> str | None:
+    """Say why a member must not be used; None if it may be."""
+    if info.issym() or info.islnk():
+        return f"a link, to {printable(info.linkname)!r}"
+    if not info.isreg() or info.issparse():
+        return "neither a plain file nor a folder"
+    if danger := find_danger(name):
+        return danger
+    key, suffix = base_plus_ext(name)
+    if _META.match(name) or key is None or suffix is None:
+        return None  # belongs to no sample
+    if not is_safe_key(key) or not suffix.isprintable():
+        return "not a relative name of at most 200 printable characters"
+    if suffix.lower().rpartition(".")[2] in UNPICKLED_SUFFIXES:
+        return "a pickle: loading it would run what it holds; it is never read"
+    if info.size > MAX_MEMBER_BYTES:
+        return f"{info.size} bytes; a member may have {MAX_MEMBER_BYTES}"
+    return None
+
+
+class _Header(tarfile.TarInfo):
+    """A header that says whether the end mark was seen, and refuses to fill the memory.
+
+    tarfile takes any damaged header after the first member for the end of the archive, and reads
+    an extended header of any size whole.
+    """
+
+    found_end = False
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+        """Read a header block."""
+        cls.found_end = len(buf) == tarfile.BLOCKSIZE and not any(buf)
+        if buf and not cls.found_end and buf[_MAGIC] != b"ustar":
+            raise tarfile.ReadError("a header without the mark 'ustar'")
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        if header.type in _EXTENDED_HEADERS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
+        return header
+
+
+def _make_header_type() -> type[_Header]:
+    """Make a class of its own for a scan: tarfile wants a class, and it holds the scan's state."""
+    return type("_Header", (_Header,), {})
+
+
+class _HashedStream(io.RawIOBase):
+    """Reads a file and hashes what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return data

@@ -1,0 +1,165 @@
+"""A small S3 server in this process: whole objects, ranges, conditions, and any error on demand.
+
+For errors that the real server of the integration tests cannot be made to give, and for machines
+that lack it. It checks no signatures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from xml.sax.saxutils import escape
+
+import pytest
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """What the server answers to every request while it is set."""
+
+    status: int
+    code: str
+    headers: dict[str, str] = field(default_factory=dict)
+    elements: str = ""
+    """More XML inside <Error>."""
+
+
+@dataclass
+class SmallS3:
+    """The server's state: objects by "/bucket/key"."""
+
+    endpoint: str = ""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    error: ErrorAnswer | None = None
+    claimed_size: int | None = None
+    """What answers say that an object's size is; None: the truth."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
+    state: SmallS3
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Be silent."""
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _refuse(self, status: int, code: str, elements: str = "", **headers: str) -> None:
+        body = f"<Error><Code>{code}</Code><Message>no</Message>{elements}</Error>"
+        self._answer(status, body.encode(), Content_Type="application/xml", **headers)
+
+    def _is_refused(self) -> bool:
+        error = self.state.error
+        if error is not None:
+            headers = {name.replace("-", "_"): value for name, value in error.headers.items()}
+            self._refuse(error.status, error.code, error.elements, **headers)
+        return error is not None
+
+    @property
+    def _path(self) -> str:
+        return self.path.partition("?")[0]
+
+    def do_GET(self) -> None:
+        if self._is_refused():
+            return
+        if "list-type=2" in self.path:
+            self._list()
+            return
+        data = self.state.objects.get(self._path)
+        if data is None:
+            self._refuse(404, "NoSuchKey")
+            return
+        etag = _etag(data)
+        if self.headers.get("If-Match", etag) != etag:
+            self._refuse(412, "PreconditionFailed")
+            return
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span is None:
+            self._answer(200, data, ETag=etag)
+        elif int(span[1]) >= len(data):
+            self._refuse(416, "InvalidRange")
+        else:
+            part = data[int(span[1]) : int(span[2]) + 1]
+            size = self.state.claimed_size or len(data)
+            last = int(span[1]) + len(part) - 1
+            self._answer(206, part, ETag=etag, Content_Range=f"bytes {span[1]}-{last}/{size}")
+
+    def do_PUT(self) -> None:
+        length = int(self.headers["Content-Length"])
+        data = self.rfile.read(length)
+        if len(data) < length:
+            self.close_connection = True  # the client went away
+        elif self._is_refused():
+            pass
+        elif "If-None-Match" in self.headers and self._path in self.state.objects:
+            self._refuse(412, "PreconditionFailed")
+        else:
+            self.state.objects[self._path] = data
+            self._answer(200, ETag=_etag(data))
+
+    def do_DELETE(self) -> None:
+        if not self._is_refused():
+            self.state.objects.pop(self._path, None)
+            self._answer(204)
+
+    def _list(self) -> None:
+        bucket = f"{self._path.rstrip('/')}/"
+        entries = "".join(
+            f"<Contents><Key>{escape(path[len(bucket) :])}</Key><Size>{len(data)}</Size></Contents>"
+            for path, data in self.state.objects.items()
+            if path.startswith(bucket)
+        )
+        self._answer(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True  # one waits on each connection that a client keeps open
+    block_on_close = False
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Be silent: connections are cut on purpose."""
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+@contextmanager
+def run_small_s3() -> Iterator[SmallS3]:
+    """Serve on a free port of loopback until the end of the block."""
+    state = SmallS3()
+    handler = type("Handler", (_Handler,), {"state": state})
+    with _Server(("127.0.0.1", 0), handler) as server:
+        state.endpoint = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def set_credentials(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Give this process an endpoint and some credentials, and no others."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "some-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "some-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -1,0 +1,262 @@
+"""Damaged samples: detected, replaced in the same way everywhere, reported; or an error."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.tiny_shards import (
+    SIDE,
+    colour_of,
+    damage_samples,
+    key_of,
+    write_tiny_dataset,
+)
+from support.waiting import wait_until
+
+from fqgan_dist.data.batches import ImageBatch, LoadReport, Replacement, merge_reports
+from fqgan_dist.data.index import load_samples
+from fqgan_dist.data.loader import ImageLoader
+from fqgan_dist.data.records import FeatureStore
+from fqgan_dist.data.shard_cache import ShardCacheConfig
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.data.views import CropRecord, ViewConfig
+from fqgan_dist.errors import DataError
+from fqgan_dist.loss_group import ALONE, LossGroup
+
+COUNTS = (9, 7, 8, 8, 9)
+SIZE = sum(COUNTS)
+BATCH = 6
+MICRO_BATCHES = 2
+STEPS = 2 * SIZE // (BATCH * MICRO_BATCHES) + 1
+DAMAGED = {key_of(number) for number in (3, 4, 15, 16, 17, 33)}
+
+
+def make_dataset(
+    folder: Path, damaged: Collection[str] = DAMAGED, *, undecodable: Collection[str] = ()
+) -> Storage:
+    storage = Storage(folder)
+    index = write_tiny_dataset(storage, COUNTS, undecodable=undecodable)
+    damage_samples(storage, index, damaged)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return make_dataset(tmp_path_factory.mktemp("damaged"))
+
+
+def make_loader(storage: Storage, **changes: object) -> ImageLoader:
+    options = {
+        "seed": 5,
+        "view": ViewConfig(policy="random_crop_flip", image_size=SIDE),
+        "num_views": None,
+        "micro_batch_size": BATCH,
+        "micro_batches_per_step": MICRO_BATCHES,
+        "window_shards": 2,
+        "max_damaged_in_a_row": 5,
+    }
+    return ImageLoader(storage, "", **(options | changes))  # pyright: ignore[reportArgumentType]
+
+
+def take(
+    loader: ImageLoader, steps: int = STEPS, *, start: int = 0, loss_group: LossGroup = ALONE
+) -> list[ImageBatch]:
+    stream = loader.batches(start, range(MICRO_BATCHES), loss_group=loss_group)
+    found = list(itertools.chain.from_iterable(itertools.islice(stream, steps)))
+    stream.close()
+    return found
+
+
+def replacements_of(batches: Sequence[ImageBatch]) -> list[Replacement]:
+    return [each for batch in batches for each in batch.report.replacements]
+
+
+def test_a_damaged_sample_is_never_given_but_another_one_in_its_place(storage: Storage) -> None:
+    batches = take(make_loader(storage))
+    sound = take(make_loader(make_dataset(Path(storage.root).with_name("sound"), ())))
+    expected = [key for batch in sound for key in batch.keys]
+    replaced = {each.slot: each for each in replacements_of(batches)}
+    in_two_epochs = [each.key for slot, each in replaced.items() if slot < 2 * SIZE]
+    assert sorted(in_two_epochs) == sorted([*DAMAGED, *DAMAGED])
+    found = [key for batch in batches for key in batch.keys]
+    for slot, key in enumerate(expected):
+        if key in DAMAGED:
+            assert replaced[slot].key == key
+            assert found[slot] == replaced[slot].replacement_key
+        else:
+            assert found[slot] == key
+    assert not DAMAGED & set(found)
+
+
+def test_a_replacement_brings_its_own_pixels_label_and_view(storage: Storage) -> None:
+    for number, batch in enumerate(take(make_loader(storage, num_views=3))):
+        for image, label, key in zip(batch.images, batch.labels.tolist(), batch.keys, strict=True):
+            assert (image == torch.tensor(colour_of(key), dtype=torch.uint8)[:, None, None]).all()
+            assert label == int(key[-1])
+        slots = range(number * BATCH, (number + 1) * BATCH)
+        assert batch.views == [slot // SIZE % 3 for slot in slots]
+
+
+def test_a_replacement_brings_its_own_features(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path)
+    features = FeatureStore(storage, "features", "a" * 64)
+    loader = make_loader(storage, features=features, num_views=2)
+    for entry, view in itertools.product(loader.index.shards, range(2)):
+        keys = load_samples(storage, "", entry).keys
+        values = np.array([[int(key[-5:]), view] for key in keys])
+        crops = [CropRecord(0, 0, SIDE, SIDE, flip=False)] * len(keys)
+        features.write(entry, view, keys=keys, crops=crops, features={"clip": values})
+    batches = take(loader)
+    assert replacements_of(batches)
+    for batch in batches:
+        expected = [
+            [int(key[-5:]), view] for key, view in zip(batch.keys, batch.views, strict=True)
+        ]
+        assert batch.features["clip"].tolist() == expected
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    # Each slot has five candidates: one of six samples is sound.
+    st.sets(st.integers(0, SIZE - 1), min_size=1, max_size=5).map(
+        lambda numbers: {key_of(number) for number in numbers}
+    ),
+    st.sampled_from([2, 3, 6]),
+    st.integers(0, 2**32),
+)
+def test_replacements_are_the_same_for_all_layouts_and_never_twice_in_a_micro_batch(
+    tmp_path_factory: pytest.TempPathFactory, damaged: set[str], members: int, seed: int
+) -> None:
+    storage = make_dataset(tmp_path_factory.mktemp("layouts"), damaged)
+    options = {"seed": seed, "max_damaged_in_a_row": 6}
+    alone = take(make_loader(storage, **options), steps=4, start=2)
+    for batch in alone:
+        assert len(set(batch.keys)) >= BATCH - 1  # an epoch may end in a batch and repeat one
+        stand_ins = [each.replacement_key for each in batch.report.replacements]
+        assert all(batch.keys.count(key) == 1 for key in stand_ins)
+    shared = [
+        take(
+            make_loader(storage, **options),
+            steps=4,
+            start=2,
+            loss_group=LossGroup(member=member, size=members),
+        )
+        for member in range(members)
+    ]
+    for number, batch in enumerate(alone):
+        parts = [part[number] for part in shared]
+        assert batch.keys == [key for part in parts for key in part.keys]
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+        assert replacements_of([batch]) == replacements_of(parts)
+
+
+def test_a_resumed_loader_replaces_the_same_samples_by_the_same(storage: Storage) -> None:
+    unbroken = replacements_of(take(make_loader(storage), steps=6)[3 * MICRO_BATCHES :])
+    assert unbroken
+    assert replacements_of(take(make_loader(storage), steps=3, start=3)) == unbroken
+
+
+def test_the_limit_does_not_change_what_replaces_what(storage: Storage) -> None:
+    first = replacements_of(take(make_loader(storage)))
+    assert replacements_of(take(make_loader(storage, max_damaged_in_a_row=9))) == first
+
+
+def test_an_image_that_cannot_be_decoded_is_replaced_too(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, (), undecodable=[key_of(7)])
+    found = replacements_of(take(make_loader(storage)))
+    assert {each.key for each in found} == {key_of(7)}
+    assert "cannot decode 12 bytes" in found[0].reason
+
+
+def test_spawned_workers_with_a_cache_report_the_same(storage: Storage, tmp_path: Path) -> None:
+    here = make_loader(storage)
+    cache = ShardCacheConfig(folder=tmp_path, min_free_gib=0)
+    spawned = make_loader(storage, loader_workers=1, cache=cache)
+    expected = take(here, steps=3)
+    for ours, theirs in zip(take(spawned, steps=3), expected, strict=True):
+        assert ours.keys == theirs.keys
+        assert ours.report.replacements == theirs.report.replacements
+    assert spawned.take_report().replacements == here.take_report().replacements
+
+
+def test_a_report_covers_the_batches_handed_out_since_the_last_one(storage: Storage) -> None:
+    loader = make_loader(storage)
+    stream = loader.batches(0, range(MICRO_BATCHES))
+    reports: list[LoadReport] = []
+    handed_out: list[ImageBatch] = []
+    for _ in range(3):
+        handed_out += next(stream) + next(stream)
+        reports.append(loader.take_report())
+    stream.close()
+    assert sum(bool(report.replacements) for report in reports) >= 2
+    assert replacements_of(handed_out) == [each for part in reports for each in part.replacements]
+    total = merge_reports(reports)
+    assert total.samples_read >= 6 * BATCH * MICRO_BATCHES
+    assert total.bytes_read > 40 * total.samples_read
+    assert total.cached_samples == 0
+    assert loader.take_report() == LoadReport()
+
+
+def test_a_report_tells_what_came_from_the_cache(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path / "data", ())
+    cache = ShardCacheConfig(folder=tmp_path / "cache", min_free_gib=0)
+    loader = make_loader(storage, cache=cache)
+
+    def has_all_from_the_cache() -> bool:  # shards arrive in the background
+        take(loader)
+        report = loader.take_report()
+        return report.cached_samples == report.samples_read > 0
+
+    wait_until(has_all_from_the_cache)
+
+
+def test_a_damaged_sample_is_warned_of_once(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        replaced = replacements_of(take(make_loader(storage), steps=3 * STEPS))
+    assert len(replaced) > 2 * len(DAMAGED)
+    for key in DAMAGED:
+        found = [text for text in caplog.messages if f"tar: sample '{key}'" in text]
+        assert len(found) == 1
+        assert "shard-00000" in found[0]
+        assert "trained on 'sample" in found[0]
+
+
+def test_without_replacement_the_first_damaged_sample_is_an_error(storage: Storage) -> None:
+    with pytest.raises(DataError, match=r"shard-00000\d.tar: sample 'sample000\d\d': damaged"):
+        take(make_loader(storage, max_damaged_in_a_row=1))
+
+
+def test_too_many_damaged_in_a_row_are_an_error_that_names_them(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, {key_of(number) for number in range(SIZE)})
+    with pytest.raises(DataError, match=r"3 damaged sample.*max_damaged_in_a_row is 3") as caught:
+        take(make_loader(storage, max_damaged_in_a_row=3))
+    assert str(caught.value).count(": sample 'sample") == 3
+
+
+def test_a_dataset_without_a_sample_to_spare_is_an_error(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, {key_of(20)})
+    with pytest.raises(DataError, match="no further sample outside the micro-batch"):
+        take(make_loader(storage, micro_batch_size=SIZE))
+
+
+def test_a_missing_shard_is_no_damaged_sample(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, ())
+    loader = make_loader(storage)
+    storage.delete(loader.index.shards[2].file)
+    with pytest.raises(DataError, match="no such file; the dataset is not complete"):
+        take(loader)
+
+
+def test_a_limit_below_one_is_refused(storage: Storage) -> None:
+    with pytest.raises(ValueError, match="max_damaged_in_a_row 0"):
+        make_loader(storage, max_damaged_in_a_row=0)

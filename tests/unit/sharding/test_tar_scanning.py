@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.synthetic_shards import pack
+
+from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+
+MEMBERS = [("a/x.jpg", b"image"), ("a/x.cls", b"1"), ("__meta__/y.jpg", b"no"), ("README", b"hi")]
+
+
+def scan(tar: bytes) -> tuple[list[TarMember], tuple[str, int]]:
+    scan = TarScan(io.BytesIO(tar), source="x.tar")
+    members = list(scan.members(lambda name: not name.endswith(".cls")))
+    return members, scan.finish()
+
+
+def test_members_come_with_their_places_and_the_hash_of_all() -> None:
+    tar = pack(MEMBERS)
+    members, (sha256, size) = scan(tar)
+    assert (sha256, size) == (hashlib.sha256(tar).hexdigest(), len(tar))
+    assert [member.name for member in members] == [name for name, _ in MEMBERS]
+    for member, (_, data) in zip(members, MEMBERS, strict=True):
+        assert tar[member.offset : member.offset + member.size] == data
+    assert [member.data for member in members] == [b"image", None, b"no", b"hi"]
+
+
+def test_samples_are_neighbours_of_one_key() -> None:
+    members, _ = scan(pack([*MEMBERS, ("b.jpg", b"1"), ("a/x.png", b"2")]))
+    samples = list(group_samples(members))
+    assert [sample.key for sample in samples] == ["a/x", "b", "a/x"]
+    assert [member.suffix for member in samples[0].members] == ["jpg", "cls"]
+    assert samples[0].find("cls", "txt")[0].name == "a/x.cls"
+
+
+def test_suffixes_are_small_letters_after_the_first_dot() -> None:
+    (member, *_), _ = scan(pack([("d.ir/X.RGB.Png", b"")]))
+    assert (member.key, member.suffix) == ("d.ir/X", "rgb.png")
+
+
+def test_folders_are_passed_over() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    assert scan(file.getvalue())[0] == []
+
+
+def test_what_follows_the_end_mark_is_hashed() -> None:
+    tar = pack(MEMBERS) + b"something"
+    assert scan(tar)[1] == (hashlib.sha256(tar).hexdigest(), len(tar))
+
+
+@settings(max_examples=150)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 4 * 1024), st.integers(0, 255)), min_size=1, max_size=6
+    ),
+    length=st.integers(0, 10 * 1024),
+)
+def test_a_damaged_tar_is_an_error_of_ours_or_another_tar(
+    changes: list[tuple[int, int]], length: int
+) -> None:
+    data = bytearray(pack(MEMBERS)[: length or None])
+    for place, value in changes:
+        if place < len(data):
+            data[place] = value
+    try:
+        members, (sha256, size) = scan(bytes(data))
+    except DataError:
+        return
+    assert (sha256, size) == (hashlib.sha256(data).hexdigest(), len(data))
+    for member in members:
+        assert member.offset + member.size <= len(data) or member.danger or not member.data
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 512, bytes(10)])
+def test_what_is_no_tar_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"not a whole, plain tar|no end mark"):
+        scan(data)
