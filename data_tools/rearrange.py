@@ -7,7 +7,7 @@ planned and built like any other, so an interrupted job continues, and the old d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,7 @@ def reshard(
         policy = asked
     name, split = options.name or index.name, options.split or index.split
     config = _configure(options, policy, name=name, split=split)
+    _check_effect(options, [config])
     with _open_dataset(source_uri, progress) as listing:
         job = _Job(options, is_dry_run, progress)
         return _make(job, listing, Storage(destination), config)
@@ -146,6 +147,7 @@ def split(
     configs = {
         part: _configure(options, policy, name=index.name, split=part) for part in options.parts
     }
+    _check_effect(options, configs.values())
     job = _Job(options, is_dry_run, progress)
     with _open_dataset(source_uri, progress) as listing:
         rows = choose_parts(listing.names, list(options.parts.values()), options.seed)
@@ -190,6 +192,7 @@ def merge(
         raise ConfigError(f"split: the sources are {splits!r}; say what the new dataset is")
     split = options.split or splits[0]
     config = _configure(options, policies[0], name=options.name, split=split)
+    _check_effect(options, [config])
     with ExitStack() as stack:
         listings = [stack.enter_context(_open_dataset(uri, progress)) for uri in source_uris]
         job = _Job(options, is_dry_run, progress)
@@ -261,6 +264,14 @@ def _configure(
         if split != "train":
             values["allow_lossy_evaluation"] = options.allow_lossy_evaluation
     return parse_config(values, ShardingConfig, source=f"dataset {name!r}, split {split!r}")
+
+
+def _check_effect(options: RearrangeOptions, configs: Iterable[ShardingConfig]) -> None:
+    if options.allow_lossy_evaluation and not any(c.allow_lossy_evaluation for c in configs):
+        raise ConfigError(
+            "allow_lossy_evaluation: has an effect only on re-encoded images of a split other than "
+            "'train'; leave it out"
+        )
 
 
 def _make(

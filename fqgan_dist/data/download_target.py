@@ -38,7 +38,8 @@ class TargetFile:
             # Not by reserving the space: where it does not suffice, ext4 first takes all there is.
             if size > disk.f_bavail * disk.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o666)
 
     def write(self, offset: int, data: bytes | bytearray) -> None:
         """Write bytes at their place. After `close` it does nothing: the download was given up."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
-from fqgan_dist.data.index import DatasetIndex, load_index
+from fqgan_dist.data.index import DatasetIndex, load_index, load_pinned_index
 from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
@@ -33,6 +33,7 @@ __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shar
 logger = logging.getLogger(__name__)
 
 BatchT = TypeVar("BatchT")
+LoadedT = TypeVar("LoadedT", covariant=True)
 
 _THREADS = 2
 _AHEAD_STEPS = 2
@@ -40,13 +41,20 @@ _AHEAD_STEPS = 2
 that what is held in memory is bounded either way, however slow the training is."""
 
 
+class _Source(Protocol[LoadedT]):
+    """Loads micro-batches."""
+
+    def __call__(self, index: MicroBatchIndex) -> LoadedT: ...
+    def close(self) -> None: ...
+
+
 class _StepLoader(Generic[BatchT]):
-    """Streams a source's micro-batches, step by step."""
+    """Streams a source's micro-batches, step by step; each stream has a source of its own."""
 
     def __init__(
         self,
         index: DatasetIndex,
-        build: Callable[[], Callable[[MicroBatchIndex], BatchT]],
+        build: Callable[[], _Source[BatchT]],
         *,
         plan: BatchPlan,
         loader_workers: int,
@@ -56,7 +64,6 @@ class _StepLoader(Generic[BatchT]):
         self.index = index
         self.plan = plan
         self._build = build
-        self._source = build()
         self._loader_workers = loader_workers
         self._report = LoadReport()
 
@@ -84,7 +91,8 @@ class _StepLoader(Generic[BatchT]):
     ) -> Generator[list[BatchT], None, None]:
         """Yield, for every step from `start_step` on and without end, some of its micro-batches.
 
-        Closing the generator ends the threads or processes that load ahead.
+        Closing the generator ends the threads or processes that load ahead, and lets other jobs
+        evict the dataset from the cache of shards.
 
         Args:
             start_step: first step, from 0.
@@ -116,12 +124,14 @@ class _StepLoader(Generic[BatchT]):
             for step in itertools.count(start_step)
             for index in micro_batches
         )
-        if self._loader_workers:
-            loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
-        else:
-            ahead = _AHEAD_STEPS * len(micro_batches)
-            loaded = load_in_threads(self._source, wanted, threads=_THREADS, ahead=ahead)
-        with closing(loaded):
+        with ExitStack() as opened:
+            if self._loader_workers:
+                loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
+            else:
+                source = opened.enter_context(closing(self._build()))
+                ahead = _AHEAD_STEPS * len(micro_batches)
+                loaded = load_in_threads(source, wanted, threads=_THREADS, ahead=ahead)
+            opened.enter_context(closing(loaded))
             while True:
                 batches = list(itertools.islice(loaded, len(micro_batches)))
                 self._account(batches)
@@ -149,6 +159,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
         loader_workers: int = 0,
         max_damaged_in_a_row: int = 1,
         cache: ShardCacheConfig | None = None,
+        dataset_id: str | None = None,
     ) -> None:
         """Open a dataset; only its index is read.
 
@@ -168,14 +179,15 @@ class ImageLoader(_StepLoader[ImageBatch]):
             max_damaged_in_a_row: a damaged sample is replaced by another one; as many damaged ones
                 one after another, replacements included, are an error. 1: the first one is.
             cache: where whole shards are kept on this machine; None: images are read by range.
+            dataset_id: the dataset that it must be; None: whichever is there.
 
         Raises:
-            DataError: there is no dataset, or its index is damaged.
+            DataError: there is no dataset, its index is damaged, or it is another dataset.
             ConfigError: `num_views` does not fit the policy or the features.
         """
         if max_damaged_in_a_row < 1:
             raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
-        index = load_index(storage, prefix)
+        index = _open_index(storage, prefix, dataset_id)
         plan = BatchPlan(
             seed=seed,
             window_shards=window_shards,
@@ -223,6 +235,7 @@ class CodeLoader(_StepLoader[CodeBatch]):
         micro_batches_per_step: int,
         window_shards: int = DEFAULT_WINDOW_SHARDS,
         loader_workers: int = 0,
+        dataset_id: str | None = None,
     ) -> None:
         """Open a dataset and its codes; only the dataset's index is read.
 
@@ -236,11 +249,12 @@ class CodeLoader(_StepLoader[CodeBatch]):
             window_shards: shards that are mixed with each other; one view of their codes is kept in
                 memory.
             loader_workers: spawned processes that read; 0: threads of this process.
+            dataset_id: the dataset that it must be; None: whichever is there.
 
         Raises:
-            DataError: there is no dataset, or its index is damaged.
+            DataError: there is no dataset, its index is damaged, or it is another dataset.
         """
-        index = load_index(storage, prefix)
+        index = _open_index(storage, prefix, dataset_id)
         plan = BatchPlan(
             seed=seed,
             window_shards=window_shards,
@@ -249,6 +263,12 @@ class CodeLoader(_StepLoader[CodeBatch]):
         )
         build = partial(CodeSource, storage.child(prefix), index, plan, codes=codes)
         super().__init__(index, build, plan=plan, loader_workers=loader_workers)
+
+
+def _open_index(storage: Storage, prefix: str, dataset_id: str | None) -> DatasetIndex:
+    if dataset_id is None:
+        return load_index(storage, prefix)
+    return load_pinned_index(storage, prefix, dataset_id)
 
 
 def _check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:

@@ -59,10 +59,11 @@ class BatchPlan:
     """Micro-batches per global batch (M)."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1 or self.micro_batches_per_step < 1:
+        if min(self.micro_batch_size, self.micro_batches_per_step, self.window_shards) < 1:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size}, micro_batches_per_step "
-                f"{self.micro_batches_per_step}: expected at least 1 each"
+                f"{self.micro_batches_per_step}, window_shards {self.window_shards}: expected at "
+                "least 1 each"
             )
 
     def slots(self, index: MicroBatchIndex) -> range:
@@ -109,6 +110,9 @@ class _Samples:
         num_windows = 2 + plan.micro_batch_size // sum(counts[: plan.window_shards])
         self.cached_shards = num_windows * plan.window_shards
         self._tables = BoundedCache(self._load_table, self.cached_shards)
+
+    def close(self) -> None:
+        """End what works in the background; loading is still allowed."""
 
     def locate(self, slots: range) -> list[Place]:
         """Find the samples of slots."""
@@ -205,6 +209,10 @@ class ImageSource(_Samples):
             micro_batch=index.micro_batch,
             report=self._report(replacements),
         )
+
+    def close(self) -> None:
+        """Fetch no more shards into the cache, and let other jobs evict the dataset."""
+        self._reader.close()
 
     def _load_images(self, places: Sequence[Place]) -> list[_Image | DataError]:
         """Load views of samples, each a DataError where the sample is damaged."""

@@ -405,7 +405,8 @@ class CodeStore(_RecordStore):
         num_views = len(table) // max(1, len(keys))
         expected_keys = [key for key in keys for _ in range(num_views)]
         expected_views = np.tile(np.arange(num_views, dtype=np.int8), len(keys))
-        if table.keys != expected_keys or not np.array_equal(table.views, expected_views):
+        is_fitting = table.keys == expected_keys and np.array_equal(table.views, expected_views)
+        if not (is_fitting and num_views and table.columns):
             raise DataError(
                 f"{self.storage.uri(path)}: its keys or views are not those of {entry.file!r}; "
                 "delete the file and compute it again"

@@ -136,6 +136,13 @@ class RequestError(Exception):
         """Whether the object is there (create-only) or is another one (reads)."""
         return self.code == "PreconditionFailed" or self.status == 412
 
+    @property
+    def is_other_region(self) -> bool:
+        """Whether the bucket is elsewhere; AWS names its region in answers to other errors too."""
+        is_known = self.code in _FAULTS or self.code in _REFUSALS or self.max_attempts > 1
+        is_told = bool(self.region) and self.status in (301, 307, 400)
+        return self.code in _OTHER_REGION or (is_told and not is_known)
+
     def __str__(self) -> str:
         return f"{self.status} {self.code}" if self.status else self.code
 
@@ -156,7 +163,7 @@ def explain(uri: str, error: RequestError) -> Exception:
             f"{uri}: access is refused (RequestTimeTooSkewed: {_describe_skew(error)}); expected "
             "less than 15 minutes; set this machine's clock (NTP)"
         )
-    if error.code in _OTHER_REGION or (error.region and error.status in (301, 307, 400)):
+    if error.is_other_region:
         region = repr(error.region) if error.region else "another one"
         return DataError(
             f"{uri}: the bucket is not in the region that was asked ({error}); the server says it "

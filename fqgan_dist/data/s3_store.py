@@ -91,11 +91,7 @@ class S3Backend:
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
         """Read ranges concurrently; one that fails is repeated alone."""
-        reads = [
-            self._named(uri, self._read, uri, start, size)
-            for uri, (start, size) in zip(uris, ranges, strict=True)
-        ]
-        return self._run("", _gather, reads)
+        return self._run("", self._read_all, uris, ranges)
 
     def open_read(self, uri: str) -> BinaryIO:
         """Open an object as a stream that reads ahead."""
@@ -184,6 +180,14 @@ class S3Backend:
             if not error.is_beyond_end:  # an empty object has no first byte
                 raise
         return span
+
+    async def _read_all(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
+        return await _gather(
+            [
+                self._named(uri, self._read, uri, start, size)
+                for uri, (start, size) in zip(uris, ranges, strict=True)
+            ]
+        )
 
     async def _read(self, uri: str, offset: int, length: int | None) -> bytes:
         if length == 0:

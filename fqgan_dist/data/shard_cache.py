@@ -184,9 +184,9 @@ class ShardCache:
 
     def stop(self) -> None:
         """Fetch nothing more; what is under way ends soon."""
-        with self._lock:
-            self._stopping = True
-            self._wanted.clear()
+        # Without the lock: this runs as a finalizer too, in whatever thread collects garbage, which
+        # may hold it.
+        self._stopping = True
 
     def close(self) -> None:
         """Stop fetching and let other jobs evict the dataset; reading is still allowed."""
@@ -223,7 +223,7 @@ class ShardCache:
 
     def _pop_wanted(self) -> int | None:
         with self._lock:
-            if self._wanted:
+            if self._wanted and not self._stopping:
                 return self._wanted.popitem()[0]
             # Under the same lock: whoever asks now starts a new thread.
             self._thread = None

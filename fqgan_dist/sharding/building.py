@@ -34,6 +34,7 @@ from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems, wr
 from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
 
 _CONCURRENT_READS = 32
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,20 @@ def check_remade(
     """Check shards that were deleted, because they were damaged, and made again.
 
     Raises:
-        DataError: they are not what the index names.
+        DataError: they are not what the index names, or others are still missing.
     """
-    other = [entry.file for entry in entries if entry not in index.shards]
+    known = {entry.file: entry for entry in index.shards}
+    other = [entry.file for entry in entries if known.get(entry.file) != entry]
     if other:
         raise DataError(
             f"{storage.uri(join_path(prefix, INDEX_NAME))}: {other[0]!r} was made again and is not "
             "what it was: the source has changed; make the dataset in another destination"
+        )
+    if missing := sorted(find_missing_files(storage, prefix, index)):
+        raise DataError(
+            f"{storage.uri(join_path(prefix, INDEX_NAME))}: {len(missing)} files that it names are "
+            f"missing, and this job does not make them: {missing[:_SHOWN_NAMES]!r}; run the "
+            "`fqgan-data shard` or `extend` again that made them"
         )
 
 

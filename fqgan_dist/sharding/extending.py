@@ -26,6 +26,7 @@ from fqgan_dist.data.index import (
     DatasetIndex,
     SampleTable,
     former_index_name,
+    image_digest,
     join_path,
     load_index,
     load_samples,
@@ -261,13 +262,19 @@ def _load_base(
         return index
     path = join_path(prefix, former_index_name(plan.extends))
     try:
-        return parse_index(storage.read_bytes(path), source=storage.uri(path))
+        base = parse_index(storage.read_bytes(path), source=storage.uri(path))
     except FileNotFoundError as error:
         raise DataError(
             f"{storage.uri(join_path(prefix, stem))}.json: it extends dataset "
             f"{plan.extends[:16]}, and {INDEX_NAME} is {index.dataset_id[:16]}; the index was "
             f"replaced by hand: restore it, or delete the files {stem}*"
         ) from error
+    if base.dataset_id != plan.extends:
+        raise DataError(
+            f"{storage.uri(path)}: dataset {base.dataset_id[:16]}, expected {plan.extends[:16]} as "
+            "its name says; restore it"
+        )
+    return base
 
 
 def _name_plan(number: int) -> str:
@@ -285,31 +292,46 @@ def _find_present(
     """Tell which images a dataset has, (n,) bool.
 
     The key of an image depends on its neighbours: where several names give one, all get a hash. So
-    an image counts as present by either form of its key.
+    an image counts as present by either form of its key; by the form without a hash, which other
+    names may have too, only if its bytes are the same.
 
     Raises:
-        DataError: the dataset has another image with the same key.
+        DataError: the dataset has another image with the same key, or it cannot be told.
     """
     rows_of: dict[str, list[int]] = {}
     for row, stem in enumerate(source.keys or make_stems(source.names)):
         rows_of.setdefault(stem, []).append(row)
     is_present = np.zeros(len(source), bool)
     conflicts: list[str] = []
+    unclear: list[int] = []
     for table in _load_tables(storage, prefix, index):
-        for key, size in zip(table.keys, table.sizes.tolist(), strict=True):
+        for position, (key, size) in enumerate(zip(table.keys, table.sizes.tolist(), strict=True)):
             stem, _, _ = key.rpartition("-")
             rows = [
-                *(row for row in rows_of.get(key, []) if keys[row] == key or not policy.is_lossy),
+                *(row for row in rows_of.get(key, []) if keys[row] == key),
                 *(row for row in rows_of.get(stem, []) if add_hash(stem, source.names[row]) == key),
             ]
             same = [row for row in rows if policy.is_lossy or source.sizes[row] == size]
-            is_present[same] = True
             conflicts += [source.names[row] for row in rows if not same and keys[row] == key]
+            others = [row for row in rows_of.get(key, []) if keys[row] != key]
+            if policy.is_lossy:
+                unclear += others
+            else:
+                digest = table.digests[position].tobytes()
+                others = [row for row in others if source.sizes[row] == size]
+                same += [row for row in others if image_digest(source.read(row)) == digest]
+            is_present[same] = True
     if conflicts:
         raise DataError(
             f"{source.uri}: {len(conflicts)} images have the key of another image of "
             f"{storage.uri(join_path(prefix, INDEX_NAME))}, by their sizes: "
             f"{sorted(conflicts)[:_SHOWN_NAMES]!r}; rename them, or leave them out"
+        )
+    if names := sorted(source.names[row] for row in unclear if not is_present[row]):
+        raise DataError(
+            f"{source.uri}: {len(names)} images, of which "
+            f"{storage.uri(join_path(prefix, INDEX_NAME))} has one of each name, as another size: "
+            f"{names[:_SHOWN_NAMES]!r}; leave out those that it has, and rename the others"
         )
     return is_present
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -41,6 +40,7 @@ from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
 from fqgan_dist.sharding.repeats import RepeatFinder
 from fqgan_dist.sharding.sample_rules import INDEXED, Labelling, SampleRules, parse_number
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS
+from fqgan_dist.sharding.sources.spool import open_spool_folder
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 
@@ -141,7 +141,7 @@ def index_shards(
     files = _find_shards(storage, config.files)
     if (finished := _load_finished(storage, config, files, classes)) is not None:
         return IndexReport(True, finished)
-    with TemporaryDirectory(prefix="fqgan-data-index-") as scratch:
+    with open_spool_folder() as scratch:
         work = _ScanWork(storage, list(files), list(files.values()), config, Storage(scratch))
         run_in_processes(work, workers=workers, progress=progress)
         labelling = _choose_labels(storage, config, _survey(storage, work), classes)

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from fqgan_dist.config import Config
-from fqgan_dist.data.decoding import decode_image
+from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS, decode_image
 from fqgan_dist.data.index import SourceProblem
 from fqgan_dist.data.views import ViewConfig, apply_view
 from fqgan_dist.errors import DataError
@@ -19,6 +19,8 @@ from fqgan_dist.sharding.listing import printable
 
 # Extension by content, not by name: ImageNet has a PNG that is named .JPEG.
 _EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
+_MAX_JPEG_SIDE = 65_500
+"""What libjpeg writes; a PNG may be longer."""
 
 
 class ImagePolicy(Config):
@@ -128,6 +130,11 @@ def _resize(image: Image.Image, name: str, policy: ImagePolicy) -> Image.Image:
         return Image.fromarray(apply_view(image, view, seed=0, key=name, view=0)[0])
     scale = side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    if max(size) > _MAX_JPEG_SIDE or size[0] * size[1] > DEFAULT_MAX_PIXELS:
+        raise DataError(
+            f"{name}: would become {size[0]}x{size[1]} pixels; a JPEG side may have no more than "
+            f"{_MAX_JPEG_SIDE}, an image no more than {DEFAULT_MAX_PIXELS} pixels"
+        )
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 

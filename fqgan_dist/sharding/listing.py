@@ -304,7 +304,7 @@ class ListingBuilder:
         self._checks += place.check
 
     def _note(self, name: str, reason: str, action: Literal["skipped", "refused"]) -> None:
-        self._problems.append(SourceProblem(name=printable(name), reason=reason, action=action))
+        self._problems.append(SourceProblem(name=show_name(name), reason=reason, action=action))
 
     def _sort(self) -> np.ndarray:
         """Give the rows in the order of their names, without the later ones of a name."""
@@ -340,6 +340,12 @@ def printable(name: str) -> str:
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in name
     )
+
+
+def show_name(name: str) -> str:
+    """Make any name fit for a message or an index, which a name of a megabyte is not."""
+    shown = printable(name[:_MAX_NAME_LENGTH])
+    return shown if len(name) <= _MAX_NAME_LENGTH else f"{shown}..."
 
 
 def is_image_name(name: str) -> bool:

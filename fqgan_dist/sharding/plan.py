@@ -216,15 +216,32 @@ def make_keys(names: Sequence[str]) -> list[str]:
     ImageNet's `n01440764/n01440764_18.JPEG` gives `n01440764_18`; elsewhere the class is put before
     the name. What is not a letter, digit, `_` or `-` becomes `-`; keys that several names would
     share get a hash of the name.
+
+    Raises:
+        DataError: names were chosen so that their hashes collide.
     """
     stems = make_stems(names)
-    shared = {stem for stem, count in Counter(stems).items() if count > 1}
-    keys = [
-        add_hash(stem, name) if stem in shared else stem
-        for stem, name in zip(stems, names, strict=True)
-    ]
-    assert len(set(keys)) == len(keys), "two names gave one key"
-    return keys
+    shared = _find_repeated(stems)
+    while True:
+        keys = [
+            add_hash(stem, name) if stem in shared else stem
+            for stem, name in zip(stems, names, strict=True)
+        ]
+        repeated = _find_repeated(keys)
+        if not repeated:
+            return keys
+        # A name may be made to look like another one with its hash: then it gets a hash, too.
+        if repeated <= shared:
+            same = [name for name, key in zip(names, keys, strict=True) if key in repeated]
+            raise DataError(
+                f"{same[:_SHOWN_NAMES]!r}: different names whose hashes begin alike, which does "
+                "not happen by chance; rename or remove them"
+            )
+        shared |= repeated
+
+
+def _find_repeated(values: Sequence[str]) -> set[str]:
+    return {value for value, count in Counter(values).items() if count > 1}
 
 
 def make_stems(names: Sequence[str]) -> list[str]:

@@ -288,7 +288,10 @@ def _advise(stem: str) -> str:
     """Say what to do about a plan that is in the way."""
     if stem == BASE_PLAN:
         return "choose another destination, or delete it first"
-    return "wait until that extension has finished, and run the same command again"
+    return (
+        "wait until that extension has finished, and run the same command again; if no job runs, "
+        f"finish it by its own command, or delete the files {stem}* first"
+    )
 
 
 def _describe_conflict(

@@ -106,7 +106,7 @@ class _ShardCheck:
             members = self._note_dangers(scan.members(self._rules.is_wanted))
             for sample in group_samples(members):
                 reason = self._find_fault(sample)
-                if sample.key in seen:
+                if sample.key in seen and not self._is_left_out(sample):
                     reason = "the key occurs twice in the tar"
                 if reason is not None:
                     self._note(f"{self._file}: {sample.key}", reason)
@@ -127,11 +127,15 @@ class _ShardCheck:
                 self._note(f"{self._file}: {member.name}", member.danger)
             yield member
 
+    def _is_left_out(self, sample: TarSample) -> bool:
+        is_noted = f"{self._file}/{sample.key}" in self._left_out
+        return is_noted and sample.key not in self._rows
+
     def _find_fault(self, sample: TarSample) -> str | None:
         """Say what is wrong with a sample; None if nothing is."""
-        row = self._rows.get(sample.key)
-        if row is None and f"{self._file}/{sample.key}" in self._left_out:
+        if self._is_left_out(sample):
             return None
+        row = self._rows.get(sample.key)
         try:
             member = self._rules.find_image(sample)
             assert member.data is not None, "an image's bytes were asked for"

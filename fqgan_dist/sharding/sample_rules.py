@@ -14,7 +14,7 @@ from pydantic import field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, show_name
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
 
 _IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -22,6 +22,7 @@ _CLASS_KEYS = ("cls", "txt", "none")
 _MAX_LABEL_BYTES = 2**20
 _MAX_LABEL_CHARACTERS = 200
 _SHOWN_CHARACTERS = 40
+_SHOWN_MEMBERS = 10
 
 INDEXED = "indexed"
 """`kind` in the image policy of datasets that were made by others and only indexed."""
@@ -75,7 +76,8 @@ class SampleRules(Config):
         images = sample.find(*self._image_suffixes)
         if len(images) == 1:
             return images[0]
-        found = ", ".join(f".{member.suffix}" for member in sample.members)
+        shown = [f".{show_name(member.suffix)}" for member in sample.members[:_SHOWN_MEMBERS]]
+        found = ", ".join(shown + ["..."] * (len(sample.members) > _SHOWN_MEMBERS))
         expected = " or ".join(f".{suffix}" for suffix in self._image_suffixes)
         if not images:
             raise DataError(f"no image: it has {found}; expected one {expected}")

@@ -20,10 +20,10 @@ from webdataset.tariterators import base_plus_ext
 
 from fqgan_dist.data.index import is_safe_key
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import find_danger, printable
+from fqgan_dist.sharding.listing import MAX_IMAGE_BYTES, find_danger, show_name
 
-MAX_MEMBER_BYTES = 2**28
-"""Largest member that is read; ImageNet's largest image has 16 MB."""
+MAX_MEMBER_BYTES = MAX_IMAGE_BYTES
+"""Largest member that is read."""
 
 UNPICKLED_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 """Endings of members that webdataset's `decode()` would unpickle, and so run what is in them."""
@@ -117,7 +117,8 @@ class TarScan:
                     archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
                     if not info.isdir():
                         yield _read_member(archive, info, is_wanted)
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        # Each extended header before a member is a recursion of tarfile.
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{self._source}: not a whole, plain tar archive ({error}); expected one that is "
                 "not compressed: unpack it, or copy it again"
@@ -145,6 +146,8 @@ def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
 def _read_member(
     archive: tarfile.TarFile, info: tarfile.TarInfo, is_wanted: Callable[[str], bool]
 ) -> TarMember:
+    if info.size < 0:  # by an extended header, which comes after the check of the header itself
+        raise tarfile.ReadError(f"a member of {info.size} bytes")
     name = info.name
     while name.startswith("./"):
         name = name[2:]
@@ -154,13 +157,13 @@ def _read_member(
         stream = archive.extractfile(info)
         assert stream is not None, "a plain member has bytes"
         data = stream.read()
-    return TarMember(printable(name) if danger else name, info.offset_data, info.size, data, danger)
+    return TarMember(show_name(name) if danger else name, info.offset_data, info.size, data, danger)
 
 
 def _find_member_danger(name: str, info: tarfile.TarInfo) -> str | None:
     """Say why a member must not be used; None if it may be."""
     if info.issym() or info.islnk():
-        return f"a link, to {printable(info.linkname)!r}"
+        return f"a link, to {show_name(info.linkname)!r}"
     if not info.isreg() or info.issparse():
         return "neither a plain file nor a folder"
     if danger := find_danger(name):

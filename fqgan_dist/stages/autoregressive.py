@@ -117,6 +117,7 @@ def build_code_loader(context: RunContext) -> CodeLoader:
         micro_batches_per_step=training.micro_batches_per_step,
         window_shards=config.data.window_shards,
         loader_workers=config.data.loader_workers,
+        dataset_id=context.require("shards").outputs["train"],
     )
 
 

@@ -135,6 +135,7 @@ def build_image_loader(context: RunContext) -> ImageLoader:
         loader_workers=config.data.loader_workers,
         max_damaged_in_a_row=config.data.damage_limit,
         cache=config.data.cache,
+        dataset_id=context.require("shards").outputs["train"],
     )
 
 

@@ -158,6 +158,7 @@ class _PublishedFile(ExitStack):
                 Path(self.enter_context(tempfile.TemporaryDirectory())) / PurePosixPath(path).name
             )
         self.local = local
+        self._writer: JsonLinesWriter | MetricsWriter | None = None
 
     def fetch(self) -> None:
         """Bring what a former session published; its writer removes what is not of this run."""
@@ -165,7 +166,9 @@ class _PublishedFile(ExitStack):
             self.local.write_bytes(self.storage.read_bytes(self.path))
 
     def publish(self) -> None:
-        """Bring what is in the local folder to the storage, where it is not there already."""
+        """Bring what was written to the disk, and to the storage where that is elsewhere."""
+        if self._writer is not None:
+            self._writer.flush()  # TensorBoard's events wait for two minutes otherwise
         if not self._is_remote:
             return
         folder = PurePosixPath(self.path).parent
@@ -181,7 +184,8 @@ class LedgerFile(_PublishedFile):
     def open(self, resumed_step: int) -> JsonLinesWriter:
         """Open the file as it was after a step."""
         self.fetch()
-        return JsonLinesWriter(self.local, resumed_step=resumed_step)
+        self._writer = JsonLinesWriter(self.local, resumed_step=resumed_step)
+        return self._writer
 
 
 class MetricsFile(_PublishedFile):
@@ -197,7 +201,6 @@ class MetricsFile(_PublishedFile):
         """
         super().__init__(storage, f"{stage}/metrics.jsonl")
         self.on_write = partial(observer.record_metrics, stage)
-        self._writer: MetricsWriter | None = None
 
     def open(self, resumed_step: int) -> MetricsWriter:
         """Open the file as it was after a step."""
@@ -206,9 +209,3 @@ class MetricsFile(_PublishedFile):
             self.local, resumed_step=resumed_step, tensorboard=True, on_write=self.on_write
         )
         return self._writer
-
-    def publish(self) -> None:
-        """Bring the file and TensorBoard's to the storage, where they are not there already."""
-        if self._writer is not None:
-            self._writer.flush()  # TensorBoard's events wait for two minutes otherwise
-        super().publish()

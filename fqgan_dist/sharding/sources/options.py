@@ -71,6 +71,10 @@ def check_effect(uri: str, options: SourceOptions, kind: SourceFormat | None) ->
                 f"{name}: {value!r} has no effect on {uri!r} (read as {kind or 'built-in'}); "
                 "leave it out, or correct format"
             )
+    if options.id_key is not None and not options.keep_keys:
+        raise ConfigError(
+            f"id_key: {options.id_key!r} has no effect with keep_keys=false; leave one of them out"
+        )
     if options.is_shared and uri.startswith("s3://"):
         raise ConfigError(
             f"is_shared: has no effect on {uri!r}, which all nodes read; leave it out"

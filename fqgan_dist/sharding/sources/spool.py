@@ -1,4 +1,4 @@
-"""A temporary folder for sources that cannot be read at random where they are.
+"""A temporary folder: for sources that cannot be read at random where they are, and for results.
 
 Other processes of the machine read its files by their paths. The kernel drops the lock on the
 folder when its owner dies, however it dies; the next one removes what was left.

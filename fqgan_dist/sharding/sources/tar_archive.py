@@ -28,6 +28,7 @@ from fqgan_dist.sharding.listing import (
     SourceListing,
     find_danger,
     is_image_name,
+    show_name,
 )
 from fqgan_dist.sharding.sources.concurrency import map_in_order
 from fqgan_dist.sharding.sources.locations import locate_existing_file
@@ -144,7 +145,7 @@ def _add_member(
 def _find_odd_kind(member: tarfile.TarInfo) -> str | None:
     """Say why a member is of a dangerous kind; None if it is a file or folder."""
     if member.issym() or member.islnk():
-        return f"a link, to {member.linkname!r}"
+        return f"a link, to {show_name(member.linkname)!r}"
     if not member.isdir() and (not member.isreg() or member.issparse()):
         return "neither a plain file nor a folder"
     return None
@@ -214,7 +215,8 @@ def _iterate_members(section: _Section, source: str) -> Iterator[tarfile.TarInfo
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 yield member
             end = tar.offset
-    except (tarfile.TarError, OverflowError, ValueError) as error:
+    # Each extended header before a member is a recursion of tarfile.
+    except (tarfile.TarError, OverflowError, ValueError, RecursionError) as error:
         raise DataError(f"{source}: a damaged tar file ({error}); copy or make it again") from error
     # tarfile takes the end of the file for the end of the archive, also where it was cut between
     # two members; a whole archive ends with a block of zeros.

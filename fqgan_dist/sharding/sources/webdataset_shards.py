@@ -55,17 +55,22 @@ def list_shards(uri: str, options: SourceOptions, progress: ReportProgress) -> S
     """
     storage, shards, odd = _find_shards(uri)
     rescan = options.class_key is not None or options.image_key is not None
-    index = None if rescan else _load_index_of(storage, shards)
+    index = None if rescan else _load_index_of(storage, shards, is_folder=not _names_tars(uri))
     if index is not None:
+        # What lies beside a dataset, as the shards of an interrupted extension, is not part of it.
+        strays = sorted(set(shards) - {entry.file for entry in index.shards})
         builder = ListingBuilder(uri, check_bytes=16, expected=_EXPECTED)
         _list_by_tables(storage, index, shards, builder, options, progress)
         classes = index.classes
     else:
+        strays = []
         builder = ListingBuilder(uri, expected=_EXPECTED)
         _list_by_scans(storage, shards, builder, options, progress)
         classes = builder.class_numbers()
     for name in odd:
         builder.skip(name, "not a shard: a plain .tar")
+    for name in strays:
+        builder.skip(name, f"{INDEX_NAME} beside it does not name this shard")
     return builder.build(
         "webdataset",
         RangeReader(storage),
@@ -77,7 +82,7 @@ def list_shards(uri: str, options: SourceOptions, progress: ReportProgress) -> S
 
 def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
     """Give the storage, the names of the shards and those of odd files beside them."""
-    if uri.endswith(SHARD_SUFFIX):
+    if _names_tars(uri):
         storage, pattern = locate_file(uri)
         wanted = expand_pattern(pattern)
         present = set(storage.list())
@@ -96,8 +101,27 @@ def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
     return storage, shards, odd
 
 
-def _load_index_of(storage: Storage, shards: Sequence[str]) -> DatasetIndex | None:
-    """Load the index beside shards; None if there is none, or not of all of them."""
+def _names_tars(uri: str) -> bool:
+    """Whether a URI names a shard or several by a pattern; else it names their folder."""
+    return uri.endswith(SHARD_SUFFIX)
+
+
+def _load_index_of(
+    storage: Storage, shards: Sequence[str], *, is_folder: bool
+) -> DatasetIndex | None:
+    """Load the index beside shards.
+
+    Args:
+        storage: where they are.
+        shards: the tars that are there, or those that were named.
+        is_folder: whether the folder was named, so that the index says what belongs to it.
+
+    Returns:
+        The index; None if there is none, or not of all shards that were named.
+
+    Raises:
+        DataError: shards of the index are missing.
+    """
     try:
         data = storage.read_bytes(INDEX_NAME)
     except FileNotFoundError:
@@ -106,7 +130,15 @@ def _load_index_of(storage: Storage, shards: Sequence[str]) -> DatasetIndex | No
         return None  # of another program: MosaicML and wids use this name too
     index = parse_index(data, source=storage.uri(INDEX_NAME))
     listed = {entry.file for entry in index.shards}
-    return index if listed.issuperset(shards) else None
+    if not is_folder:
+        return index if listed.issuperset(shards) else None
+    if missing := sorted(listed.difference(shards)):
+        raise DataError(
+            f"{storage.uri(INDEX_NAME)}: {len(missing)} of its {len(listed)} shards are missing: "
+            f"{missing[:_SHOWN_NAMES]!r}; copy them again, or name the shards that are to be read "
+            "by a pattern such as shard-{000000..000146}.tar"
+        )
+    return index
 
 
 def _list_by_tables(

@@ -266,6 +266,15 @@ def test_missing_shard_is_a_data_error(tmp_path: Path) -> None:
         next(make_loader(storage).batches(0, [0]))
 
 
+@pytest.mark.parametrize("kind", ["images", "codes"])
+def test_another_dataset_than_the_one_asked_for_is_refused(storage: Storage, kind: str) -> None:
+    found = load_index(storage, "data").dataset_id
+    make = make_loader if kind == "images" else make_code_loader
+    assert make(storage, dataset_id=found).dataset_id == found
+    with pytest.raises(DataError, match=f"dataset {found[:16]}, expected {'0' * 16}"):
+        make(storage, dataset_id="0" * 64)
+
+
 def test_missing_dataset_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"index.json"):
         make_loader(Storage(tmp_path))

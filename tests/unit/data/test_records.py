@@ -161,6 +161,19 @@ def test_codes_of_other_keys_are_refused(storage: Storage, keys: list[str]) -> N
         store.read(make_entry(), keys)
 
 
+@pytest.mark.parametrize("kind", ["no views", "no codebooks"])
+def test_codes_of_nothing_are_refused(storage: Storage, kind: str) -> None:
+    store = CodeStore(storage, "codes", FINGERPRINT)
+    count = 0 if kind == "no views" else len(KEYS)
+    columns = {"visual": np.zeros((0, 2, 2), np.uint16)} if kind == "no views" else {}
+    crops = pack_crops(make_crops(count))
+    table = RecordTable(KEYS[:count], np.zeros(count, np.int8), crops, columns)
+    data = encode_records(table, fingerprint=FINGERPRINT, shard_sha256=make_entry().sha256)
+    storage.write_bytes(store.path(make_entry()), data)
+    with pytest.raises(DataError, match="keys or views are not those"):
+        store.read_drawn(make_entry(), KEYS, lambda _, num_views: 1 % num_views)
+
+
 def test_missing_features_name_the_file(storage: Storage) -> None:
     with pytest.raises(DataError, match=r"view-05/shard-000007.parquet: no such file; run"):
         FeatureStore(storage, "features", FINGERPRINT).read(make_entry(), 5, KEYS)

@@ -183,6 +183,19 @@ def test_closing_stops_a_fetch_under_way(
     assert {file.suffix for file in config.find_folder().iterdir()} == {".dataset", ".lock"}
 
 
+def test_finalizer_stops_a_cache_whose_lock_is_held(
+    store: Storage, index: DatasetIndex, config: ShardCacheConfig
+) -> None:
+    cache = ShardCache(store, index, config)
+    with cache._lock:  # as by the thread that garbage is collected in
+        stopping = threading.Thread(target=cache.stop, daemon=True)
+        stopping.start()
+        stopping.join(10)
+        assert not stopping.is_alive()
+    cache.request([0])
+    assert cache._thread is None
+
+
 class FullDisk(Storage):
     """A store whose downloads end as they do where the local disk is full."""
 
@@ -299,9 +312,13 @@ def test_folder_that_vanishes_is_named(
     index: DatasetIndex,
     config: ShardCacheConfig,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = ShardCache(store, index, config)
     fill(cache, 0)
+    wait_idle(cache)
+    # It may have been asked for once more, and then been found there: not again for a while.
+    monkeypatch.setattr(cache, "_retry_at", {})
     for file in config.find_folder().iterdir():
         file.unlink()
     config.find_folder().rmdir()

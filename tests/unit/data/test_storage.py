@@ -184,6 +184,7 @@ def test_download_copies_and_hashes(storage: Storage, tmp_path: Path) -> None:
     assert copied == (hashlib.sha256(data).hexdigest(), len(data))
     assert sum(came) == len(data)
     assert (tmp_path / "copy").read_bytes() == data
+    assert (tmp_path / "copy").stat().st_mode & 0o111 == 0
     storage.write_bytes("empty", b"")
     assert storage.download("empty", tmp_path / "none") == (hashlib.sha256().hexdigest(), 0)
     assert (tmp_path / "none").read_bytes() == b""

@@ -48,6 +48,10 @@ def storage() -> Storage:
         (ErrorAnswer(403, "InvalidAccessKeyId"), "access is refused.*correct AWS_ACCESS_KEY_ID"),
         (ErrorAnswer(403, "SignatureDoesNotMatch"), "secret does not fit.*AWS_SECRET_ACCESS_KEY"),
         (ErrorAnswer(400, "ExpiredToken"), "access is refused.*expired.*AWS_SESSION_TOKEN"),
+        (
+            ErrorAnswer(400, "InvalidToken", headers={"x-amz-bucket-region": "eu-west-1"}),
+            "access is refused.*token is not valid",
+        ),
         (ErrorAnswer(403, "SomethingNew"), "access is refused .SomethingNew"),
         (
             ErrorAnswer(400, "AuthorizationHeaderMalformed", elements="<Region>eu-west-1</Region>"),
@@ -110,6 +114,8 @@ def test_an_endpoint_that_is_none_is_refused_unseen(
     with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL: is no plain address") as caught:
         storage.read_bytes("x")
     assert "password" not in str(caught.value)
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):  # and nothing is left to await
+        storage.read_ranges([("x", 0, 1), ("y", 0, 1)])
 
 
 def test_a_missing_object_is_named_among_many(server: SmallS3, storage: Storage) -> None:

@@ -169,6 +169,15 @@ def test_a_part_of_reduced_images_for_evaluation_must_be_allowed(tmp_path: Path,
     assert "lossy_evaluation" not in index_of(tmp_path / "out" / "train").image_policy
 
 
+def test_leave_for_reduced_images_has_no_effect_on_others(dataset, tmp_path: Path, capsys) -> None:
+    out, leave = tmp_path / "out", "allow_lossy_evaluation=true"
+    run("reshard", dataset, out, leave, "split=val", code=2)
+    run("split", dataset, out, "parts={train: 0.5, val: 0.5}", leave, code=2)
+    run("merge", dataset, dataset, out, "name=x", leave, code=2)
+    assert capsys.readouterr().err.count("allow_lossy_evaluation: has an effect only on") == 3
+    assert not out.exists()
+
+
 def test_shares_hold_in_every_class_and_in_all() -> None:
     names = [f"{label:03d}/{number}" for label in range(50) for number in range(label % 7 + 1)]
     parts = choose_parts(names, [0.8, 0.15, 0.05], seed=0)

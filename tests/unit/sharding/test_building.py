@@ -546,6 +546,20 @@ def test_keys_are_safe_unique_and_readable():
     assert all(re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", key) and len(key) < 95 for key in keys)
 
 
+def test_a_name_like_the_key_of_another_one_gets_a_key_of_its_own():
+    names = ["cat/x.jpg", "cat/x.png"]
+    names.append(f"cat/{make_keys(names)[0]}.jpg")
+    names.append(f"cat/{make_keys(names)[2]}.jpg")
+    assert len(set(make_keys(names))) == 4
+
+
+def test_names_whose_hashes_collide_are_refused(monkeypatch):
+    monkeypatch.setattr("fqgan_dist.sharding.plan._HASH_LENGTH", 1)
+    names = [f"cat/x{'.' * number}.jpg" for number in range(1, 30)]
+    with pytest.raises(DataError, match=r"'cat/x\.\..*whose hashes begin alike"):
+        make_keys(names)
+
+
 def test_the_order_does_not_depend_on_which_other_images_there_are(folder: Path):
     with open_source(str(folder)) as source:
         config = make_config(samples_per_shard=1000)

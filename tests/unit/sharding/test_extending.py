@@ -153,6 +153,41 @@ def test_an_image_is_known_by_the_key_that_it_has_among_others(tmp_path: Path) -
     assert index.num_samples == 5
 
 
+def test_another_image_of_equal_name_and_size_is_new(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "images", "b/1.png", "b/2.png")
+    data = (source / "b/1.png").read_bytes()
+    index = build(source, tmp_path / "dataset")
+    more = write_images(tmp_path / "more", "b/1.png")
+    # Two names of one stem now, so that neither has the key that b/1.png has in the dataset.
+    (more / "b/1.jpg").write_bytes(data[:-1] + b"x")
+    with open_source(str(more)) as listing:
+        planned = plan_extension(
+            listing, Storage(tmp_path / "dataset"), "", index, ExtensionConfig()
+        )
+    assert planned is not None
+    assert (planned.num_present, planned.plan.num_samples) == (1, 1)
+
+
+def test_which_of_two_images_a_reduced_one_was_cannot_be_told(tmp_path: Path) -> None:
+    build(write_images(tmp_path / "images", "b/1.png"), tmp_path / "dataset", short_side=16)
+    more = write_images(tmp_path / "more", "b/1.png", "b/1.jpg", "b/2.png")
+    with pytest.raises(DataError, match=r"2 images, .*\['b/1.jpg', 'b/1.png'\]; leave out"):
+        extend(more, tmp_path / "dataset")
+    (more / "b/1.png").unlink()
+    (more / "b/1.jpg").rename(more / "b/3.jpg")
+    assert extend(more, tmp_path / "dataset")[1].num_added == 2
+
+
+def test_a_former_index_that_was_changed_is_not_extended(dataset: Path, more: Path) -> None:
+    former_id = load_index(Storage(dataset), "").dataset_id
+    extend(more, dataset)
+    former = dataset / former_index_name(former_id)
+    former.write_bytes(former.read_bytes().replace(b'"tiny"', b'"tidy"'))
+    (dataset / "extension-0001-000001.tar").unlink()
+    with pytest.raises(DataError, match=rf"dataset .*, expected {former_id[:16]} as its name says"):
+        extend(more, dataset)
+
+
 def test_new_images_get_the_form_of_the_others(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "b/1.png", side=60)
     build(images, tmp_path / "dataset", short_side=30, jpeg_quality=90)
@@ -251,7 +286,7 @@ def test_of_two_extensions_at_once_the_later_one_waits(
                     extend(more, DyingStorage(dataset, 3, after=False))
             super().create_bytes(path, data)
 
-    with pytest.raises(DataError, match="wait until that extension has finished"):
+    with pytest.raises(DataError, match=r"wait until that .*or delete the files extension-0001\*"):
         extend(other, OvertakenStorage(dataset))
     extend(more, dataset)
     assert extend(other, dataset)[0].num_samples == 14
@@ -296,6 +331,22 @@ def test_a_deleted_shard_of_an_extension_is_made_again(dataset: Path, more: Path
     again, report = extend(more, dataset)
     assert (again, report.work.num_built, report.work.num_kept) == (index, 1, 1)
     assert read_files(dataset) == expected
+
+
+def test_a_job_names_the_missing_files_that_it_does_not_make(
+    dataset: Path, more: Path, tmp_path: Path
+) -> None:
+    extend(more, dataset)
+    lost = (dataset / "shard-000001.tar").read_bytes()
+    (dataset / "extension-0001-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"does not make them: \['extension-0001-000001.tar'\]"):
+        build(tmp_path / "images", dataset)
+    extend(more, dataset)
+    (dataset / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"does not make them: \['shard-000001.tar'\]"):
+        extend(more, dataset)
+    build(tmp_path / "images", dataset)
+    assert (dataset / "shard-000001.tar").read_bytes() == lost
 
 
 def test_what_would_be_added_can_be_asked_for(dataset: Path, more: Path) -> None:

@@ -89,6 +89,27 @@ def test_what_does_not_decode_is_a_problem_and_says_why_in_the_same_words() -> N
     assert "0x" not in problems[0].reason
 
 
+@pytest.mark.parametrize(
+    ("size", "policy", "made"),
+    [
+        ((20, 70_000), {"short_side": 16}, None),
+        ((20, 90_000), {"short_side": 16}, "16x72000 pixels"),
+        ((8, 8_000), {"short_side": 320, "only_if_bigger": False}, "320x320000 pixels"),
+    ],
+)
+def test_an_image_that_would_be_too_long_for_a_jpeg_is_a_problem(
+    size: tuple[int, int], policy: dict[str, object], made: str | None
+) -> None:
+    image = make_image(
+        encode(Image.new("RGB", size)), "a/x.png", ImagePolicy.model_validate(policy)
+    )
+    if made is None:
+        assert isinstance(image, EncodedImage)
+    else:
+        assert isinstance(image, SourceProblem)
+        assert made in image.reason
+
+
 def test_an_image_that_would_become_too_large_is_a_problem() -> None:
     policy = ImagePolicy(crop=512, only_if_bigger=False)
     problem = make_image(encode(noise(8, 4000)), "a/x.png", policy)

@@ -11,6 +11,7 @@ import pytest
 from support.source_files import png
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.sources import parquet_table
 from fqgan_dist.sharding.sources.opening import open_source
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -159,3 +160,45 @@ def test_strange_metadata_is_no_list_of_names(tmp_path: Path, names: Any):
     columns = {"image": images("0.png"), "label": [0]}
     with open_source(str(write_table(tmp_path / "x.parquet", columns, names=names))) as source:
         assert source.class_names() == ["0"]
+
+
+def test_a_row_without_a_key_is_named(tmp_path: Path):
+    columns = {"image": [png(1), png(2)], "label": [0, 0], "id": ["k1", None]}
+    with open_source(str(write_table(tmp_path / "x.parquet", columns)), id_key="id") as source:
+        assert source.keys == ["k1"]
+        assert [(problem.name, problem.reason) for problem in source.problems] == [
+            ("x-00000001", "no key in the column 'id', as other rows have")
+        ]
+
+
+def test_a_column_of_keys_that_are_not_kept_has_no_effect(tmp_path: Path):
+    columns = {"image": [png(1)], "label": [0], "id": ["k1"]}
+    path = write_table(tmp_path / "x.parquet", columns)
+    with (
+        pytest.raises(ConfigError, match="id_key: 'id' has no effect with keep_keys=false"),
+        open_source(str(path), id_key="id", keep_keys=False),
+    ):
+        pass
+
+
+def write_bomb(path: Path, *, num_rows: int, num_bytes: int) -> Path:
+    """Write a table whose rows hold one image, which the file holds once, as a few bytes."""
+    image = b"\xff\xd8\xff" + bytes(num_bytes)
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array([image]))
+    table = pa.table({"image": rows, "label": [0] * num_rows})
+    pq.write_table(table, path, compression="zstd", store_schema=False, data_page_size=2**30)
+    return path
+
+
+def test_a_table_that_expands_like_a_bomb_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parquet_table, "_HARMLESS_BYTES", 2**21)
+    path = write_bomb(tmp_path / "rows.parquet", num_rows=64, num_bytes=2**18)
+    assert path.stat().st_size < 2**12
+    with (
+        pytest.raises(DataError, match="a decompression bomb: its first 8 images"),
+        open_source(str(path)),
+    ):
+        pass
+    path = write_bomb(tmp_path / "page.parquet", num_rows=1, num_bytes=2**22)
+    with pytest.raises(DataError, match="row group 0 expands from"), open_source(str(path)):
+        pass

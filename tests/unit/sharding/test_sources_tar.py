@@ -113,3 +113,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
         with open_spool_folder():
             pass
     assert sorted(os.listdir(tmp_path)) == ["fqgan-data-used", "other-dead"]
+
+
+def test_thousands_of_extended_headers_in_a_row_are_refused(tmp_path: Path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 7
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a/x.jpg".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(5000 * block + bytes(1024))
+    with (
+        pytest.raises(DataError, match=r"damaged tar file .*recursion"),
+        open_source(str(tmp_path / "x.tar"), format="tar"),
+    ):
+        pass

@@ -88,6 +88,30 @@ def test_a_flipped_bit_is_found_by_the_index(tmp_path: Path):
             source.read(row)
 
 
+def test_the_index_of_a_folder_says_what_belongs_to_it(tmp_path: Path):
+    index = build_photographs(Storage(tmp_path), "data")
+    # As an extension leaves it that was interrupted.
+    write_tar(tmp_path / "data" / "extension-0001-000000.tar", sample("new", 0))
+    with open_source(str(tmp_path / "data")) as source:
+        assert (len(source), source.class_names()) == (index.num_samples, index.classes)
+        (problem,) = source.problems
+    assert problem.name == "extension-0001-000000.tar"
+    assert "does not name this shard" in problem.reason
+
+
+def test_missing_shards_of_an_index_are_an_error(tmp_path: Path):
+    index = build_photographs(Storage(tmp_path), "data")
+    (tmp_path / "data" / index.shards[0].file).unlink()
+    with (
+        pytest.raises(DataError, match=r"1 of its \d+ shards are missing: \['shard-000000.tar'\]"),
+        open_source(str(tmp_path / "data")),
+    ):
+        pass
+    last = index.shards[-1]
+    with open_source(str(tmp_path / "data" / last.file)) as source:  # what is there may be named
+        assert (len(source), source.class_names()) == (last.count, index.classes)
+
+
 def test_an_index_of_another_program_is_no_index(tmp_path: Path):
     folder = write_shards(tmp_path)
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": []}))

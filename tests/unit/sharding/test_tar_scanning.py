@@ -85,3 +85,27 @@ def test_a_damaged_tar_is_an_error_of_ours_or_another_tar(
 def test_what_is_no_tar_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match=r"not a whole, plain tar|no end mark"):
         scan(data)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -(2**40)])
+def test_a_negative_size_in_an_extended_header_is_refused(size: int) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": str(size)}
+    tar = info.tobuf(tarfile.PAX_FORMAT) + pack([("a.cls", b"1")])
+    with pytest.raises(DataError, match="not a whole, plain tar"):
+        scan(tar)
+
+
+def test_thousands_of_extended_headers_in_a_row_are_refused() -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a.jpg".ljust(512, b"\0")
+    with pytest.raises(DataError, match="recursion"):
+        scan(5000 * block + bytes(1024))
+
+
+def test_a_name_of_a_megabyte_is_shown_by_its_beginning() -> None:
+    (member,), _ = scan(pack([("x" * 2**19 + ".jpg", b"")]))
+    assert member.danger is not None
+    assert "at most 1000" in member.danger
+    assert member.name == "x" * 1000 + "..."

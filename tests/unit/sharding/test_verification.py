@@ -218,10 +218,10 @@ def test_missing_and_stray_files_are_named(dataset: Storage) -> None:
     shards = entries(dataset)
     dataset.delete(shards[0].file)
     dataset.delete(shards[1].samples_file)
-    dataset.write_bytes("notes.txt", b"x")
+    dataset.write_bytes("notes\x1b[2J.txt", b"x")
     report = verify(dataset, is_deep=False)
     assert set(found(report)) == {shards[0].file, shards[1].samples_file}
-    assert report.unlisted_files == ["notes.txt"]
+    assert report.unlisted_files == ["notes\\x1b[2J.txt"]
 
 
 def test_a_damaged_plan_is_damage(dataset: Storage) -> None:
@@ -229,6 +229,16 @@ def test_a_damaged_plan_is_damage(dataset: Storage) -> None:
     assert set(found(verify(dataset, is_deep=False))) == {"plan.parquet"}
     dataset.write_bytes("plan.json", b"{}")
     assert "plan.json" in found(verify(dataset, is_deep=False))
+
+
+def test_a_damaged_former_index_is_damage(dataset: Storage, tmp_path: Path) -> None:
+    write_files(tmp_path / "more", [("a/90.jpg", jpeg(90))])
+    former = f"index-{load_index(dataset, '').dataset_id[:16]}.json"
+    with open_source(str(tmp_path / "more")) as source:
+        extend_dataset(source, dataset, "", ExtensionConfig())
+    assert verify(dataset, is_deep=False).damages == []
+    change(dataset, former, lambda data: data.__setitem__(10, data[10] ^ 1))
+    assert set(found(verify(dataset, is_deep=False))) == {former}
 
 
 def test_a_damaged_index_is_the_only_damage(dataset: Storage) -> None:
@@ -289,6 +299,15 @@ def foreign(tmp_path: Path) -> Storage:
 def test_indexed_shards_are_verified_by_their_own_rules(foreign: Storage) -> None:
     report = verify(foreign)
     assert (report.damages, report.num_decoded, report.unlisted_files) == ([], 3, [])
+
+
+def test_what_was_left_out_twice_is_no_damage(tmp_path: Path) -> None:
+    members = [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2)), ("b.cls", b"0"), ("a.cls", b"0")]
+    storage = Storage(tmp_path / "foreign")
+    storage.write_bytes("0.tar", pack(members))
+    report = index_shards(storage, IndexConfig(name="x", split="train"))
+    assert [problem.name for problem in report.index.problems] == ["0.tar/a", "0.tar/a"]
+    assert verify(storage).damages == []
 
 
 def test_a_wrong_label_of_indexed_shards_is_found(foreign: Storage) -> None:

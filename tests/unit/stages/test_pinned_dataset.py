@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.datasets import build_photographs
+
+from fqgan_dist.config import load_config
+from fqgan_dist.data.index import DatasetIndex
+from fqgan_dist.data.loader import CodeLoader, ImageLoader
+from fqgan_dist.data.storage import Storage
+from fqgan_dist.errors import DataError
+from fqgan_dist.stages.autoregressive import build_code_loader
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.manifest import StageRecord, save_record
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.tokenizer import build_image_loader
+from fqgan_dist.world import World
+
+TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, DatasetIndex]:
+    storage = Storage(tmp_path_factory.mktemp("run"))
+    index = build_photographs(storage, "data/photographs/train", crops=1)
+    return storage, index
+
+
+def open_context(storage: Storage, dataset_id: str) -> RunContext:
+    """Open a run whose shards stage made the dataset of this id."""
+    config = load_config(TINY, [f"storage.root={storage.root}"], RunConfig)
+    shards = {"train": dataset_id, "val": dataset_id}
+    for record in (
+        StageRecord(stage="shards", state="done", inputs={}, outputs=shards),
+        StageRecord(stage="teachers", state="done", inputs={}, outputs={"fingerprint": ""}),
+        StageRecord(stage="codes", state="done", inputs={}, outputs={"train": "c" * 64}),
+    ):
+        save_record(storage, record)
+    return RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("build", [build_image_loader, build_code_loader])
+def test_training_loads_the_dataset_of_its_run_or_none(
+    dataset: tuple[Storage, DatasetIndex],
+    build: Callable[[RunContext], ImageLoader | CodeLoader],
+) -> None:
+    storage, index = dataset
+    assert build(open_context(storage, index.dataset_id)).dataset_id == index.dataset_id
+    former = "0" * 64
+    with pytest.raises(DataError, match=f"expected {former[:16]}, which this run was started on"):
+        build(open_context(storage, former))
