@@ -4,7 +4,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -301,14 +303,21 @@ def test_a_file_of_no_known_kind_has_to_be_named(tmp_path: Path):
         assert len(source) == 2
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, request: pytest.FixtureRequest):
-    write_files(tmp_path, TWO_IMAGES)
-    (tmp_path / "a").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that everybody may enter: pytest's own let in nobody but its user."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         folder.chmod(0o755)
-    request.getfixturevalue("without_root")
+        yield folder
+
+
+def test_a_folder_that_cannot_be_read_is_named(public_folder: Path, request: pytest.FixtureRequest):
+    write_files(public_folder, TWO_IMAGES)
+    (public_folder / "a").chmod(0)
+    request.getfixturevalue("without_root")  # root again before the folder is removed
     with pytest.raises(DataError, match=r"a: no folder that can be read \(Permission denied"):
-        open_source(str(tmp_path)).__enter__()
+        open_source(str(public_folder)).__enter__()
 
 
 def test_a_file_that_changed_after_it_was_listed_is_named(tmp_path: Path):
