@@ -259,6 +259,12 @@ class _RecordStore:
         self.storage.write_bytes(path, data)
 
     def _read(self, path: str, entry: ShardEntry) -> RecordTable:
+        try:
+            return self._read_once(path, entry)
+        except DataError:
+            return self._read_once(path, entry)  # the way, not the store, may have changed bytes
+
+    def _read_once(self, path: str, entry: ShardEntry) -> RecordTable:
         source = self.storage.uri(path)
         try:
             data = self.storage.read_bytes(path)

@@ -123,6 +123,29 @@ def write_features(storage: Storage) -> FeatureStore:
     return store
 
 
+class FlippingStorage(Storage):
+    """Changes one bit of each of the first `num_wrong` reads, as a bad transfer does."""
+
+    num_wrong = 0
+
+    def read_bytes(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        data = bytearray(super().read_bytes(path, offset=offset, length=length))
+        if self.num_wrong:
+            self.num_wrong -= 1
+            data[-1] ^= 1  # of the mark that a parquet file ends with
+        return bytes(data)
+
+
+def test_a_file_that_came_damaged_is_read_once_more(tmp_path: Path) -> None:
+    storage = FlippingStorage(tmp_path)
+    store = write_features(storage)
+    storage.num_wrong = 1
+    assert store.read(make_entry(), 0, KEYS).keys == KEYS
+    storage.num_wrong = 2
+    with pytest.raises(DataError, match="not a file of records"):
+        store.read(make_entry(), 0, KEYS)
+
+
 def test_features_of_another_shard_are_refused(storage: Storage) -> None:
     with pytest.raises(DataError, match=r"shard sha256 is '1111.*expected '3333"):
         write_features(storage).read(make_entry(sha="3"), 0, KEYS)
