@@ -20,7 +20,7 @@ from data_tools.shard import ShardSummary, make_dataset
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.index import DatasetIndex, load_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.randomness import derive_seed
 from fqgan_dist.sharding.images import ImagePolicy

@@ -13,7 +13,7 @@ from data_tools.engines import EngineOptions, open_engine
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex, SourceProblem
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.listing import SourceListing

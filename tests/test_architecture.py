@@ -19,7 +19,7 @@ from fqgan_dist.stages.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
 
-BASE, SIBLING, USER, STAGES, REPORT, TOP = range(6)
+BASE, GROUND, SIBLING, USER, STAGES, REPORT, TOP = range(7)
 
 LEVELS = {
     "fqgan_dist": BASE,
@@ -30,6 +30,7 @@ LEVELS = {
     "randomness": BASE,
     "weights": BASE,
     "world": BASE,
+    "storage": GROUND,
     "autoregressive": SIBLING,
     "data": SIBLING,
     "teachers": SIBLING,
@@ -58,11 +59,11 @@ ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.engines"}
 HOMES = {
     "ray": ("fqgan_dist.orchestration",),
     "deepspeed": ("fqgan_dist.training.engine_deepspeed",),
-    "s3fs": ("fqgan_dist.data.s3_connection",),
-    "fsspec": ("fqgan_dist.data.s3_connection",),
-    "boto3": ("fqgan_dist.data.s3_connection",),
-    "botocore": ("fqgan_dist.data.s3_connection",),
-    "aiobotocore": ("fqgan_dist.data.s3_connection",),
+    "s3fs": ("fqgan_dist.storage.s3_connection",),
+    "fsspec": ("fqgan_dist.storage.s3_connection",),
+    "boto3": ("fqgan_dist.storage.s3_connection",),
+    "botocore": ("fqgan_dist.storage.s3_connection",),
+    "aiobotocore": ("fqgan_dist.storage.s3_connection",),
 }
 """Package -> the only modules (and their submodules) that may import it."""
 
@@ -186,6 +187,8 @@ def test_every_module_has_a_place_in_the_layout() -> None:
         ("fqgan_dist.stages.codes", "importlib.import_module('data_tools.cli')"),
         ("fqgan_dist.report.page", "from fqgan_dist.cli import main"),
         ("fqgan_dist.config", "from fqgan_dist.telemetry import metrics"),
+        ("fqgan_dist.config", "from fqgan_dist.storage.storage import Storage"),
+        ("fqgan_dist.storage.storage", "from fqgan_dist.data.index import DatasetIndex"),
     ],
 )
 def test_the_table_forbids(module: str, source: str) -> None:
@@ -197,10 +200,11 @@ def test_the_table_forbids(module: str, source: str) -> None:
     [
         ("fqgan_dist.orchestration.driver", "import ray.train"),
         ("fqgan_dist.training.engine_deepspeed", "import deepspeed"),
-        ("fqgan_dist.data.s3_connection", "import s3fs"),
+        ("fqgan_dist.storage.s3_connection", "import s3fs"),
         ("fqgan_dist.training.run", "from fqgan_dist.stages import codes"),
         ("fqgan_dist.training.trainer", "from fqgan_dist.tokenizer.model import X\nimport raylib"),
         ("fqgan_dist.data.loader", "from fqgan_dist.data.order import SampleOrder"),
+        ("fqgan_dist.telemetry.log_files", "from fqgan_dist.storage.storage import Storage"),
         ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
         ("fqgan_dist.world", "from fqgan_dist import __version__"),
     ],

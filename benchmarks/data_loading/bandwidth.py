@@ -35,7 +35,7 @@ from benchmarks.paired import (
     measure_contention,
 )
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # of `support`
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 
 _JPEG_MAGIC = b"\xff\xd8\xff"

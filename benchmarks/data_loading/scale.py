@@ -25,7 +25,7 @@ from benchmarks.paired import (
     measure_contention,
 )
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 
 SUBJECT = "scale"

@@ -21,7 +21,7 @@ from fqgan_dist.data.index import (
     table_name,
     write_index,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 NUM_CLASSES = 1000
 _IMAGE_SIDE = 32

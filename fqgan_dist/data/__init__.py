@@ -1,1 +1,1 @@
-"""Reading datasets: storage, index, sample order, views, decoding, loaders."""
+"""Reading datasets: index, sample order, views, decoding, loaders."""

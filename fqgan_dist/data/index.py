@@ -26,7 +26,7 @@ from fqgan_dist.config import Config
 from fqgan_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from fqgan_dist.data.storage import Storage
+    from fqgan_dist.storage.storage import Storage
 
 INDEX_NAME = "index.json"
 TABLE_SUFFIX = ".samples.parquet"

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ShardEntry
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fqgan_dist.data.index import DatasetIndex, SampleTable, image_digest
 from fqgan_dist.data.shard_cache import CacheStats, ShardCache, ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 _STORE_READS = 2

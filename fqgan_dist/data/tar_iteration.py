@@ -20,7 +20,7 @@ from fqgan_dist.data.index import (
     join_path,
     load_samples,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 _TAR_MAGIC_OFFSET = 257

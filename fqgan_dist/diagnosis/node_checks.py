@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis import clock, collectives, gpus, host, software, storage, weights
 from fqgan_dist.diagnosis.verdict import Check, Verdict, run_checks
 from fqgan_dist.stages.config import RunConfig

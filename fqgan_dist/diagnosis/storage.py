@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fqgan_dist.data.s3_errors import RequestError
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.s3_errors import RequestError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.connections import explain_silent_url
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.errors import DataError

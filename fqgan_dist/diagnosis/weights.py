@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import torch
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from fqgan_dist.chunks import ChunkWork, RunChunks
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.driver import (

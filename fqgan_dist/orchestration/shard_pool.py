@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
 from fqgan_dist.sharding.listing import SourceListing

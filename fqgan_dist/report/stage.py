@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs

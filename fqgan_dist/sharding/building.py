@@ -25,7 +25,7 @@ from fqgan_dist.data.index import (
     load_index,
     write_index,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import SourceListing, sort_problems
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset

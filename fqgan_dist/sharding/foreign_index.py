@@ -32,7 +32,7 @@ from fqgan_dist.data.index import (
     write_index,
 )
 from fqgan_dist.data.prefetch import load_in_threads
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.listing import sort_problems

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from fqgan_dist.data.index import DatasetIndex, ProblemTable, SourceProblem, join_path
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 NUM_INDEXED_PROBLEMS = 100

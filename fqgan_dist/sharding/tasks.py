@@ -25,7 +25,7 @@ from fqgan_dist.data.index import (
     join_path,
     table_name,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.listing import ImageReader

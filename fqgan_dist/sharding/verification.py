@@ -32,7 +32,7 @@ from fqgan_dist.data.index import (
     table_name,
 )
 from fqgan_dist.data.prefetch import load_in_threads
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import show_name
 from fqgan_dist.sharding.plan_files import load_plan

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.evaluation.inception import FEATURE_DIM
 from fqgan_dist.evaluation.moments import load_adm_statistics

@@ -14,7 +14,7 @@ from torch import nn
 
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig

@@ -16,7 +16,7 @@ import torch
 
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.data.index import DatasetIndex, load_pinned_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, load_record

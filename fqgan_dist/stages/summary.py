@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES
 

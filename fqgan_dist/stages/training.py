@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fqgan_dist.data.batches import LoadReport
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.weights import WeightsConfig
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from fqgan_dist.config import Config
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training.checkpoint_format import (
     ATTEMPT_FOLDER,

@@ -26,7 +26,7 @@ from support.tiny_tasks import (
 )
 from torch import Tensor
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.engine_deepspeed import DeepSpeedEngine
 from fqgan_dist.training.engine_plain import PlainEngine

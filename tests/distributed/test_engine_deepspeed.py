@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.distributed import finish, start_python, start_torchrun
 from torch import Tensor
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
 
 WORKER = Path(__file__).with_name("engine_deepspeed_worker.py")

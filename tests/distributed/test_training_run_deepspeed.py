@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fqgan_dist.cli import main as fqgan
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from support.synthetic_shards import pack
 from data_tools.cli import COMMANDS, main
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]

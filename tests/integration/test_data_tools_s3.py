@@ -16,7 +16,7 @@ from support.synthetic_shards import flip_byte, pack
 
 from data_tools.cli import main
 from fqgan_dist.data.index import load_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
 

@@ -21,7 +21,7 @@ from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 
@@ -187,7 +187,7 @@ from pathlib import Path
 from fqgan_dist.data.index import load_index, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 
 storage = Storage(sys.argv[1])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from support.radosgw import S3_BUCKET
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.training import LedgerFile, MetricsFile
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("s3_credentials")
 
 WRITE_AND_EXIT = """
 import logging, sys
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World

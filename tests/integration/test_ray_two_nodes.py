@@ -20,7 +20,7 @@ from support.ray_clusters import (
     run_ray_cluster,
 )
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "support" / "tiny.yaml"

@@ -9,7 +9,7 @@ from support import cache_processes
 from support.synthetic_shards import publish_dataset
 
 from fqgan_dist.data.cache_folder import CacheFolder, Claim
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 SHARDS = 4
 KILLS = 40

@@ -19,7 +19,7 @@ from support import shard_jobs
 from support.radosgw import S3_BUCKET
 
 from data_tools.cli import main
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 KILLED = -signal.SIGKILL
 NUM_SHARDS = 10

@@ -13,7 +13,7 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from data_tools.cli import main
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 pytestmark = pytest.mark.ray
 

@@ -13,8 +13,8 @@ import pytest
 from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
 from support.radosgw import S3_BUCKET, Gateway
 
-from fqgan_dist.data import request_retries, s3_connection, s3_store
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage import retries, s3_connection, s3_store
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 MIB = 2**20
@@ -26,7 +26,7 @@ LARGE = os.urandom(MIB) * 33  # uploaded in parts
 def proxy(
     gateway: Gateway, s3_credentials: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultProxy]:
-    monkeypatch.setattr(request_retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
     with run_fault_proxy(gateway.endpoint, seed=4) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_index, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 _JOBS = 3
 _MOST_LIFETIME_S = 0.15

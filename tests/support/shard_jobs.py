@@ -22,7 +22,7 @@ from typing import IO, Any
 import s3fs  # noqa: F401  seconds, once instead of in every session
 
 from data_tools.cli import main
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.listing import Place
 
 STORAGE_CALLS = ("create_bytes", "write_bytes")

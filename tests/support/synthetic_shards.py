@@ -19,7 +19,7 @@ from fqgan_dist.data.index import (
     table_name,
     write_index,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 Member = tuple[str, bytes]
 

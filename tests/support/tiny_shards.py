@@ -9,7 +9,7 @@ from PIL import Image
 from support.synthetic_shards import flip_byte, pack, publish_shard, tabulate
 
 from fqgan_dist.data.index import DatasetIndex, load_samples, write_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 SIDE = 4
 NOT_AN_IMAGE = b"not an image"

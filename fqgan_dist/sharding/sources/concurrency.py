@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

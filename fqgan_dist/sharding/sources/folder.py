@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.options import SourceOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-from fqgan_dist.data.storage import Storage
-from fqgan_dist.data.storage_names import check_root
+from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.names import check_root
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
 

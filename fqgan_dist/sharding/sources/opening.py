@@ -13,7 +13,7 @@ from typing import Any
 from fqgan_dist.chunks import ReportProgress, ignore_progress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.index import INDEX_NAME
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,

@@ -20,7 +20,7 @@ from fqgan_dist.data.index import (
     load_samples,
     parse_index,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number

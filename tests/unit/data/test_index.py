@@ -20,7 +20,7 @@ from fqgan_dist.data.index import (
     parse_index,
     write_index,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 ZEROS = "0" * 64

@@ -20,7 +20,7 @@ from fqgan_dist.data.records import (
     pack_codes,
     pack_crops,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
 

@@ -19,7 +19,7 @@ from support.waiting import wait_until
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 COUNTS = (5, 3, 4)

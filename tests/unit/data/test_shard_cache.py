@@ -18,7 +18,7 @@ from support.waiting import wait_until
 from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.shard_cache import ShardCache, ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 
 COUNTS = (4, 4, 4)
@@ -336,7 +336,7 @@ exec "$2" -c '
 import logging, sys
 from fqgan_dist.data.index import load_index
 from fqgan_dist.data.shard_cache import ShardCache, ShardCacheConfig
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 
 logging.basicConfig(format="%(message)s", stream=sys.stdout)

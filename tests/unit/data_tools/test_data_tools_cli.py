@@ -11,7 +11,7 @@ from support.source_files import write_tar
 from data_tools.cli import COMMANDS, main
 from data_tools.command import Command
 from fqgan_dist.data.index import load_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 
 def png(color: int) -> bytes:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from fqgan_dist.data.index import load_index
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 
 
 def write_images(root: Path, *names: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.shared_root import SharedRoot
 

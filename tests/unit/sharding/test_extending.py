@@ -16,7 +16,7 @@ from fqgan_dist.data.index import (
     load_pinned_index,
     load_samples,
 )
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.building import build_dataset
 from fqgan_dist.sharding.extending import (

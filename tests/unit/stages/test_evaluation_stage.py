@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fqgan_dist.config import load_config
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation import EvaluationStage

@@ -7,7 +7,7 @@ import torch
 from support.datasets import build_photographs
 
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.images import chunk_range, count_chunks, read_rows, read_shard

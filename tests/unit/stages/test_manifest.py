@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.manifest import (
     StageRecord,

@@ -10,7 +10,7 @@ from support.datasets import build_photographs
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import CodeLoader, ImageLoader
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.autoregressive import build_code_loader
 from fqgan_dist.stages.config import RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fqgan_dist.config import load_config
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, save_record

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_chunks_here

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training import checkpoint_attempt
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, Fragment

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
 
@@ -165,7 +165,7 @@ def test_a_crash_at_any_storage_operation_loses_nothing_confirmed(
 
 WRITER = """
 import sys, torch
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore, RetentionPolicy
 store = CheckpointStore(Storage(sys.argv[1]), "checkpoints", retention=RetentionPolicy(keep_last=2))
 attempt = store.begin_attempt()

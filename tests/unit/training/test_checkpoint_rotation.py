@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError, DataError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng, torch_generator
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records

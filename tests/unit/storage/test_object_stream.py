@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqgan_dist.data import object_stream
-from fqgan_dist.data.object_stream import ObjectStream
+from fqgan_dist.storage import object_stream
+from fqgan_dist.storage.object_stream import ObjectStream
 
 DATA = random.Random(0).randbytes(5000)
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fqgan_dist.data.download_target import create_target
+from fqgan_dist.storage.download_target import create_target
 from fqgan_dist.errors import DataError
 
 _TEMPORARY_MARK = ".writing-"

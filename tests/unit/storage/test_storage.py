@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 
 
@@ -115,7 +115,7 @@ def test_list_names_what_is_directly_below(storage: Storage) -> None:
 def test_temporary_file_of_a_killed_writer_is_not_listed(storage: Storage, tmp_path: Path) -> None:
     # The writer dies between its fsync and its rename, as at a power cut.
     code = (
-        "import os, sys; from fqgan_dist.data.storage import Storage\n"
+        "import os, sys; from fqgan_dist.storage.storage import Storage\n"
         "os.replace = lambda *_: os._exit(9)\n"
         "Storage(sys.argv[1]).write_bytes('a/x', b'new')"
     )
@@ -285,7 +285,7 @@ def test_unreadable_file_is_a_data_error(storage: Storage, request: pytest.Fixtu
 
 def test_library_does_not_import_s3fs_for_local_roots(storage: Storage) -> None:
     code = (
-        "import sys; from fqgan_dist.data.storage import Storage\n"
+        "import sys; from fqgan_dist.storage.storage import Storage\n"
         "Storage(sys.argv[1]).write_bytes('x', b''); assert 's3fs' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, storage.root], check=True)

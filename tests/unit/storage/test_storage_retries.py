@@ -12,9 +12,9 @@ import pytest
 from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
 from support.small_s3 import SmallS3, run_small_s3, set_credentials
 
-from fqgan_dist.data import request_retries, s3_connection
-from fqgan_dist.data.s3_errors import PASSING_ATTEMPTS, UNREACHABLE_ATTEMPTS
-from fqgan_dist.data.storage import Storage
+from fqgan_dist.storage import retries, s3_connection
+from fqgan_dist.storage.s3_errors import PASSING_ATTEMPTS, UNREACHABLE_ATTEMPTS
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 
 DATA = bytes(range(256)) * 4
@@ -32,7 +32,7 @@ def server() -> Iterator[SmallS3]:
 
 @pytest.fixture
 def proxy(server: SmallS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    monkeypatch.setattr(request_retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(s3_connection, "_READ_TIMEOUT_S", 0.5)  # for the stalled connections
     with run_fault_proxy(server.endpoint) as proxy:
         set_credentials(monkeypatch, proxy.endpoint)
@@ -231,7 +231,7 @@ def test_create_that_lost_the_race_fails_though_its_answer_was_lost(
 def test_a_server_that_is_not_there_is_said(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
     set_credentials(monkeypatch, "http://127.0.0.1:9")
     message = rf"EndpointConnectionError; {UNREACHABLE_ATTEMPTS} attempts.*AWS_ENDPOINT_URL"
     with pytest.raises(DataError, match=message):

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
-from fqgan_dist.data.download_target import TargetFile, create_target
-from fqgan_dist.data.object_stream import ObjectStream
-from fqgan_dist.data.request_retries import RequestRetries
-from fqgan_dist.data.s3_connection import as_request_error, client_errors, connect
-from fqgan_dist.data.s3_errors import RequestError, explain
+from fqgan_dist.storage.download_target import TargetFile, create_target
+from fqgan_dist.storage.object_stream import ObjectStream
+from fqgan_dist.storage.retries import RequestRetries
+from fqgan_dist.storage.s3_connection import as_request_error, client_errors, connect
+from fqgan_dist.storage.s3_errors import RequestError, explain
 from fqgan_dist.errors import DataError
 
 _REQUESTS_AT_ONCE = 32

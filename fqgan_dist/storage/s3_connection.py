@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from fqgan_dist.data.s3_errors import RequestError
+from fqgan_dist.storage.s3_errors import RequestError
 from fqgan_dist.errors import ConfigError
 
 _CONNECT_TIMEOUT_S = 10

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fqgan_dist.data.s3_errors import RequestError
+from fqgan_dist.storage.s3_errors import RequestError
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Where bytes are kept: local directories and S3 buckets behind one interface."""
