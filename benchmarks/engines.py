@@ -33,11 +33,11 @@ from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.config import load_config
 from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.randomness import torch_generator
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from fqgan_dist.chunks import ReportProgress, RunChunks, run_in_processes
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.summary import Metric
 

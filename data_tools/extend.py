@@ -11,11 +11,11 @@ from data_tools.engines import EngineOptions, open_engine
 from data_tools.shard import WorkSummary, list_problems, select_options
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.data.index import load_index
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset, plan_extension
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
+from fqgan_dist.storage.storage import Storage
 
 
 class ExtendOptions(EngineOptions, SourceOptions, ExtensionConfig):

@@ -11,8 +11,8 @@ from pydantic import Field
 from data_tools.class_file import read_classes
 from data_tools.engines import count_workers
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
+from fqgan_dist.storage.storage import Storage
 
 
 class IndexOptions(IndexConfig):

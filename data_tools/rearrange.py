@@ -20,7 +20,6 @@ from data_tools.shard import ShardSummary, make_dataset
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.index import DatasetIndex, load_index
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.randomness import derive_seed
 from fqgan_dist.sharding.images import ImagePolicy
@@ -28,6 +27,7 @@ from fqgan_dist.sharding.listing import SourceListing, class_of
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.joining import join_listings
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _POLICY_FIELDS = tuple(ImagePolicy.model_fields)

@@ -12,8 +12,8 @@ from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.prefetch import load_in_threads
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 _THREADS = 16
 """Tables read at once; each is mostly waiting where the dataset is in a bucket."""

@@ -7,8 +7,8 @@ from pydantic import Field
 from data_tools.engines import count_workers
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.verification import VerifyReport, verify_dataset
+from fqgan_dist.storage.storage import Storage
 
 
 class VerifyOptions(Config):

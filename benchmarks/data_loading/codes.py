@@ -24,8 +24,8 @@ from benchmarks.paired import Finding, WrongResultError, run_rounds
 from fqgan_dist.data.batches import CodeBatch
 from fqgan_dist.data.loader import CodeLoader
 from fqgan_dist.data.records import CodeStore
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord
+from fqgan_dist.storage.storage import Storage
 
 SUBJECT = "codes"
 PACKED, FILES = "packed parquet", "four .npy files per image"

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.storage import Storage
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

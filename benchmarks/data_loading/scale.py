@@ -25,8 +25,8 @@ from benchmarks.paired import (
     measure_contention,
 )
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
+from fqgan_dist.storage.storage import Storage
 
 SUBJECT = "scale"
 _OPEN_S, _OPEN_MB, _START_S = 2.0, 200.0, 1.0

@@ -22,11 +22,11 @@ from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import ViewConfig, num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.loss_group import ALONE, LossGroup
+from fqgan_dist.storage.storage import Storage
 
 __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
 

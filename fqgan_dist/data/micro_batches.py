@@ -25,11 +25,11 @@ from fqgan_dist.data.prefetch import BoundedCache
 from fqgan_dist.data.records import CodeStore, FeatureStore
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
+from fqgan_dist.storage.storage import Storage
 
 
 class MicroBatchIndex(NamedTuple):

@@ -26,9 +26,9 @@ from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ShardEntry
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.storage import Storage
 
 MAX_CODEBOOK_SIZE = 2**16
 MAX_VIEWS = 2**7

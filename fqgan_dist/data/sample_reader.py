@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from fqgan_dist.data.index import DatasetIndex, SampleTable, image_digest
 from fqgan_dist.data.shard_cache import CacheStats, ShardCache, ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 _STORE_READS = 2
 """Reads of a sample from the store: the bytes of the first may have been changed on the way."""

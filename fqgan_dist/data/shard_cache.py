@@ -23,8 +23,8 @@ from pydantic import Field, field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.cache_folder import CacheFolder, Claim, DatasetUse, Refusal
 from fqgan_dist.data.index import DatasetIndex, ShardEntry
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.storage import Storage
 
 _logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from fqgan_dist.data.index import (
     join_path,
     load_samples,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 _TAR_MAGIC_OFFSET = 257
 _TAR_MAGIC = b"ustar"

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 
 class TensorFiles:

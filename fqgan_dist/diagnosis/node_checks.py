@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis import clock, collectives, gpus, host, software, storage, weights
 from fqgan_dist.diagnosis.verdict import Check, Verdict, run_checks
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 
 _QUICK_S, _NETWORK_S, _TRANSFER_S = 20.0, 90.0, 180.0
 

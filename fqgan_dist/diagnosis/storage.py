@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fqgan_dist.storage.s3_errors import RequestError
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.connections import explain_silent_url
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.s3_errors import RequestError
+from fqgan_dist.storage.storage import Storage
 
 ACCESS, SPEED, SPACE = "storage access", "storage speed", "storage space"
 

@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 import torch
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
 from fqgan_dist.weights import WeightsConfig
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.credentials import scrub
 from fqgan_dist.diagnosis.node_checks import diagnose_node
 from fqgan_dist.diagnosis.results import CLUSTER, RAY
@@ -22,6 +21,7 @@ from fqgan_dist.orchestration.shared_root import shared_root
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.execution import RayConfig
 from fqgan_dist.stages.placement import used_pools
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment
 
 AUTHENTICATION, VERSIONS = "authentication", "versions"

@@ -12,7 +12,6 @@ import ray
 import torch
 
 from fqgan_dist.chunks import ChunkWork, RunChunks
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.driver import (
@@ -35,6 +34,7 @@ from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.run_view import StageState
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.stages.execution import PoolConfig, RayConfig
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
 

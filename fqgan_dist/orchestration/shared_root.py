@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.nodes import run_on_every_node
+from fqgan_dist.storage.storage import Storage
 
 _NODE_TIMEOUT_S = 120.0
 

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
@@ -21,6 +20,7 @@ from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.stage import RunContext, StageOutcome
 from fqgan_dist.stages.summary import load_summary
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
 STAGE: StageName = "report"

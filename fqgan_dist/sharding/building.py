@@ -25,13 +25,13 @@ from fqgan_dist.data.index import (
     load_index,
     write_index,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import SourceListing, sort_problems
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
 from fqgan_dist.sharding.plan_files import BASE_PLAN, PlannedRows, publish_plan
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems, write_problems
 from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
+from fqgan_dist.storage.storage import Storage
 
 _CONCURRENT_READS = 32
 _SHOWN_NAMES = 5

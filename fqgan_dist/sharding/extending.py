@@ -32,7 +32,6 @@ from fqgan_dist.data.index import (
     load_samples,
     parse_index,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.building import (
     FinishedPlan,
@@ -55,6 +54,7 @@ from fqgan_dist.sharding.plan import (
 )
 from fqgan_dist.sharding.plan_files import PlanFile, load_plan, publish_plan
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems
+from fqgan_dist.storage.storage import Storage
 
 _PLAN_NAME = re.compile(r"extension-(\d{4})\.json")
 _CONCURRENT_READS = 16

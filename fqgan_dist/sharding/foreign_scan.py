@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from fqgan_dist.data.decoding import decode_image, read_size
 from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import printable
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.storage.storage import Storage
 
 _SCHEMA = pa.schema(
     [

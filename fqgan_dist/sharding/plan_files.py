@@ -23,11 +23,11 @@ from pydantic import Field, ValidationError
 from fqgan_dist.chunks import ProcessLocalCaches
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ClassName, Sha256, join_path
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import Place, SourceListing
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, hash_shard
 from fqgan_dist.sharding.shard_building import PlannedSample
+from fqgan_dist.storage.storage import Storage
 
 BASE_PLAN = "plan"
 """Name, without its ending, of the plan that a dataset begins with."""

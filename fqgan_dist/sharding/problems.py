@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from fqgan_dist.data.index import DatasetIndex, ProblemTable, SourceProblem, join_path
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 NUM_INDEXED_PROBLEMS = 100
 """Problems that an index itself names."""

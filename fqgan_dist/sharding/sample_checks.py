@@ -13,10 +13,10 @@ from fqgan_dist.data.index import (
     image_digest,
     load_samples,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.sample_rules import Labelling, SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.storage.storage import Storage
 
 
 @dataclass(frozen=True)

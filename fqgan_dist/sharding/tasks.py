@@ -25,13 +25,13 @@ from fqgan_dist.data.index import (
     join_path,
     table_name,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.listing import ImageReader
 from fqgan_dist.sharding.plan import PlannedShard
 from fqgan_dist.sharding.plan_files import PlannedRows
 from fqgan_dist.sharding.shard_building import BuiltShard, build_shard
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World

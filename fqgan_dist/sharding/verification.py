@@ -32,7 +32,6 @@ from fqgan_dist.data.index import (
     table_name,
 )
 from fqgan_dist.data.prefetch import load_in_threads
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import show_name
 from fqgan_dist.sharding.plan_files import load_plan
@@ -46,6 +45,7 @@ from fqgan_dist.sharding.sample_checks import (
 )
 from fqgan_dist.sharding.sample_rules import INDEXED
 from fqgan_dist.sharding.sources.spool import open_spool_folder
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.evaluation.inception import FEATURE_DIM
 from fqgan_dist.evaluation.moments import load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
+from fqgan_dist.storage.storage import Storage
 
 FIELD = "evaluation.adm_reference"
 _BLOCK_BYTES = 1 << 24

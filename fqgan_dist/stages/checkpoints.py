@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fqgan_dist.autoregressive import published as published_autoregressive
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint

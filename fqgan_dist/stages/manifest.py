@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 
 class StageRecord(Config):

@@ -14,7 +14,6 @@ from torch import nn
 
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
@@ -30,6 +29,7 @@ from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_unfilled_perceptual_loss

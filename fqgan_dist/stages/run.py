@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunContext, Stage, configure_torch, select_device
 from fqgan_dist.stages.summary import load_summary
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging

@@ -16,11 +16,11 @@ import torch
 
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.data.index import DatasetIndex, load_pinned_index
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, load_record
 from fqgan_dist.stages.names import StageName
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer

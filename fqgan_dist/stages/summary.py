@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES
+from fqgan_dist.storage.storage import Storage
 
 Summary = dict[str, dict[str, Any]]
 """Stage -> {state, seconds, metrics}, the content of `summary.json`."""

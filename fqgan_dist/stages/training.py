@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fqgan_dist.data.batches import LoadReport
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter
 from fqgan_dist.telemetry.metrics import MetricsWriter
 from fqgan_dist.telemetry.observer import LocalObserver, Observer

@@ -6,8 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.weights import WeightsConfig
 
 

@@ -22,10 +22,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError, FqganError
 from fqgan_dist.evaluation.inception import InceptionConfig, build_inception
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.clip import build_clip
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
 from fqgan_dist.tokenizer.perceptual import (

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fqgan_dist.storage.download_target import create_target
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.download_target import create_target
 
 _TEMPORARY_MARK = ".writing-"
 _COPY_BYTES = 8 * 2**20

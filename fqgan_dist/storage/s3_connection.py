@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from fqgan_dist.storage.s3_errors import RequestError
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.s3_errors import RequestError
 
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
+from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import TargetFile, create_target
 from fqgan_dist.storage.object_stream import ObjectStream
 from fqgan_dist.storage.retries import RequestRetries
 from fqgan_dist.storage.s3_connection import as_request_error, client_errors, connect
 from fqgan_dist.storage.s3_errors import RequestError, explain
-from fqgan_dist.errors import DataError
 
 _REQUESTS_AT_ONCE = 32
 _TRANSFERS_AT_ONCE = 16

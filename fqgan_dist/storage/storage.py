@@ -18,11 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import TargetFileError
 from fqgan_dist.storage.local_store import LocalBackend
-from fqgan_dist.storage.s3_store import S3Backend
 from fqgan_dist.storage.names import check_relative_path, check_root
-from fqgan_dist.errors import DataError
+from fqgan_dist.storage.s3_store import S3Backend
 
 
 class Storage:

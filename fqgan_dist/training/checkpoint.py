@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_attempt import Attempt
 from fqgan_dist.training.checkpoint_files import Fragment, find_damage, read_tensors
 from fqgan_dist.training.checkpoint_format import (

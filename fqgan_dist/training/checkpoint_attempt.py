@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError, FqganError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_files import (
     FileImage,
     HostStaging,

@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import FileRecord, TensorRecord, part_file_name
 
 _DTYPE_NAMES = {

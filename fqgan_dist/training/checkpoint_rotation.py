@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import (
     ATTEMPT_FOLDER,
     MANIFEST_NAME,

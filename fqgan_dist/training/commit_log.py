@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fqgan_dist.config import Config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from support.synthetic_shards import flip_byte
 from fqgan_dist.cli import main as fqgan
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.run import DONE, FAILED, WRONG_USAGE, main
 

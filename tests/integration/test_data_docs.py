@@ -24,8 +24,8 @@ from support.synthetic_shards import pack
 from data_tools.cli import COMMANDS, main
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_index
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

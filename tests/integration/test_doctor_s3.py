@@ -12,11 +12,11 @@ import torch
 from support.radosgw import S3_BUCKET, Gateway
 
 from fqgan_dist.cli import FAILED, main
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.diagnosis.clock import check_server_clock
 from fqgan_dist.diagnosis.storage import check_access, check_speed
 from fqgan_dist.diagnosis.verdict import Check, Verdict, run_checks
 from fqgan_dist.diagnosis.weights import check_file
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.weights import save_safetensors
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")

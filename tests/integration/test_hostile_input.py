@@ -28,10 +28,10 @@ from fqgan_dist.data.index import (
     table_name,
 )
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 
 class Attack:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.config import STAGE_NAMES
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import read_metrics
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, StartRecord

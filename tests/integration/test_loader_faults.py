@@ -21,9 +21,9 @@ from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 COUNTS = (31, 7, 40, 22)
 SIZE = sum(COUNTS)

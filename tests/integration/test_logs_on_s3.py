@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from support.radosgw import S3_BUCKET
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.stages.training import LedgerFile, MetricsFile
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging

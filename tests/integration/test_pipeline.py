@@ -14,13 +14,13 @@ from support.radosgw import S3_BUCKET, SECRET_KEY
 
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_index
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES
 from fqgan_dist.stages.summary import Summary
+from fqgan_dist.storage.storage import Storage
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
 

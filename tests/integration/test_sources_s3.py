@@ -17,9 +17,9 @@ from support.datasets import build_photographs
 from support.radosgw import S3_BUCKET
 from support.source_files import png, tar_bytes
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
 

@@ -13,9 +13,9 @@ import pytest
 from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
 from support.radosgw import S3_BUCKET, Gateway
 
+from fqgan_dist.errors import DataError
 from fqgan_dist.storage import retries, s3_connection, s3_store
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.errors import DataError
 
 MIB = 2**20
 SMALL = os.urandom(50_000)

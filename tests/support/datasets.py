@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.building import build_dataset
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 
 def build_photographs(

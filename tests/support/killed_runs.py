@@ -20,8 +20,8 @@ import transformers.models.dinov2.modeling_dinov2  # noqa: F401  seconds, once i
 from torch.utils.tensorboard.writer import SummaryWriter  # noqa: F401  the same
 
 from fqgan_dist.cli import main
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.orchestration import driver  # noqa: F401  the command imports it late
+from fqgan_dist.storage.storage import Storage
 
 
 def die_before_write(fragment: str, count: int) -> None:

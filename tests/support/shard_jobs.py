@@ -22,8 +22,8 @@ from typing import IO, Any
 import s3fs  # noqa: F401  seconds, once instead of in every session
 
 from data_tools.cli import main
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.sharding.listing import Place
+from fqgan_dist.storage.storage import Storage
 
 STORAGE_CALLS = ("create_bytes", "write_bytes")
 SYSTEM_CALLS = ("fsync", "link", "replace", "unlink")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
+from fqgan_dist.storage.storage import Storage
 
 _REPORT_EVERY = 1000
 

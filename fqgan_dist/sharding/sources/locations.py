@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-from fqgan_dist.storage.storage import Storage
-from fqgan_dist.storage.names import check_root
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+from fqgan_dist.storage.names import check_root
+from fqgan_dist.storage.storage import Storage
 
 
 def check_source_uri(uri: str) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     IMAGE_SUFFIXES,
@@ -31,6 +30,7 @@ from fqgan_dist.sharding.sources.labels import class_from_value, describe_missin
 from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
+from fqgan_dist.storage.storage import Storage
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 

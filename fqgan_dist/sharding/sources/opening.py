@@ -13,7 +13,6 @@ from typing import Any
 from fqgan_dist.chunks import ReportProgress, ignore_progress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.index import INDEX_NAME
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
@@ -41,6 +40,7 @@ from fqgan_dist.sharding.sources.tar_archive import (
 )
 from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
 from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
+from fqgan_dist.storage.storage import Storage
 
 _EXAMINED_MEMBERS = 32
 _EXAMINED_NAMES = 20

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,
@@ -36,6 +35,7 @@ from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
+from fqgan_dist.storage.storage import Storage
 
 PARQUET_SUFFIX = ".parquet"
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fqgan_dist.data.index import image_digest
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ImageReader, Place
+from fqgan_dist.storage.storage import Storage
 
 _CRC_BYTES = 4
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
@@ -35,6 +34,7 @@ from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
+from fqgan_dist.storage.storage import Storage
 
 PLAIN_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

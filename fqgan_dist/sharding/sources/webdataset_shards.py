@@ -20,7 +20,6 @@ from fqgan_dist.data.index import (
     load_samples,
     parse_index,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
@@ -30,6 +29,7 @@ from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, Sour
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+from fqgan_dist.storage.storage import Storage
 
 SHARD_SUFFIX = ".tar"
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fqgan_dist.chunks import ReportProgress
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.locations import locate_existing_file
@@ -21,6 +20,7 @@ from fqgan_dist.sharding.sources.zip_directory import (
     find_directory,
     iterate_members,
 )
+from fqgan_dist.storage.storage import Storage
 
 ZIP_SUFFIX = ".zip"
 

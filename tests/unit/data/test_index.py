@@ -20,8 +20,8 @@ from fqgan_dist.data.index import (
     parse_index,
     write_index,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 ZEROS = "0" * 64
 

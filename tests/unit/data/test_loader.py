@@ -15,11 +15,11 @@ from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.loader import CodeLoader, ImageBatch, ImageLoader
 from fqgan_dist.data.records import CodeStore, FeatureStore
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.loss_group import LossGroup
+from fqgan_dist.storage.storage import Storage
 
 VIEW = ViewConfig(policy="random_crop_flip", image_size=16)
 FINGERPRINT = "a" * 64

@@ -28,10 +28,10 @@ from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord, ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.loss_group import ALONE, LossGroup
+from fqgan_dist.storage.storage import Storage
 
 COUNTS = (9, 7, 8, 8, 9)
 SIZE = sum(COUNTS)

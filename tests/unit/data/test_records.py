@@ -20,9 +20,9 @@ from fqgan_dist.data.records import (
     pack_codes,
     pack_crops,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.storage import Storage
 
 FINGERPRINT = "0123456789abcdef"
 KEYS = ["a_1", "b_2", "c_3"]

@@ -19,8 +19,8 @@ from support.waiting import wait_until
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 COUNTS = (5, 3, 4)
 ALL = [(shard, row) for shard, count in enumerate(COUNTS) for row in range(count)]

@@ -18,8 +18,8 @@ from support.waiting import wait_until
 from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.shard_cache import ShardCache, ShardCacheConfig
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.storage import Storage
 
 COUNTS = (4, 4, 4)
 TESTS = Path(__file__).resolve().parents[2]

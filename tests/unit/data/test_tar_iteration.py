@@ -21,9 +21,9 @@ from support.synthetic_shards import (
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fqgan_dist.data.index import ShardEntry, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 
 FILE = "shard-000000.tar"
 PATH = f"data/{FILE}"

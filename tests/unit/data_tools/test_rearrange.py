@@ -13,8 +13,8 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.rearrange import choose_parts
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
+from fqgan_dist.storage.storage import Storage
 
 Samples = dict[str, tuple[str, bytes]]
 """Key -> class name and image."""

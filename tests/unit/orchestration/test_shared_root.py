@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.shared_root import SharedRoot
+from fqgan_dist.storage.storage import Storage
 
 
 def test_a_process_that_sees_the_probe_passes(tmp_path: Path) -> None:

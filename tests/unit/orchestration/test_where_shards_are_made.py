@@ -10,11 +10,11 @@ from PIL import Image
 from support.pool_work import RecordingObserver
 
 from fqgan_dist.chunks import ChunkWork
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.orchestration.ray_driver import _run_chunks
 from fqgan_dist.sharding.building import build_dataset
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 
 class FakePool:

@@ -20,12 +20,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.data import decoding
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.plan import ShardingConfig, make_keys, plan_dataset
 from fqgan_dist.sharding.problems import load_problems
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 NUM_CLASSES = 5
 

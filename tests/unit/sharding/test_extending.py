@@ -16,7 +16,6 @@ from fqgan_dist.data.index import (
     load_pinned_index,
     load_samples,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.building import build_dataset
 from fqgan_dist.sharding.extending import (
@@ -28,6 +27,7 @@ from fqgan_dist.sharding.extending import (
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.problems import load_problems
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.storage import Storage
 
 
 def write_images(root: Path, *names: str, side: int = 20) -> Path:

@@ -13,10 +13,10 @@ from support.synthetic_shards import pack
 from webdataset.writer import ShardWriter
 
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.foreign_index import IndexConfig, IndexReport, index_shards
+from fqgan_dist.storage.storage import Storage
 
 
 def image(number: int, kind: str = "JPEG", **options: object) -> bytes:

@@ -8,10 +8,10 @@ from support.datasets import build_photographs
 from support.source_files import png, write_tar
 from webdataset.writer import TarWriter
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+from fqgan_dist.storage.storage import Storage
 
 CANARY = b"cos\nsystem\n(S'touch canary'\ntR."
 

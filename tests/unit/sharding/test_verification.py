@@ -21,7 +21,6 @@ from fqgan_dist.data.index import (
     load_index,
     load_samples,
 )
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.building import build_dataset
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset
@@ -29,6 +28,7 @@ from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.verification import VerifyReport, verify_dataset
+from fqgan_dist.storage.storage import Storage
 
 
 def jpeg(number: int) -> bytes:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fqgan_dist.config import load_config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation import EvaluationStage
 from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
 TINY = Path(__file__).parents[2] / "support" / "tiny.yaml"

@@ -7,10 +7,10 @@ import torch
 from support.datasets import build_photographs
 
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.images import chunk_range, count_chunks, read_rows, read_shard
+from fqgan_dist.storage.storage import Storage
 
 CENTER = ViewConfig(policy="center", image_size=16)
 TEN = ViewConfig(policy="ten_crop", image_size=16)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.manifest import (
     StageRecord,
@@ -14,6 +13,7 @@ from fqgan_dist.stages.manifest import (
     load_record,
     save_record,
 )
+from fqgan_dist.storage.storage import Storage
 
 SETTINGS = {"model": {"width": 8, "levels": (1, 2)}, "lr": 0.1, "adapter": None}
 UPSTREAM = {"shards": {"train": "abc"}}

@@ -10,13 +10,13 @@ from support.datasets import build_photographs
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import CodeLoader, ImageLoader
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.autoregressive import build_code_loader
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, save_record
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.tokenizer import build_image_loader
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from fqgan_dist.config import load_config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, save_record
 from fqgan_dist.stages.plan import plan_run
 from fqgan_dist.stages.plan_rendering import render_plan
+from fqgan_dist.storage.storage import Storage
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
 

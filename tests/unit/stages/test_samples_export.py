@@ -16,7 +16,6 @@ from PIL import Image
 
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_chunks_here
@@ -25,6 +24,7 @@ from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_
 from fqgan_dist.stages.samples import SamplesStage
 from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.training.checkpoint import CheckpointStore

@@ -13,7 +13,6 @@ from support.datasets import build_photographs
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.data.views import ViewConfig, ViewMode
 from fqgan_dist.stages.codes import CodesStage, CodeWork
 from fqgan_dist.stages.config import RunConfig
@@ -23,6 +22,7 @@ from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import TeachersStage, TeacherWork
 from fqgan_dist.stages.tokenizer import TokenizerStage
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"

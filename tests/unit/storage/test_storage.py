@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.storage import Storage
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.small_s3 import ErrorAnswer, SmallS3, run_small_s3, set_credentials
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.storage import Storage
 
 CALLS: dict[str, Callable[[Storage], object]] = {
     "size": lambda storage: storage.size("x"),

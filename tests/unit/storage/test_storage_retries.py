@@ -12,10 +12,10 @@ import pytest
 from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
 from support.small_s3 import SmallS3, run_small_s3, set_credentials
 
+from fqgan_dist.errors import DataError
 from fqgan_dist.storage import retries, s3_connection
 from fqgan_dist.storage.s3_errors import PASSING_ATTEMPTS, UNREACHABLE_ATTEMPTS
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.errors import DataError
 
 DATA = bytes(range(256)) * 4
 READ_FAULTS: list[FaultKind] = [

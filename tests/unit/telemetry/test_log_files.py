@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import name_log_file, open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training import checkpoint_attempt
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_files import PartTensors

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
 
 PREFIX = "checkpoints"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training import checkpoint_files
 from fqgan_dist.training.checkpoint_files import (
     Fragment,

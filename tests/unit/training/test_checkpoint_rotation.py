@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
 
 PREFIX = "checkpoints"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.commit_log import (
     CommitLog,
     CommitRecord,

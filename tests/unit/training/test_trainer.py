@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.errors import CheckpointError, DataError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng, torch_generator
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records
 from fqgan_dist.telemetry.metrics import MetricsWriter, Record, metric_series, read_metrics
 from fqgan_dist.telemetry.progress import track
