@@ -26,6 +26,7 @@ LEVELS = {
     "chunks": BASE,
     "config": BASE,
     "errors": BASE,
+    "fingerprint": BASE,
     "loss_group": BASE,
     "randomness": BASE,
     "weights": BASE,

@@ -15,9 +15,8 @@ import torch
 from fqgan_dist.chunks import ChunkWork, find_pending
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
-from fqgan_dist.orchestration.registry import build_stage
+from fqgan_dist.stages.catalog import build_stages
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
     check_static_inputs,
@@ -27,7 +26,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import RunContext, Stage
 from fqgan_dist.stages.summary import Summary, load_summary
 from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.telemetry.observer import Observer
@@ -37,7 +36,7 @@ from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
 
-RunStage = Callable[[StageName, RunContext], None]
+RunStage = Callable[[Stage], None]
 """Runs one stage that is not done."""
 
 
@@ -90,9 +89,9 @@ def open_checked_run(config: RunConfig, *, device: torch.device | None = None) -
     """
     context = open_run(config, World(), device=device)
     check_run(context)
-    for name in STAGE_NAMES:
+    for stage in build_stages(context):
         # Also of stages that are not run now: their settings are part of what the others read.
-        check_static_inputs(build_stage(name, context), context)
+        check_static_inputs(stage)
     return context
 
 
@@ -100,7 +99,7 @@ def run_stages(
     context: RunContext,
     run_one: RunStage,
     *,
-    note_skipped: Callable[[StageName], None] = lambda _: None,
+    note_skipped: Callable[[Stage], None] = lambda _: None,
 ) -> None:
     """Run the configured stages in order, and say so when there was nothing to do.
 
@@ -110,27 +109,25 @@ def run_stages(
         note_skipped: is told of each that is.
     """
     has_run = False
-    for name in STAGE_NAMES:
-        if name not in context.config.stages:
+    for stage in build_stages(context):
+        if stage.name not in context.config.stages or not stage.is_wanted(context.config):
             continue
-        if is_stage_done(build_stage(name, context), context):
-            logger.info("%s: already done from the same inputs, skipped", name)
-            note_skipped(name)
+        if is_stage_done(stage):
+            logger.info("%s: already done from the same inputs, skipped", stage.name)
+            note_skipped(stage)
             continue
         if not has_run:
             write_run_files(context)
         has_run = True
-        run_one(name, context)
-        write_summary(context.storage)
+        run_one(stage)
+        write_summary(context)
     if not has_run:
         logger.info("nothing to do: every stage of this run is done already")
 
 
-def run_stage_here(name: StageName, context: RunContext) -> None:
+def run_stage_here(stage: Stage) -> None:
     """Run a stage in this process."""
-    run_stage(
-        build_stage(name, context), context, lambda work: run_chunks_here(work, context.observer)
-    )
+    run_stage(stage, lambda work: run_chunks_here(work, stage.context.observer))
 
 
 def run_chunks_here(work: ChunkWork, observer: Observer) -> None:
@@ -146,6 +143,6 @@ def run_chunks_here(work: ChunkWork, observer: Observer) -> None:
 
 def finish(context: RunContext) -> Summary:
     """Show and return the summary of a run."""
-    summary = load_summary(context.storage)
+    summary = load_summary(context)
     logger.info("summary of %s\n%s", context.storage.root, render_summary(summary))
     return summary

@@ -13,7 +13,6 @@ from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeBatch
 from fqgan_dist.loss_group import build_loss_group
 from fqgan_dist.randomness import keyed_torch_rng
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.training.autocast import autocast
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.ema import ExponentialMovingAverage
@@ -22,7 +21,7 @@ from fqgan_dist.training.micro_batches import Slot, assign_slots
 from fqgan_dist.training.schedule import compute_lr
 from fqgan_dist.training.task import Parts
 
-STAGE: StageName = "autoregressive"
+STAGE = "autoregressive"
 
 
 class AutoregressiveTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,8 +14,8 @@ from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.evaluation.inception import PUBLISHED_RESOLUTION, InceptionConfig
 from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
+from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.stages.execution import RayConfig
-from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig
 from fqgan_dist.teachers.config import TeacherConfig
 from fqgan_dist.tokenizer.config import TokenizerConfig
@@ -216,8 +217,11 @@ class RunConfig(Config):
     """`auto` takes the GPU of this process if there is one."""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
-    stages: tuple[StageName, ...] = STAGE_NAMES
+    stages: tuple[str, ...] = Field(default_factory=stage_names)
     """Stages to run, whatever their order here."""
+    upstream: dict[str, str] = Field(default_factory=dict)
+    """Stages that are not run here but taken from another run that has finished them: stage ->
+    storage root of that run. Their settings here must be those that they were made from."""
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerStageConfig
@@ -225,6 +229,30 @@ class RunConfig(Config):
     autoregressive: AutoregressiveStageConfig
     samples: SamplesConfig
     evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _check_stage_names(self) -> RunConfig:
+        known = stage_names()
+        for field, names in (
+            ("stages", self.stages),
+            ("upstream", self.upstream),
+            ("ray.pools", self.ray.pools),
+        ):
+            for name in names:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                    raise ValueError(f"{field}: {name!r} is no stage; {hint}")
+        if (
+            "samples" in self.stages
+            and self.samples.export != "none"
+            and "exports" not in self.stages
+        ):
+            raise ValueError(
+                f"samples.export: {self.samples.export!r} has no effect without stage 'exports'; "
+                f"add it to stages, or set samples.export: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_sections_agree(self) -> RunConfig:

@@ -19,7 +19,6 @@ from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch
 from fqgan_dist.loss_group import ALONE, LossGroup, build_loss_group
 from fqgan_dist.randomness import keyed_torch_rng
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.losses import (
@@ -39,7 +38,7 @@ from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.schedule import compute_lr
 from fqgan_dist.training.task import Parts
 
-STAGE: StageName = "tokenizer"
+STAGE = "tokenizer"
 TeacherFeatures = Callable[[Tensor], dict[str, Tensor]]
 """Maps images (B, 3, H, W) in [-1, 1] to features (B, F) by teacher name."""
 

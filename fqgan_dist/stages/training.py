@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fqgan_dist.data.batches import LoadReport
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import wait_for_ranks
+from fqgan_dist.stages.shards import DatasetIds
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter
@@ -50,7 +50,7 @@ def training_settings(training: TrainingConfig) -> dict[str, Any]:
 def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) -> CheckpointStore:
     """Open a stage's checkpoints."""
     return CheckpointStore(
-        context.storage,
+        context.storage_of(stage),
         f"{stage}/checkpoints",
         retention=training.checkpoint.retention,
     )
@@ -83,7 +83,7 @@ def run_training(
             batches,
             training,
             store=checkpoint_store(context, stage, training),
-            dataset_id=context.require("shards").outputs["train"],
+            dataset_id=context.read(DatasetIds).train,
             world=context.world,
             take_report=take_report,
             open_metrics=metrics.open if context.world.is_main else None,
@@ -97,31 +97,24 @@ def run_training(
     return result
 
 
-def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> dict[str, Any]:
-    """Name what a finished training hands on: a digest of the weights, equal for equal runs.
+def hash_weights(context: RunContext, stage: str, training: TrainingConfig, step: int) -> str:
+    """Digest the weights that a finished training hands on, equal for equal runs.
 
-    A checkpoint's own id is of no use here: it names the attempt, which differs between runs. Only
-    the main rank, which writes the record, reads the checkpoint.
+    A checkpoint's own id is of no use here: it names the attempt, which differs between runs.
     """
-    if not context.world.is_main:
-        return {}
-    training = getattr(context.config, stage).training
-    loaded = checkpoint_store(context, stage, training).load_latest(step=result.step)
+    loaded = checkpoint_store(context, stage, training).load_latest(step=step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
-    tensors = loaded.read(_weights_part(stage, training))
-    return {"step": result.step, "weights": hash_tensors(tensors)}
+    return hash_tensors(loaded.read(_weights_part(stage, training)))
 
 
 def load_weights(
-    module: nn.Module, context: RunContext, stage: StageName, training: TrainingConfig
+    module: nn.Module, context: RunContext, stage: str, training: TrainingConfig, step: int
 ) -> None:
     """Copy a finished stage's weights into a module: the averaged ones if there are any.
 
     Raises:
-        DataError: the stage has not finished.
-        CheckpointError: its checkpoint is damaged or of another architecture.
+        CheckpointError: the checkpoint is damaged or of another architecture.
     """
-    step = context.require(stage).outputs["step"]
     loaded = checkpoint_store(context, stage, training).load_latest(step=step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
     part = _weights_part(stage, training)

@@ -22,7 +22,7 @@ from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.loss_group import RANK_TIMEOUT
-from fqgan_dist.stages.autoregressive import AutoregressiveStage
+from fqgan_dist.stages.catalog import find_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
@@ -32,8 +32,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
-from fqgan_dist.stages.stage import RunContext, Stage, select_device
-from fqgan_dist.stages.tokenizer import TokenizerStage
+from fqgan_dist.stages.stage import select_device
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World
@@ -95,18 +94,13 @@ def train_stage(config: RunConfig, stage_name: str, world: World, *, observer: O
     """
     context = open_run(config, world, process=stage_name, observer=observer)
     check_run(context)
-    stage = build_training_stage(stage_name, context)
-    check_static_inputs(stage, context)
+    stage = find_stage(stage_name)(context)
+    check_static_inputs(stage)
     if world.is_main:
         write_run_files(context)
-    run_stage(stage, context, _refuse_chunks)
+    run_stage(stage, _refuse_chunks)
     if world.is_main:
-        write_summary(context.storage)
-
-
-def build_training_stage(name: str, context: RunContext) -> Stage:
-    """Build one of the two stages that train."""
-    return TokenizerStage(context) if name == "tokenizer" else AutoregressiveStage(context)
+        write_summary(context)
 
 
 @contextmanager
