@@ -71,10 +71,7 @@ def test_read_shard_checks_the_hash(storage: Storage, tmp_path: Path) -> None:
     damaged.write_bytes(f"train/{index.shards[0].file}", bytes(data))
     dataset = open_train(damaged, index)
     with pytest.raises(DataError, match="damaged"):
-        list(
-            read_shard(
-                open_train(damaged, index), index.shards[0], CENTER, (0,), seed=0, batch_size=8
-            )
+        list(read_shard(dataset, index.shards[0], CENTER, (0,), seed=0, batch_size=8))
         )
 
 
