@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from fqgan_dist.chunks import RunChunks
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.records import CodeStore, check_codebook_size
-from fqgan_dist.data.views import CropRecord, ViewConfig, num_views
+from fqgan_dist.data.views import CropRecord, num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.images import center_view, read_shard
 from fqgan_dist.stages.names import StageName

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fqgan_dist.orchestration.config import PoolConfig, ProcessResources
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.execution import PoolConfig, ProcessResources
 from fqgan_dist.stages.names import StageName
 
 TRAINING_STAGES: tuple[StageName, ...] = ("tokenizer", "autoregressive")

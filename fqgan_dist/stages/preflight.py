@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.records import check_codebook_size
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.sources.locations import source_exists
-from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.stages.adm_reference import describe_missing
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig

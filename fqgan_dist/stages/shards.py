@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fqgan_dist.chunks import RunChunks
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
@@ -18,7 +19,7 @@ from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
-from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, open_source
+from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunContext, StageOutcome
 

@@ -24,11 +24,11 @@ from fqgan_dist.stages.training import (
     trained_outputs,
     training_settings,
 )
-from fqgan_dist.stages.weights import bring_file
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.weights.staging import bring_file
 
 
 class TokenizerStage:

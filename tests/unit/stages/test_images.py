@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.datasets import build_photographs
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import load_index, load_samples
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.images import chunk_range, count_chunks, read_rows, read_shard
 from fqgan_dist.storage.storage import Storage
