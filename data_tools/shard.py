@@ -12,6 +12,7 @@ from data_tools.class_file import read_classes
 from data_tools.engines import EngineOptions, open_engine
 from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import DatasetIndex, SourceProblem
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
@@ -21,7 +22,6 @@ from fqgan_dist.sharding.plan import ShardingConfig, plan_dataset
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
-from fqgan_dist.sharding.sources.photograph_crops import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.storage.storage import Storage
 
 PartT = TypeVar("PartT", bound=Config)

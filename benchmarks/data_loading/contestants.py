@@ -27,9 +27,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks.data_loading.measured_process import Batch
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.view_loading import load_view
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.storage.storage import Storage
 
 CropBy = Literal["torchvision", "ours"]

@@ -24,8 +24,9 @@ from torchvision.transforms.v2 import functional as transforms
 from benchmarks.data_loading.images import make_shards, read_dataset, read_images, write_tree
 from benchmarks.data_loading.settings import Settings
 from benchmarks.paired import Finding, Rounds, WrongResultError, run_rounds
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.view_loading import load_view
-from fqgan_dist.data.views import CropRecord, ViewConfig
+from fqgan_dist.data.views import CropRecord
 
 SUBJECT = "decode"
 REFERENCE = "reference, originals"

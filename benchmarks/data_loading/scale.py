@@ -24,8 +24,8 @@ from benchmarks.paired import (
     judge_limit,
     measure_contention,
 )
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.storage.storage import Storage
 
 SUBJECT = "scale"

@@ -6,9 +6,9 @@ alternatives are those of its Table 4.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fqgan_dist.config import Config
 
@@ -120,3 +120,57 @@ class AutoregressiveConfig(Config):
         unit = 4 * self.num_heads
         below = self.width // unit * unit
         return f"{below} and {below + unit}" if below else f"{unit}"
+
+
+class SamplingConfig(Config):
+    """How codes are drawn from the model's distributions."""
+
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Logits are null + scale x (class - null): 1 is the class alone, and costs half as much."""
+    temperature: float = 1.0
+    """Divides the logits; above 0."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among this many likeliest codes; 0 is off, 1 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw among the likeliest codes that make up this probability; 1 is off."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, temperature: float) -> float:
+        if temperature <= 0:
+            raise ValueError(
+                f"{temperature!r} cannot divide the logits - expected above 0 - "
+                "for greedy decoding set top_k: 1"
+            )
+        return temperature
+
+    @model_validator(mode="after")
+    def _check_greedy(self) -> SamplingConfig:
+        if self.top_k == 1 and (self.temperature != 1 or self.top_p != 1):
+            raise ValueError(
+                f"temperature {self.temperature!r} and top_p {self.top_p!r} have no effect on "
+                "greedy decoding (top_k 1) - leave both at 1, or set another top_k"
+            )
+        return self
+
+
+class SamplesConfig(Config):
+    """Images drawn from the generator."""
+
+    count: int = Field(gt=0)
+    """Number of samples."""
+    chunk_size: int = Field(gt=0)
+    """Samples per unit of work; part of the fingerprint."""
+    seed: int = 0
+    """Key of every sample's random numbers, with its id."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """`balanced`: sample i has class i mod num_classes; `random`: each class is drawn uniformly by
+    (seed, id), as in the paper."""
+    sampling: SamplingConfig
+    export: Literal["none", "npz", "png", "webdataset"] = "none"
+    """Images to write besides the codes, with their labels, under `samples/exports/`; it moves no
+    sample, so it may be asked for at any time."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the samples."""
+        return self.model_dump(mode="json", exclude={"export"})

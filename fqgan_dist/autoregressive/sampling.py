@@ -10,49 +10,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from fqgan_dist.autoregressive.config import SamplingConfig
 from fqgan_dist.autoregressive.decoding import CachedDecoder
 from fqgan_dist.autoregressive.filtering import invert_cumulative, keep_top_k, keep_top_p
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
-from fqgan_dist.config import Config
 from fqgan_dist.errors import NumericsError
 from fqgan_dist.randomness import numpy_generator
 
 # Letters: B batch, K codebooks, h w latent grid, T = h*w, V codebook size, F feature channels.
-
-
-class SamplingConfig(Config):
-    """How codes are drawn from the model's distributions."""
-
-    guidance_scale: float = Field(default=1.0, ge=0)
-    """Logits are null + scale x (class - null): 1 is the class alone, and costs half as much."""
-    temperature: float = 1.0
-    """Divides the logits; above 0."""
-    top_k: int = Field(default=0, ge=0)
-    """Draw among this many likeliest codes; 0 is off, 1 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw among the likeliest codes that make up this probability; 1 is off."""
-
-    @field_validator("temperature")
-    @classmethod
-    def _check_temperature(cls, temperature: float) -> float:
-        if temperature <= 0:
-            raise ValueError(
-                f"{temperature!r} cannot divide the logits - expected above 0 - "
-                "for greedy decoding set top_k: 1"
-            )
-        return temperature
-
-    @model_validator(mode="after")
-    def _check_greedy(self) -> SamplingConfig:
-        if self.top_k == 1 and (self.temperature != 1 or self.top_p != 1):
-            raise ValueError(
-                f"temperature {self.temperature!r} and top_p {self.top_p!r} have no effect on "
-                "greedy decoding (top_k 1) - leave both at 1, or set another top_k"
-            )
-        return self
 
 
 def draw_uniforms(

@@ -35,8 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import JpegHeader, decode_image, decode_jpeg, read_jpeg_header
-from fqgan_dist.data.views import CropRecord, ViewConfig, place_view, plan_resize
+from fqgan_dist.data.views import CropRecord, place_view, plan_resize
 
 _PHASE_TOLERANCE = 1 / 64
 """Error in the place of a crop, in pixels of what is resized. At 1/64 the mean difference of the

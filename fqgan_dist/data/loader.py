@@ -16,14 +16,14 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
+from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.index import DatasetIndex, load_index, load_pinned_index
 from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
-from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.tar_iteration import iterate_shard
-from fqgan_dist.data.views import ViewConfig, num_views
+from fqgan_dist.data.views import num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.storage.storage import Storage

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, Replacement
+from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
 from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
 from fqgan_dist.data.records import CodeStore, FeatureStore
 from fqgan_dist.data.sample_reader import SampleReader
-from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.data.view_loading import load_view
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
 from fqgan_dist.storage.storage import Storage

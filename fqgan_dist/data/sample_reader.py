@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.index import DatasetIndex, SampleTable, image_digest
-from fqgan_dist.data.shard_cache import CacheStats, ShardCache, ShardCacheConfig
+from fqgan_dist.data.shard_cache import CacheStats, ShardCache
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 

@@ -16,14 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import Field, field_validator
-
-from fqgan_dist.config import Config
 from fqgan_dist.data.cache_folder import CacheFolder, Claim, DatasetUse, Refusal
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.index import DatasetIndex, ShardEntry
-from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 
 _logger = logging.getLogger(__name__)
@@ -37,41 +34,6 @@ _MAX_DAMAGED_COPIES = 2
 """After so many copies with a wrong hash a shard is damaged where it is stored, not on the way."""
 _CLOSE_TIMEOUT_S = 10.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class ShardCacheConfig(Config):
-    """A cache of shards on a disk of the machine, shared by its processes and by several jobs."""
-
-    folder: Path | None = None
-    """Folder on a local disk; None: `fqgan_dist/shards` in the user's cache folder
-    (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    max_gib: float = Field(default=200.0, gt=0)
-    """What all shards in the folder may take together, those of other jobs included."""
-    min_free_gib: float = Field(default=10.0, ge=0)
-    """What is left free on the folder's disk."""
-
-    @field_validator("folder", mode="before")
-    @classmethod
-    def _check_folder(cls, folder: object) -> object:
-        if isinstance(folder, str) and "://" in folder:
-            raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
-        return folder
-
-    def find_folder(self) -> Path:
-        """Return the folder, absolute.
-
-        Raises:
-            ConfigError: it is not given and the user has no home.
-        """
-        if self.folder is not None:
-            return self.folder.expanduser().absolute()
-        try:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError as error:
-            raise ConfigError(
-                "data.cache.folder: None, but the user has no home folder; name a folder"
-            ) from error
-        return Path(base).absolute() / "fqgan_dist" / "shards"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.fast_views import load_fast_views
-from fqgan_dist.data.views import (
-    CropRecord,
-    ViewConfig,
-    cut,
-    place_view,
-    resize_short_side,
-)
+from fqgan_dist.data.views import CropRecord, cut, place_view, resize_short_side
 
 
 def load_view(

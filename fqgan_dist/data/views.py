@@ -12,58 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, model_validator
 
-from fqgan_dist.config import Config
+from fqgan_dist.data.config import ViewConfig, ViewPolicy
 from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import numpy_generator
 
-ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
-ViewMode = Literal["reference", "fast"]
-
 _WORDS_PER_VIEW = 4
 _TEN_CROP_PLACES = 5
-
-
-class ViewConfig(Config):
-    """How images are cropped."""
-
-    policy: ViewPolicy
-    """`random_crop_flip`: a random scale, place and mirroring per view. `ten_crop`: views 0-4 are
-    the corners (top left, top right, bottom left, bottom right) and the centre of a larger centre
-    crop, 5-9 the same of its mirror image. `center`: the one centre crop."""
-    image_size: int = Field(ge=1)
-    """Side of the crop in pixels."""
-    max_resize_ratio: float = Field(default=1.25, ge=1)
-    """random_crop_flip: the short side is uniform in image_size x [1, max_resize_ratio]."""
-    crop_ratio: float = Field(default=1.1, ge=1)
-    """ten_crop: side of the centre crop that the ten are taken from, over image_size."""
-    mode: ViewMode = "reference"
-    """`reference`: the pixels of the paper's augmentation, exactly. `fast`: the same crops, at 2 to
-    4 times the speed; the values differ by 0.1 of 255 on average, by 1 to 2 where the reference
-    halves an image (`fast_views` has the distribution). Features and codes are of one mode."""
-
-    @model_validator(mode="after")
-    def _check_used(self) -> ViewConfig:
-        users = {"max_resize_ratio": "random_crop_flip", "crop_ratio": "ten_crop"}
-        for name, policy in users.items():
-            default = type(self).model_fields[name].default
-            if self.policy != policy and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r} has no effect with policy {self.policy!r}; "
-                    f"leave it out, or choose policy {policy!r}"
-                )
-        return self
-
-    @property
-    def ten_crop_side(self) -> int:
-        """Side of the centre crop that ten crops are taken from, in pixels."""
-        return int(self.image_size * self.crop_ratio)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
-from fqgan_dist.weights import WeightsConfig
+from fqgan_dist.weights.config import WeightsConfig
 
 _READ_BYTES = 8 * 2**20
 _LENGTH_BYTES = 8

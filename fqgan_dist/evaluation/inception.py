@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -21,35 +20,19 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.evaluation.random_inception import fill_random_inception
-from fqgan_dist.weights import (
-    WeightsConfig,
+from fqgan_dist.weights.files import (
     download_torch_file,
-    hash_tensors,
-    load_into,
     load_safetensors_checked,
     load_torch_checked,
-    warn_random_weights,
 )
+from fqgan_dist.weights.tensors import hash_tensors, load_into, warn_random_weights
 
-PUBLISHED_RESOLUTION = 299
-"""Input side of the published network, pixels."""
 FEATURE_DIM = 2048
 """Size of the features."""
-SMALLEST_RESOLUTION = 75
-"""Below this the last blocks have no pixel left."""
 _SHORT_HASH = 16
-
-
-class InceptionConfig(Config):
-    """Settings of the evaluator's network."""
-
-    weights: WeightsConfig
-    """`hub` takes torch-fidelity's file; a file holds the same tensors as safetensors."""
-    resolution: int = Field(default=PUBLISHED_RESOLUTION, ge=SMALLEST_RESOLUTION, le=1024)
-    """Side that images are resized to, pixels; other than 299 it is another evaluator."""
 
 
 class _InceptionNetwork(FeatureExtractorInceptionV3):

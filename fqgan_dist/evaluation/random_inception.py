@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from fqgan_dist.randomness import numpy_generator
-from fqgan_dist.weights import draw_normal
+from fqgan_dist.weights.tensors import draw_normal
 
 STEM_BIAS = 1.0
 """BatchNorm bias before the first Mixed block, in standard deviations."""

@@ -16,8 +16,8 @@ from fqgan_dist.orchestration.authentication import (
     TOKEN_PATH_VARIABLE,
     TOKEN_VARIABLE,
 )
+from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.orchestration.nodes import list_nodes
-from fqgan_dist.stages.execution import RayConfig
 
 logger = logging.getLogger(__name__)
 

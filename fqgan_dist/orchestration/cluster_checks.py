@@ -15,11 +15,11 @@ from fqgan_dist.diagnosis.results import CLUSTER, RAY
 from fqgan_dist.diagnosis.verdict import Check, Verdict, failed, judge, ok, run_checks, warning
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.cluster import connected_cluster
+from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.orchestration.node_network import CLOCKS, NETWORK, check_clocks, check_network
 from fqgan_dist.orchestration.nodes import list_nodes, run_on_every_node
 from fqgan_dist.orchestration.shared_root import shared_root
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.execution import RayConfig
 from fqgan_dist.stages.placement import used_pools
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from fqgan_dist.errors import ClusterError
-from fqgan_dist.stages.execution import PoolConfig
+from fqgan_dist.orchestration.config import PoolConfig
 
 
 class ChunkQueue:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import ray
 
-from fqgan_dist.stages.execution import ProcessResources
+from fqgan_dist.orchestration.config import ProcessResources
 
 
 def describe_shortage(needs: ProcessResources) -> str:

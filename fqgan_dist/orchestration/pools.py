@@ -25,10 +25,10 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from fqgan_dist.chunks import ChunkWork, RunChunks, find_pending
 from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.pool_actor import ActorPlace, Failure, PoolActor, PoolTask
 from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
 from fqgan_dist.orchestration.pool_shortage import describe_shortage
-from fqgan_dist.stages.execution import PoolConfig
 from fqgan_dist.telemetry.observer import Observer
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch
 from fqgan_dist.chunks import ChunkWork, RunChunks
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
+from fqgan_dist.orchestration.config import ProcessResources
 from fqgan_dist.orchestration.driver import (
     finish,
     open_checked_run,
@@ -27,7 +28,6 @@ from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
 from fqgan_dist.sharding.tasks import ShardWork
 from fqgan_dist.stages.config import RunConfig, StorageConfig
-from fqgan_dist.stages.execution import ProcessResources
 from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
 from fqgan_dist.stages.stage import Stage

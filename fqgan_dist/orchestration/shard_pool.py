@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
+from fqgan_dist.orchestration.config import PoolConfig, RayConfig
 from fqgan_dist.sharding.listing import SourceListing
-from fqgan_dist.stages.execution import PoolConfig, RayConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 

@@ -25,6 +25,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.config import TrainWorkersConfig
 from fqgan_dist.orchestration.failures import (
     describe_loss,
     explain_failure,
@@ -33,7 +34,6 @@ from fqgan_dist.orchestration.failures import (
 )
 from fqgan_dist.orchestration.shared_root import SharedRoot
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.execution import TrainWorkersConfig
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.training.run import train_stage
 from fqgan_dist.world import World

@@ -11,9 +11,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from fqgan_dist.config import Config
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS, decode_image
 from fqgan_dist.data.index import SourceProblem
-from fqgan_dist.data.views import ViewConfig, apply_view
+from fqgan_dist.data.views import apply_view
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import printable
 

@@ -39,7 +39,7 @@ from fqgan_dist.stages.samples import Samples
 from fqgan_dist.stages.shards import DatasetIds
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer import TrainedTokenizer
-from fqgan_dist.stages.weights import is_missing
+from fqgan_dist.weights.staging import is_missing
 
 logger = logging.getLogger(__name__)
 

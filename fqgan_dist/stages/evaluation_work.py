@@ -30,10 +30,10 @@ from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import compute_features, load_same_teachers
 from fqgan_dist.stages.tokenizer import TrainedTokenizer, decode_in_batches, load_tokenizer
-from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher
 from fqgan_dist.tokenizer.losses import info_nce_loss
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
+from fqgan_dist.weights.staging import resolve_weights
 
 NUM_FIGURE_IMAGES = 12
 SAMPLES_PER_CLASS = 4

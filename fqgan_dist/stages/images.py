@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.index import SampleTable, ShardEntry, load_samples
 from fqgan_dist.data.loader import iterate_shard
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.view_loading import load_views
-from fqgan_dist.data.views import CropRecord, ViewConfig
+from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.reconstruction import compute_psnr
 from fqgan_dist.stages.shards import open_dataset

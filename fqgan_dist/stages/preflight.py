@@ -17,7 +17,7 @@ from fqgan_dist.stages.placement import (
     training_stages,
 )
 from fqgan_dist.stages.stage import RunContext, Stage, StageNotFinishedError
-from fqgan_dist.stages.weights import is_missing
+from fqgan_dist.weights.staging import is_missing
 
 
 def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqgan_dist.autoregressive.config import SamplesConfig
 from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.chunks import RunChunks
@@ -20,7 +21,6 @@ from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.stages.autoregressive import TrainedGenerator, load_model
-from fqgan_dist.stages.config import SamplesConfig
 from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fqgan_dist.chunks import RunChunks
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_pinned_index
 from fqgan_dist.errors import ConfigError
@@ -19,7 +20,7 @@ from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
-from fqgan_dist.sharding.sources.opening import BUILTIN_PHOTOGRAPHS, open_source
+from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 

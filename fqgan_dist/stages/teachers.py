@@ -24,8 +24,8 @@ from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
-from fqgan_dist.stages.weights import resolve_weights
 from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
+from fqgan_dist.weights.staging import resolve_weights
 
 _FOLDER = "features"
 

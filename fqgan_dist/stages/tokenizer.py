@@ -18,16 +18,19 @@ from fqgan_dist.stages.shards import DatasetIds, dataset_prefix
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import FeatureIds, build_online_teachers, feature_store
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
-from fqgan_dist.stages.training import load_weights, training_settings
+from fqgan_dist.stages.training import (
+    load_weights,
+    training_settings,
+)
 from fqgan_dist.stages.training_plan import plan_tokenizer
 from fqgan_dist.stages.training_stage import TrainedWeights, TrainingStage
-from fqgan_dist.stages.weights import bring_file
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.engines import build_engine
 from fqgan_dist.training.trainer import TrainingResult
+from fqgan_dist.weights.staging import bring_file
 
 
 class TrainedTokenizer(TrainedWeights):

@@ -11,15 +11,13 @@ from contextlib import AbstractContextManager
 
 import torch
 from einops import rearrange
-from pydantic import Field
 from torch import Tensor, nn
 
-from fqgan_dist.config import Config
 from fqgan_dist.data.decoding import to_float
 from fqgan_dist.data.loader import ImageBatch
 from fqgan_dist.loss_group import ALONE, LossGroup, build_loss_group
 from fqgan_dist.randomness import keyed_torch_rng
-from fqgan_dist.tokenizer.config import TokenizerConfig
+from fqgan_dist.tokenizer.config import TokenizerConfig, TokenizerLossConfig
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.losses import (
     disentanglement_loss,
@@ -41,29 +39,6 @@ from fqgan_dist.training.task import Parts
 STAGE = "tokenizer"
 TeacherFeatures = Callable[[Tensor], dict[str, Tensor]]
 """Maps images (B, 3, H, W) in [-1, 1] to features (B, F) by teacher name."""
-
-
-class TokenizerLossConfig(Config):
-    """Weights of the tokenizer's losses; the defaults are the released recipe's."""
-
-    reconstruction_weight: float = Field(default=1.0, ge=0)
-    """Mean squared error on [-1, 1] images."""
-    perceptual_weight: float = Field(default=1.0, ge=0)
-    """LPIPS."""
-    adversarial_weight: float = Field(default=0.5, ge=0)
-    """Of both sides of the GAN, from `discriminator_start_step` on."""
-    discriminator_start_step: int = Field(default=20_000, ge=1)
-    """First step in which the discriminator takes part."""
-    codebook_weight: float = Field(default=1.0, ge=0)
-    """Moves codes towards features."""
-    commitment_weight: float = Field(default=0.25, ge=0)
-    """Moves features towards codes."""
-    entropy_weight: float = Field(default=0.03, ge=0)
-    """Sharp assignments, even use; in the released scripts, not in the paper."""
-    semantic_weight: float = Field(default=0.5, ge=0)
-    """Lambda 2, per semantic codebook."""
-    disentanglement_weight: float = Field(default=0.1, ge=0)
-    """Lambda 1."""
 
 
 class DiscriminatorPasses(nn.Module):

@@ -25,7 +25,7 @@ from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.task import Task
 from fqgan_dist.training.trainer import Trainer, TrainingResult
-from fqgan_dist.weights import hash_tensors
+from fqgan_dist.weights.tensors import hash_tensors
 
 BatchT = TypeVar("BatchT")
 

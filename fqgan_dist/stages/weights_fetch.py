@@ -23,17 +23,16 @@ from torch import Tensor
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError, DataError, FqganError
-from fqgan_dist.evaluation.inception import InceptionConfig, build_inception
+from fqgan_dist.evaluation.config import InceptionConfig
+from fqgan_dist.evaluation.inception import build_inception
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.clip import build_clip
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
-from fqgan_dist.tokenizer.perceptual import (
-    PerceptualConfig,
-    build_perceptual_loss,
-    copy_backbone_weights,
-)
-from fqgan_dist.weights import WeightsConfig, load_safetensors_checked
+from fqgan_dist.tokenizer.config import PerceptualConfig
+from fqgan_dist.tokenizer.perceptual import build_perceptual_loss, copy_backbone_weights
+from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import load_safetensors_checked
 
 State = Literal["written", "kept", "not needed", "failed"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.teachers.config import ClipArchitecture, ClipTeacherConfig
 from fqgan_dist.teachers.random_weights import SHARP_GAIN, fill_positions, fill_random
-from fqgan_dist.weights import load_into, load_safetensors_checked, load_torch_checked
+from fqgan_dist.weights.files import load_safetensors_checked, load_torch_checked
+from fqgan_dist.weights.tensors import load_into
 
 HUB_TAG = "openai"
 """open_clip's name of the published weights that FQGAN uses."""

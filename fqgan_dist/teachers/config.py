@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from fqgan_dist.config import Config
-from fqgan_dist.weights import WeightsConfig
+from fqgan_dist.weights.config import WeightsConfig
 
 
 def _check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
@@ -138,3 +138,14 @@ def _check_named_for_hub(architecture: str | Config, weights: WeightsConfig) -> 
             "weights.source: 'hub' has no network of these sizes - expected a file or 'random' - "
             "or name a published architecture"
         )
+
+
+class TeachersConfig(Config):
+    """Frozen encoders that supervise the semantic codebooks."""
+
+    networks: tuple[TeacherConfig, ...] = ()
+    """One for each semantic codebook, which refers to it by its name."""
+    precompute: bool = True
+    """Store the features of every view first; otherwise they are computed in the training step."""
+    batch_size: int = Field(default=64, gt=0)
+    """Images per forward pass."""

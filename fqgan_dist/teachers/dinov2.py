@@ -16,7 +16,8 @@ from transformers.utils.hub import cached_file
 from fqgan_dist.errors import DataError
 from fqgan_dist.teachers.config import Dinov2Architecture, Dinov2TeacherConfig
 from fqgan_dist.teachers.random_weights import SHARP_GAIN, fill_positions, fill_random
-from fqgan_dist.weights import check_same_network, load_safetensors_checked
+from fqgan_dist.weights.files import load_safetensors_checked
+from fqgan_dist.weights.tensors import check_same_network
 
 _WEIGHTS_FILE = "model.safetensors"
 

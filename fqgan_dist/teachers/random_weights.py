@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fqgan_dist.weights import draw_normal
+from fqgan_dist.weights.tensors import draw_normal
 
 GainFn = Callable[[str], float]
 """Parameter name -> its standard deviation times the root of its fan-in; 0 sets it to zero."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.teachers.clip import build_clip, find_clip_sizes
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
-from fqgan_dist.weights import hash_tensors, warn_random_weights
+from fqgan_dist.weights.tensors import hash_tensors, warn_random_weights
 
 _FINGERPRINT_VERSION = 1
 """Raised when the features of equal settings and weights change."""

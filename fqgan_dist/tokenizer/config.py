@@ -6,10 +6,9 @@ Source: FQGAN, arXiv 2411.16681, sizes from the released code; LlamaGen's VQ-16 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
-from torch import nn
 
 from fqgan_dist.config import Config
 
@@ -17,6 +16,20 @@ GROUP_NORM_EPS = 1e-6
 """Epsilon of every GroupNorm; torch's default of 1e-5 is not the released models'."""
 LAYER_NORM_EPS = 1e-5
 """Epsilon of every LayerNorm in adapters and feature heads."""
+TORCH_NAMES = (
+    "add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double "
+    "dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter "
+    "get_submodule half ipu items keys load_state_dict modules mtia named_buffers named_children "
+    "named_modules named_parameters parameters pop register_backward_hook register_buffer "
+    "register_forward_hook register_forward_pre_hook register_full_backward_hook "
+    "register_full_backward_pre_hook register_load_state_dict_post_hook "
+    "register_load_state_dict_pre_hook register_module register_parameter "
+    "register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state "
+    "set_submodule share_memory state_dict to to_empty train training type update values xpu "
+    "zero_grad"
+)
+"""What no codebook may be called: an `nn.ModuleDict` keeps these names for itself. Written out, so
+that a config is read without importing torch; a test compares it with torch's own."""
 
 
 class AdapterConfig(Config):
@@ -49,7 +62,7 @@ class CodebookConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if hasattr(nn.ModuleDict, self.name) or self.name == "training":
+        if self.name in TORCH_NAMES.split():
             raise ValueError(
                 f"name: {self.name!r} is a name that torch keeps for itself; rename it"
             )
@@ -166,3 +179,67 @@ class TokenizerConfig(Config):
             for name, count in counts.items()
             if count > 1
         ]
+
+
+class DiscriminatorConfig(Config):
+    """Architecture of the patch discriminator."""
+
+    base_channels: PositiveInt = 64
+    """Channels of the first convolution; they double per layer, up to 8 times as many."""
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Convolutions with BatchNorm after the first; all but the last halve the size."""
+
+
+class PerceptualConfig(Config):
+    """The frozen network whose features are compared."""
+
+    network: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """VGG16 (the paper's), AlexNet or SqueezeNet 1.1."""
+    weights: str = "torchvision"
+    """`torchvision` (ImageNet weights from its cache or download), `random` (seeded; for trials
+    without weights, not comparable with published numbers), or a .safetensors file of torchvision's
+    state dict."""
+    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected sha256 of the weights file in hexadecimal; None accepts any file."""
+    dropout: bool = True
+    """Whether half of the differences are dropped in train mode, as in the released training."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the weights are a safetensors file, local or remote."""
+        return self.weights not in ("torchvision", "random")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        is_file = self.is_file
+        if is_file and not self.weights.endswith(".safetensors"):
+            raise ValueError(
+                f"weights: {self.weights!r} is no source of weights; expected 'torchvision', "
+                "'random' or a file that ends in .safetensors"
+            )
+        if self.weights_sha256 is not None and not is_file:
+            raise ValueError(f"weights_sha256: has no effect on {self.weights!r}; remove it")
+        return self
+
+
+class TokenizerLossConfig(Config):
+    """Weights of the tokenizer's losses; the defaults are the released recipe's."""
+
+    reconstruction_weight: float = Field(default=1.0, ge=0)
+    """Mean squared error on [-1, 1] images."""
+    perceptual_weight: float = Field(default=1.0, ge=0)
+    """LPIPS."""
+    adversarial_weight: float = Field(default=0.5, ge=0)
+    """Of both sides of the GAN, from `discriminator_start_step` on."""
+    discriminator_start_step: int = Field(default=20_000, ge=1)
+    """First step in which the discriminator takes part."""
+    codebook_weight: float = Field(default=1.0, ge=0)
+    """Moves codes towards features."""
+    commitment_weight: float = Field(default=0.25, ge=0)
+    """Moves features towards codes."""
+    entropy_weight: float = Field(default=0.03, ge=0)
+    """Sharp assignments, even use; in the released scripts, not in the paper."""
+    semantic_weight: float = Field(default=0.5, ge=0)
+    """Lambda 2, per semantic codebook."""
+    disentanglement_weight: float = Field(default=0.1, ge=0)
+    """Lambda 1."""

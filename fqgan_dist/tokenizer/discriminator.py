@@ -7,28 +7,17 @@ Source: pix2pix's PatchGAN as in VQGAN and FQGAN (reference/fqgan.md, section 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from fqgan_dist.config import Config
 from fqgan_dist.loss_group import ALONE, LossGroup
+from fqgan_dist.tokenizer.config import DiscriminatorConfig
 from fqgan_dist.tokenizer.synchronized_batch_norm import synchronized_batch_norm
 
 BATCH_NORM_MOMENTUM = 0.1
 """Share of each forward pass's statistics in the running ones."""
-
-
-class DiscriminatorConfig(Config):
-    """Architecture of the patch discriminator."""
-
-    base_channels: PositiveInt = 64
-    """Channels of the first convolution; they double per layer, up to 8 times as many."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
-    """Convolutions with BatchNorm after the first; all but the last halve the size."""
 
 
 class RecordingBatchNorm(nn.BatchNorm2d):

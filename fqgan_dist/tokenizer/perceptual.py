@@ -11,56 +11,21 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fqgan_dist.config import Config
+from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.precision import full_precision
-from fqgan_dist.weights import (
+from fqgan_dist.weights.files import (
     download_torch_file,
-    draw_normal,
-    load_into,
     load_safetensors_checked,
     load_torch_checked,
-    warn_random_weights,
 )
+from fqgan_dist.weights.tensors import draw_normal, load_into, warn_random_weights
 
 _NORMALIZE_EPS = 1e-10
-
-
-class PerceptualConfig(Config):
-    """The frozen network whose features are compared."""
-
-    network: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """VGG16 (the paper's), AlexNet or SqueezeNet 1.1."""
-    weights: str = "torchvision"
-    """`torchvision` (ImageNet weights from its cache or download), `random` (seeded; for trials
-    without weights, not comparable with published numbers), or a .safetensors file of torchvision's
-    state dict."""
-    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Expected sha256 of the weights file in hexadecimal; None accepts any file."""
-    dropout: bool = True
-    """Whether half of the differences are dropped in train mode, as in the released training."""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the weights are a safetensors file, local or remote."""
-        return self.weights not in ("torchvision", "random")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        is_file = self.is_file
-        if is_file and not self.weights.endswith(".safetensors"):
-            raise ValueError(
-                f"weights: {self.weights!r} is no source of weights; expected 'torchvision', "
-                "'random' or a file that ends in .safetensors"
-            )
-        if self.weights_sha256 is not None and not is_file:
-            raise ValueError(f"weights_sha256: has no effect on {self.weights!r}; remove it")
-        return self
 
 
 class PerceptualLoss(nn.Module):

@@ -23,7 +23,7 @@ from fqgan_dist.training.checkpoint_format import (
     checkpoint_folder,
     parse_manifest,
 )
-from fqgan_dist.training.checkpoint_rotation import RetentionPolicy, read_log, rotate
+from fqgan_dist.training.checkpoint_rotation import read_log, rotate
 from fqgan_dist.training.commit_log import (
     CommitLog,
     CommitRecord,
@@ -31,6 +31,7 @@ from fqgan_dist.training.commit_log import (
     PruneRecord,
     sha256_hex,
 )
+from fqgan_dist.training.config import RetentionPolicy
 
 __all__ = [
     "Attempt",

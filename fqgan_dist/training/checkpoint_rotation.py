@@ -6,11 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
-from pydantic import Field
-
-from fqgan_dist.config import Config
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import (
@@ -28,23 +24,11 @@ from fqgan_dist.training.commit_log import (
     StartRecord,
     utc_now,
 )
+from fqgan_dist.training.config import RetentionPolicy
 
 logger = logging.getLogger(__name__)
 
 ReadManifest = Callable[[CommitRecord], Manifest]
-
-
-class RetentionPolicy(Config):
-    """What rotation keeps; a checkpoint stays if any rule names it, and the newest always does."""
-
-    keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints; with 1 there is nothing to fall back to if the newest is damaged."""
-    keep_every: int | None = Field(default=None, gt=0)
-    """Keep steps that are multiples of this; None keeps none of them."""
-    best_metric: str | None = None
-    """Metric whose best checkpoint is kept; None keeps none for its metrics."""
-    best_mode: Literal["min", "max"] = "min"
-    """Which end of the metric is best."""
 
 
 @dataclass(frozen=True)

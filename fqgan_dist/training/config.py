@@ -7,8 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fqgan_dist.config import Config
-from fqgan_dist.training.checkpoint_rotation import RetentionPolicy
-from fqgan_dist.training.schedule import ScheduleConfig
 from fqgan_dist.world import World
 
 
@@ -25,6 +23,41 @@ class OptimizerConfig(Config):
     """Per unit of learning rate."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up, then a constant, cosine or linear course; FQGAN and FAR use a constant."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    """Course after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly to its peak; 0 starts at the peak."""
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the decay ends, as a fraction of the peak; cosine and linear only."""
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> ScheduleConfig:
+        if self.kind == "constant" and self.min_ratio:
+            raise ValueError(
+                f"min_ratio: {self.min_ratio} has no effect with kind: constant; "
+                f"remove it, or choose kind: cosine or linear"
+            )
+        return self
+
+
+class RetentionPolicy(Config):
+    """What rotation keeps; a checkpoint stays if any rule names it, and the newest always does."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints; with 1 there is nothing to fall back to if the newest is damaged."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Keep steps that are multiples of this; None keeps none of them."""
+    best_metric: str | None = None
+    """Metric whose best checkpoint is kept; None keeps none for its metrics."""
+    best_mode: Literal["min", "max"] = "min"
+    """Which end of the metric is best."""
 
 
 class CheckpointConfig(Config):

@@ -3,33 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-from pydantic import Field, model_validator
-
-from fqgan_dist.config import Config
-
-
-class ScheduleConfig(Config):
-    """Linear warm-up, then a constant, cosine or linear course; FQGAN and FAR use a constant."""
-
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    kind: Literal["constant", "cosine", "linear"] = "constant"
-    """Course after the warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly to its peak; 0 starts at the peak."""
-    min_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where the decay ends, as a fraction of the peak; cosine and linear only."""
-
-    @model_validator(mode="after")
-    def _check_effect(self) -> ScheduleConfig:
-        if self.kind == "constant" and self.min_ratio:
-            raise ValueError(
-                f"min_ratio: {self.min_ratio} has no effect with kind: constant; "
-                f"remove it, or choose kind: cosine or linear"
-            )
-        return self
+from fqgan_dist.training.config import ScheduleConfig
 
 
 def compute_lr(config: ScheduleConfig, step: int, total_steps: int) -> float:

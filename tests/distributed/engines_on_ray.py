@@ -12,7 +12,7 @@ from typing import Any
 import engine_deepspeed_worker
 
 from fqgan_dist.orchestration.authentication import require_token
-from fqgan_dist.stages.execution import RayConfig, TrainWorkersConfig
+from fqgan_dist.orchestration.config import RayConfig, TrainWorkersConfig
 from fqgan_dist.world import World
 
 WORLD_SIZES = (1, 2, 3)

@@ -17,20 +17,20 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fqgan_dist.autoregressive import (
+from fqgan_dist.autoregressive.blocks import RmsNorm
+from fqgan_dist.autoregressive.config import (
     AutoregressiveConfig,
     AutoregressiveHeadConfig,
-    FactorizedTransformer,
     SamplingConfig,
-    compute_code_losses,
-    generate_codes,
 )
-from fqgan_dist.autoregressive.blocks import RmsNorm
+from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.published import (
     from_published_state_dict,
     map_published_key,
     to_published_state_dict,
 )
+from fqgan_dist.autoregressive.sampling import generate_codes
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 GOLDEN = Path(__file__).parent
 NUM_CODEBOOKS = {"dual": 2, "triple": 3}

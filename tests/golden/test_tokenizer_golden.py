@@ -20,24 +20,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fqgan_dist.tokenizer import (
-    CodebookConfig,
-    DiscriminatorConfig,
-    FactorizedTokenizer,
-    PatchDiscriminator,
-    TokenizerConfig,
-    TokenizerOutput,
+from fqgan_dist.tokenizer.config import CodebookConfig, DiscriminatorConfig, TokenizerConfig
+from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
+from fqgan_dist.tokenizer.losses import (
     disentanglement_loss,
     hinge_discriminator_loss,
     hinge_generator_loss,
     info_nce_loss,
-    nearest_codes,
 )
+from fqgan_dist.tokenizer.model import FactorizedTokenizer, TokenizerOutput
 from fqgan_dist.tokenizer.published import (
     from_published_state_dict,
     map_to_published_key,
     to_published_state_dict,
 )
+from fqgan_dist.tokenizer.quantizer import nearest_codes
 
 GOLDEN = Path(__file__).parent
 VISUAL = CodebookConfig(name="visual")

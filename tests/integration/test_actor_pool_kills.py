@@ -22,15 +22,15 @@ from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
+from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.stages.catalog import find_stage
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.execution import PoolConfig
 from fqgan_dist.stages.run import open_run, run_stage
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import TeacherWork
-from fqgan_dist.weights import WeightsConfig
+from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.world import World
 
 pytestmark = [

@@ -32,8 +32,8 @@ from support.pool_work import (
 from support.ray_clusters import start_head
 
 from fqgan_dist.errors import ClusterError, DataError
+from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.pools import open_pool
-from fqgan_dist.stages.execution import PoolConfig
 
 pytestmark = pytest.mark.ray
 
@@ -219,7 +219,7 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
         "from pathlib import Path\n"
         "from support import pool_work\n"
         "from fqgan_dist.orchestration.pools import open_pool\n"
-        "from fqgan_dist.stages.execution import PoolConfig\n"
+        "from fqgan_dist.orchestration.config import PoolConfig\n"
         "ray.cloudpickle.register_pickle_by_value(pool_work)\n"
         "ray.init(address=sys.argv[2])\n"
         "work = pool_work.GatedWork(Path(sys.argv[3]), 1)\n"

@@ -17,7 +17,7 @@ from fqgan_dist.diagnosis.storage import check_access, check_speed
 from fqgan_dist.diagnosis.verdict import Check, Verdict, run_checks
 from fqgan_dist.diagnosis.weights import check_file
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.weights import save_safetensors
+from fqgan_dist.weights.files import save_safetensors
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
 

@@ -19,6 +19,7 @@ from support.source_files import png, special_member
 from support.synthetic_shards import pack
 
 from data_tools.cli import main
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import (
     DatasetIndex,
     SampleTable,
@@ -29,7 +30,6 @@ from fqgan_dist.data.index import (
 )
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.tar_iteration import iterate_shard
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 

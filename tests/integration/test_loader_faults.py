@@ -17,11 +17,10 @@ from support.radosgw import S3_BUCKET, Gateway
 from support.tiny_shards import SIDE, colour_of, damage_samples, key_of, write_tiny_dataset
 
 from fqgan_dist.data.batches import ImageBatch
+from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.sample_reader import SampleReader
-from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 
@@ -186,7 +185,7 @@ import sys
 from pathlib import Path
 from fqgan_dist.data.index import load_index, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
-from fqgan_dist.data.shard_cache import ShardCacheConfig
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 

@@ -13,9 +13,9 @@ import torch
 from support.datasets import build_photographs
 from support.radosgw import S3_BUCKET
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.tar_iteration import iterate_shard
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 

@@ -15,9 +15,9 @@ import sys
 import time
 from dataclasses import dataclass
 
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_index, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
-from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.storage.storage import Storage
 
 _JOBS = 3

@@ -12,6 +12,7 @@ from typing import Any
 
 from fqgan_dist.chunks import ReportProgress, ignore_progress
 from fqgan_dist.config import parse_config
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import SourceListing
@@ -30,7 +31,7 @@ from fqgan_dist.sharding.sources.options import (
     check_effect,
 )
 from fqgan_dist.sharding.sources.parquet_table import PARQUET_SUFFIX, open_parquet
-from fqgan_dist.sharding.sources.photograph_crops import BUILTIN_PHOTOGRAPHS, list_photographs
+from fqgan_dist.sharding.sources.photograph_crops import list_photographs
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
 from fqgan_dist.sharding.sources.tar_archive import (
     COMPRESSED_SUFFIXES,

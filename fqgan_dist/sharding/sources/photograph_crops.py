@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.photographs import (
@@ -13,8 +14,6 @@ from fqgan_dist.sharding.photographs import (
     crop_photograph,
     sample_photographs,
 )
-
-BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 
 
 def list_photographs(split: str, config: PhotographsConfig) -> SourceListing:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fqgan_dist.autoregressive import (
+from fqgan_dist.autoregressive.config import (
     AutoregressiveConfig,
     AutoregressiveHeadConfig,
     FactorHeadConfig,
-    FactorizedTransformer,
     LinearHeadConfig,
     MlpHeadConfig,
 )
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fqgan_dist.autoregressive import FactorizedTransformer
 from fqgan_dist.autoregressive.blocks import (
     AttentionFn,
     FeedForward,
@@ -16,6 +15,7 @@ from fqgan_dist.autoregressive.blocks import (
     causal_attention,
     short_causal_attention,
 )
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.autoregressive import AutoregressiveConfig, LinearHeadConfig, MlpHeadConfig
+from fqgan_dist.autoregressive.config import AutoregressiveConfig, LinearHeadConfig, MlpHeadConfig
 from fqgan_dist.config import dump_config, load_config, parse_config
 from fqgan_dist.errors import ConfigError
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fqgan_dist.autoregressive import compute_code_losses
+from fqgan_dist.autoregressive.losses import compute_code_losses
 
 
 def compute_slowly(logits: Tensor, codes: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fqgan_dist.autoregressive import FactorizedTransformer
 from fqgan_dist.autoregressive.published import (
     find_published_weights,
     from_published_state_dict,
@@ -13,6 +12,7 @@ from fqgan_dist.autoregressive.published import (
     map_to_published_key,
     to_published_state_dict,
 )
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

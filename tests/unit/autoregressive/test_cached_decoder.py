@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fqgan_dist.autoregressive import FactorizedTransformer
 from fqgan_dist.autoregressive.decoding import CachedDecoder
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

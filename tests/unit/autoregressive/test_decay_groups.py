@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from fqgan_dist.autoregressive import FactorizedTransformer, decay_groups
+from fqgan_dist.autoregressive.optimization import decay_groups
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from fqgan_dist.autoregressive import FactorizedTransformer
 from fqgan_dist.autoregressive.blocks import TransformerBlock
 from fqgan_dist.autoregressive.heads import AutoregressiveHead, MlpHead
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.autoregressive import FactorizedTransformer, compute_code_losses
+from fqgan_dist.autoregressive.losses import compute_code_losses
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 
 BuildModel = Callable[..., FactorizedTransformer]
 

@@ -6,12 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fqgan_dist.autoregressive import (
-    FactorizedTransformer,
-    SamplingConfig,
-    draw_uniforms,
-    generate_codes,
-)
+from fqgan_dist.autoregressive.config import SamplingConfig
+from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
+from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError, NumericsError
 

@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.datasets import build_photographs
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.loader import CodeLoader, ImageBatch, ImageLoader
 from fqgan_dist.data.records import CodeStore, FeatureStore
 from fqgan_dist.data.tar_iteration import iterate_shard
-from fqgan_dist.data.views import CropRecord, ViewConfig, apply_view
+from fqgan_dist.data.views import CropRecord, apply_view
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.loss_group import LossGroup
 from fqgan_dist.storage.storage import Storage

@@ -24,11 +24,11 @@ from support.waiting import wait_until
 
 from fqgan_dist.data.batches import ImageBatch, LoadReport, Replacement, merge_reports
 from fqgan_dist.data.cache_folder import CacheFolder
+from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.records import FeatureStore
-from fqgan_dist.data.shard_cache import ShardCacheConfig
-from fqgan_dist.data.views import CropRecord, ViewConfig
+from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import DataError
 from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.storage.storage import Storage

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from support.tiny_shards import SIDE, colour_of, key_of, write_tiny_dataset
 
 from fqgan_dist.data.batches import ImageBatch
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.micro_batches import BatchPlan, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_threads
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.micro_batches import assign_slots
 from fqgan_dist.world import World

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_index, write_index
 from fqgan_dist.data.micro_batches import BatchPlan, ImageSource
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.storage.storage import Storage
 
 NUM_SHARDS, SHARD_SAMPLES = 10_000, 1_200

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from support.synthetic_shards import flip_byte, publish_dataset
 from support.waiting import wait_until
 
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
-from fqgan_dist.data.shard_cache import ShardCacheConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 

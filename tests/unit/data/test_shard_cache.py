@@ -16,8 +16,9 @@ from support.synthetic_shards import flip_byte, publish_dataset
 from support.waiting import wait_until
 
 from fqgan_dist.data.cache_folder import CacheFolder
+from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.data.shard_cache import ShardCache, ShardCacheConfig
+from fqgan_dist.data.shard_cache import ShardCache
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.storage import Storage
 
@@ -335,7 +336,8 @@ done
 exec "$2" -c '
 import logging, sys
 from fqgan_dist.data.index import load_index
-from fqgan_dist.data.shard_cache import ShardCache, ShardCacheConfig
+from fqgan_dist.data.config import ShardCacheConfig
+from fqgan_dist.data.shard_cache import ShardCache
 from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 

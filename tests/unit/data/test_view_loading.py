@@ -14,17 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as photographs
 
+from fqgan_dist.data.config import ViewConfig, ViewMode, ViewPolicy
 from fqgan_dist.data.decoding import decode_image, decode_jpeg, read_jpeg_header
 from fqgan_dist.data.view_loading import load_view, load_views
-from fqgan_dist.data.views import (
-    CropRecord,
-    ViewConfig,
-    ViewMode,
-    ViewPolicy,
-    apply_view,
-    num_views,
-    plan_resize,
-)
+from fqgan_dist.data.views import CropRecord, apply_view, num_views, plan_resize
 from fqgan_dist.errors import DataError
 
 POLICIES: tuple[ViewPolicy, ...] = ("random_crop_flip", "ten_crop", "center")

@@ -14,14 +14,8 @@ from pydantic import ValidationError
 from skimage import data as photographs
 from torchvision.transforms import functional
 
-from fqgan_dist.data.views import (
-    CropRecord,
-    ViewConfig,
-    apply_view,
-    cut,
-    num_views,
-    resize_short_side,
-)
+from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.views import CropRecord, apply_view, cut, num_views, resize_short_side
 from fqgan_dist.errors import DataError
 
 POLICIES = ("random_crop_flip", "ten_crop", "center")
@@ -135,7 +129,8 @@ def test_view_depends_on_seed_key_and_view_alone() -> None:
 def test_view_is_equal_in_another_process() -> None:
     code = (
         "import numpy as np, hashlib; from PIL import Image\n"
-        "from fqgan_dist.data.views import ViewConfig, apply_view\n"
+        "from fqgan_dist.data.config import ViewConfig\n"
+        "from fqgan_dist.data.views import apply_view\n"
         "p = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)\n"
         "c = ViewConfig(policy='random_crop_flip', image_size=16)\n"
         "x, r = apply_view(Image.fromarray(p), c, seed=1, key='a', view=2)\n"

@@ -12,7 +12,7 @@ from fqgan_dist.config import load_config
 from fqgan_dist.diagnosis.verdict import Verdict
 from fqgan_dist.diagnosis.weights import check_file, check_network, list_networks
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.weights import save_safetensors
+from fqgan_dist.weights.files import save_safetensors
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
 HUB = (

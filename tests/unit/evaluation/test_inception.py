@@ -12,16 +12,13 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.evaluation.fid import frechet_distance
-from fqgan_dist.evaluation.inception import (
-    InceptionConfig,
-    InceptionFeatures,
-    build_inception,
-    download_inception,
-)
+from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception, download_inception
 from fqgan_dist.evaluation.inception_score import compute_inception_score
 from fqgan_dist.evaluation.moments import Moments, compute_moments, fold
-from fqgan_dist.weights import WeightsConfig, save_safetensors
+from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import save_safetensors
 
 RESOLUTION = 75
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqgan_dist.errors import ClusterError
+from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
-from fqgan_dist.stages.execution import PoolConfig
 
 
 def make_queue(count: int = 3, max_failures: int = 2) -> ChunkQueue:

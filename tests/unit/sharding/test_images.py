@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import SourceProblem
-from fqgan_dist.data.views import ViewConfig, apply_view
+from fqgan_dist.data.views import apply_view
 from fqgan_dist.sharding.images import EncodedImage, ImagePolicy, make_image
 
 

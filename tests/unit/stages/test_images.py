@@ -6,9 +6,9 @@ import pytest
 import torch
 from support.datasets import build_photographs
 
+from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
-from fqgan_dist.data.views import ViewConfig
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.images import chunk_range, count_chunks, read_rows, read_shard
 from fqgan_dist.storage.storage import Storage
@@ -72,7 +72,6 @@ def test_read_shard_checks_the_hash(storage: Storage, tmp_path: Path) -> None:
     dataset = open_train(damaged, index)
     with pytest.raises(DataError, match="damaged"):
         list(read_shard(dataset, index.shards[0], CENTER, (0,), seed=0, batch_size=8))
-        )
 
 
 def test_rows_whose_bytes_are_not_those_of_the_table_are_refused(

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from fqgan_dist.autoregressive.sampling import SamplingConfig
-from fqgan_dist.stages.config import SamplesConfig
+from fqgan_dist.autoregressive.config import SamplesConfig, SamplingConfig
 from fqgan_dist.stages.samples import choose_labels
 
 BALANCED = SamplesConfig(count=600, chunk_size=10, sampling=SamplingConfig())

@@ -12,10 +12,10 @@ from support.datasets import build_photographs
 from support.stage_records import WEIGHTS, save_stage
 
 from fqgan_dist.config import load_config
+from fqgan_dist.data.config import ViewConfig, ViewMode
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.data.views import ViewConfig, ViewMode
 from fqgan_dist.stages.codes import CodesStage, CodeWork
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import center_view, read_shard

@@ -13,7 +13,8 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.teachers.clip import build_clip, download_clip, find_clip_sizes
 from fqgan_dist.teachers.config import ClipArchitecture, ClipTeacherConfig
 from fqgan_dist.teachers.teacher import build_teacher
-from fqgan_dist.weights import WeightsConfig, save_safetensors
+from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import save_safetensors
 
 SIZES = ClipArchitecture(
     image_size=64, patch_size=8, width=64, num_layers=3, num_heads=1, projection_dim=32

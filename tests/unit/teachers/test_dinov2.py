@@ -12,7 +12,8 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.teachers.config import Dinov2Architecture, Dinov2TeacherConfig
 from fqgan_dist.teachers.dinov2 import build_dinov2, download_dinov2
 from fqgan_dist.teachers.teacher import build_teacher
-from fqgan_dist.weights import WeightsConfig, load_safetensors_checked, save_safetensors
+from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import load_safetensors_checked, save_safetensors
 
 # Position embeddings of a larger image than the input, as the published networks have.
 SIZES = Dinov2Architecture(image_size=96, patch_size=8, width=48, num_layers=2, num_heads=4)

@@ -16,7 +16,7 @@ from fqgan_dist.teachers.config import (
     TeacherConfig,
 )
 from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
-from fqgan_dist.weights import WeightsConfig
+from fqgan_dist.weights.config import WeightsConfig
 
 SMALL_CLIP = ClipArchitecture(image_size=64, patch_size=8, width=64, num_layers=3, num_heads=4)
 SMALL_DINOV2 = Dinov2Architecture(image_size=64, patch_size=8, width=48, num_layers=3, num_heads=4)

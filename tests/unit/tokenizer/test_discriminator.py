@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fqgan_dist.tokenizer.discriminator import (
-    DiscriminatorConfig,
-    PatchDiscriminator,
-    RecordingBatchNorm,
-)
+from fqgan_dist.tokenizer.config import DiscriminatorConfig
+from fqgan_dist.tokenizer.discriminator import PatchDiscriminator, RecordingBatchNorm
 
 SMALL = DiscriminatorConfig(base_channels=4, num_layers=2)
 

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.tokenizer.perceptual import (
-    PerceptualConfig,
-    PerceptualLoss,
-    build_perceptual_loss,
-)
+from fqgan_dist.tokenizer.config import PerceptualConfig
+from fqgan_dist.tokenizer.perceptual import PerceptualLoss, build_perceptual_loss
 
 
 @pytest.fixture(scope="module")

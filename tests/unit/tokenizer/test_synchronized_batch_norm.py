@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fqgan_dist.loss_group import ALONE
-from fqgan_dist.tokenizer.discriminator import DiscriminatorConfig, PatchDiscriminator
+from fqgan_dist.tokenizer.config import DiscriminatorConfig
+from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.synchronized_batch_norm import synchronized_batch_norm
 
 EPS = 1e-5

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+from torch import nn
 
 from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.tokenizer.config import CodebookConfig, TokenizerConfig
+from fqgan_dist.tokenizer.config import TORCH_NAMES, CodebookConfig, TokenizerConfig
 
 CODEBOOKS = [{"name": "visual"}, {"name": "semantic", "teacher": "clip", "feature_dim": 64}]
 
@@ -56,3 +59,10 @@ def test_baseline_has_one_codebook_and_no_adapter() -> None:
     config = parse(codebooks=[{"name": "visual"}], adapter=None, codebook_size=32768)
     assert config.adapter is None
     assert config.codebooks == (CodebookConfig(name="visual"),)
+
+
+def test_the_names_that_torch_keeps_are_those_of_the_installed_torch() -> None:
+    kept = {name for name in dir(nn.ModuleDict()) if re.match(r"[a-z]", name)}
+    assert "training" in kept
+    # Other releases of torch that the library runs on have lost or not yet got a few of them.
+    assert kept - set(TORCH_NAMES.split()) == set()

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqgan_dist.tokenizer import (
+from fqgan_dist.tokenizer.config import (
     AdapterConfig,
     CodebookConfig,
-    FactorizedTokenizer,
     FeatureHeadConfig,
     TokenizerConfig,
 )
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
 CODEBOOKS = (
     CodebookConfig(name="visual"),

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fqgan_dist.errors import CheckpointError, ConfigError
-from fqgan_dist.tokenizer import (
+from fqgan_dist.tokenizer.config import (
     AdapterConfig,
     CodebookConfig,
-    FactorizedTokenizer,
     FeatureHeadConfig,
     TokenizerConfig,
 )
+from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.published import (
     from_published_state_dict,
     map_to_published_key,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
+from fqgan_dist.training.checkpoint import Attempt, CheckpointStore
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, canonical_json, sha256_hex
+from fqgan_dist.training.config import RetentionPolicy
 
 PREFIX = "tokenizer/checkpoints"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
+from fqgan_dist.training.checkpoint import Attempt, CheckpointStore
+from fqgan_dist.training.config import RetentionPolicy
 
 PREFIX = "checkpoints"
 STEPS = range(1, 5)
@@ -166,7 +167,8 @@ def test_a_crash_at_any_storage_operation_loses_nothing_confirmed(
 WRITER = """
 import sys, torch
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint import CheckpointStore, RetentionPolicy
+from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.config import RetentionPolicy
 store = CheckpointStore(Storage(sys.argv[1]), "checkpoints", retention=RetentionPolicy(keep_last=2))
 attempt = store.begin_attempt()
 loaded = store.load_latest()

@@ -8,7 +8,8 @@ import torch
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, RetentionPolicy
+from fqgan_dist.training.checkpoint import Attempt, CheckpointStore
+from fqgan_dist.training.config import RetentionPolicy
 
 PREFIX = "checkpoints"
 

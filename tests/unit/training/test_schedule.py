@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from fqgan_dist.training.schedule import ScheduleConfig, compute_lr
+from fqgan_dist.training.config import ScheduleConfig
+from fqgan_dist.training.schedule import compute_lr
 
 
 def test_constant_is_the_peak_at_every_step() -> None:

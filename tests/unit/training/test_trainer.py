@@ -20,12 +20,17 @@ from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records
 from fqgan_dist.telemetry.metrics import MetricsWriter, Record, metric_series, read_metrics
 from fqgan_dist.telemetry.progress import track
 from fqgan_dist.training.checkpoint import CheckpointStore
-from fqgan_dist.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from fqgan_dist.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import accumulate
 from fqgan_dist.training.engine_plain import PlainEngine
 from fqgan_dist.training.micro_batches import Slot, assign_slots
-from fqgan_dist.training.schedule import ScheduleConfig, compute_lr
+from fqgan_dist.training.schedule import compute_lr
 from fqgan_dist.training.task import Parts
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.world import World

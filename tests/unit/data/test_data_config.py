@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fqgan_dist.stages.config import DataConfig
+from fqgan_dist.data.config import DataConfig
 
 
 def make_config(**changes: Any) -> DataConfig:

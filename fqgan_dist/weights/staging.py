@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.weights import WeightsConfig
+from fqgan_dist.weights.config import WeightsConfig
 
 
 def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:

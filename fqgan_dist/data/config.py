@@ -1,0 +1,158 @@
+"""Settings of the images: where they come from, how they are viewed, read and kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fqgan_dist.config import Config
+from fqgan_dist.errors import ConfigError
+
+BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
+ViewMode = Literal["reference", "fast"]
+
+
+class ViewConfig(Config):
+    """How images are cropped."""
+
+    policy: ViewPolicy
+    """`random_crop_flip`: a random scale, place and mirroring per view. `ten_crop`: views 0-4 are
+    the corners (top left, top right, bottom left, bottom right) and the centre of a larger centre
+    crop, 5-9 the same of its mirror image. `center`: the one centre crop."""
+    image_size: int = Field(ge=1)
+    """Side of the crop in pixels."""
+    max_resize_ratio: float = Field(default=1.25, ge=1)
+    """random_crop_flip: the short side is uniform in image_size x [1, max_resize_ratio]."""
+    crop_ratio: float = Field(default=1.1, ge=1)
+    """ten_crop: side of the centre crop that the ten are taken from, over image_size."""
+    mode: ViewMode = "reference"
+    """`reference`: the pixels of the paper's augmentation, exactly. `fast`: the same crops, at 2 to
+    4 times the speed; the values differ by 0.1 of 255 on average, by 1 to 2 where the reference
+    halves an image (`fast_views` has the distribution). Features and codes are of one mode."""
+
+    @model_validator(mode="after")
+    def _check_used(self) -> ViewConfig:
+        users = {"max_resize_ratio": "random_crop_flip", "crop_ratio": "ten_crop"}
+        for name, policy in users.items():
+            default = type(self).model_fields[name].default
+            if self.policy != policy and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r} has no effect with policy {self.policy!r}; "
+                    f"leave it out, or choose policy {policy!r}"
+                )
+        return self
+
+    @property
+    def ten_crop_side(self) -> int:
+        """Side of the centre crop that ten crops are taken from, in pixels."""
+        return int(self.image_size * self.crop_ratio)
+
+
+class ShardCacheConfig(Config):
+    """A cache of shards on a disk of the machine, shared by its processes and by several jobs."""
+
+    folder: Path | None = None
+    """Folder on a local disk; None: `fqgan_dist/shards` in the user's cache folder
+    (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    max_gib: float = Field(default=200.0, gt=0)
+    """What all shards in the folder may take together, those of other jobs included."""
+    min_free_gib: float = Field(default=10.0, ge=0)
+    """What is left free on the folder's disk."""
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _check_folder(cls, folder: object) -> object:
+        if isinstance(folder, str) and "://" in folder:
+            raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
+        return folder
+
+    def find_folder(self) -> Path:
+        """Return the folder, absolute.
+
+        Raises:
+            ConfigError: it is not given and the user has no home.
+        """
+        if self.folder is not None:
+            return self.folder.expanduser().absolute()
+        try:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError as error:
+            raise ConfigError(
+                "data.cache.folder: None, but the user has no home folder; name a folder"
+            ) from error
+        return Path(base).absolute() / "fqgan_dist" / "shards"
+
+
+class DataConfig(Config):
+    """Training and validation images."""
+
+    source: str
+    """Image folder, tar(.gz), zip, WebDataset shards (a folder, or `x-{000..146}.tar`), parquet, or
+    a CSV/JSONL list of files; a path or s3://. Or `builtin:photographs`."""
+    validation_source: str | None = None
+    """Held-out images; None: `val` beside `source` if it is called `train`, else a share of it."""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of `source` that is held out where it has no validation images beside it."""
+    seed: int = 0
+    """Key of the shards' permutation, the held-out share, the sample order and the views."""
+    name: str = Field(default="images", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Folder of the shards under the storage root's `data/`."""
+    samples_per_shard: int = Field(default=1000, gt=0)
+    """Images per tar file."""
+    short_side: int | None = Field(default=None, gt=0)
+    """Resize training images so that the short side has this many pixels; None keeps the bytes."""
+    crops_per_photograph: int = Field(default=128, gt=0)
+    """With `builtin:photographs`: training crops of each."""
+    views: ViewConfig
+    """How training images are augmented."""
+    num_views: int | None = Field(default=None, gt=0)
+    """Distinct views per image; epoch e uses view e mod num_views. None: a new view every epoch."""
+    window_shards: int = Field(default=8, gt=0)
+    """Shards whose samples are shuffled together."""
+    loader_workers: int = Field(default=0, ge=0)
+    """Decoding processes per train worker; 0 decodes in a thread."""
+    on_damage: Literal["replace", "fail"] = "replace"
+    """What a training image with wrong bytes, or that cannot be decoded, does. `replace`: another
+    image, fixed by data.seed and its place in the order, is trained on instead, which a warning and
+    the stage's damaged_samples.jsonl say; `fail`: training stops."""
+    max_damaged_in_a_row: int = Field(default=5, ge=2)
+    """With `replace`: as many damaged images one after another, replacements included, fail."""
+    cache: ShardCacheConfig | None = None
+    """Local disk where training shards are kept; None reads every image from the storage. It only
+    pays where the storage is remote."""
+
+    @property
+    def damage_limit(self) -> int:
+        """Damaged images in a row that are an error."""
+        return 1 if self.on_damage == "fail" else self.max_damaged_in_a_row
+
+    @model_validator(mode="after")
+    def _check_damage(self) -> DataConfig:
+        default = type(self).model_fields["max_damaged_in_a_row"].default
+        if self.on_damage == "fail" and self.max_damaged_in_a_row != default:
+            raise ValueError(
+                f"max_damaged_in_a_row: {self.max_damaged_in_a_row} has no effect with on_damage: "
+                "'fail'; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> DataConfig:
+        if self.validation_source is None:
+            return self
+        if self.source == BUILTIN_PHOTOGRAPHS:
+            raise ValueError(
+                f"validation_source: {self.validation_source!r} has no effect with source: "
+                f"{self.source!r}, which brings its own; remove it"
+            )
+        default = type(self).model_fields["validation_fraction"].default
+        if self.validation_fraction != default:
+            raise ValueError(
+                f"validation_fraction: {self.validation_fraction} has no effect with "
+                f"validation_source: {self.validation_source!r}; remove one of them"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Weights that this project did not train in the run at hand: where from, checked, named."""

@@ -1,0 +1,101 @@
+"""Files of weights: what is read is what was hashed, and holds tensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fqgan_dist.errors import DataError
+
+
+def load_safetensors_checked(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file whose bytes are the expected ones.
+
+    The file is read once: what was hashed is what is parsed.
+
+    Raises:
+        DataError: the file is missing, has another sha256, or is not safetensors.
+    """
+    data = _read_checked(path, sha256)
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise DataError(
+            f"{path}: not a safetensors file ({error}) - expected weights saved by safetensors - "
+            "fetch the file again"
+        ) from error
+
+
+def load_torch_checked(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a `.pth` file that holds tensors only; used for what a hub has in no other format.
+
+    Raises:
+        DataError: the file is missing, has another sha256, or holds anything but tensors by name.
+    """
+    _read_checked(path, sha256)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise DataError(f"{path}: not a file of plain tensors ({error})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: holds {type(state).__name__} - expected tensors by name")
+    return dict(state)
+
+
+def download_torch_file(url: str, *, field: str) -> Path:
+    """Download a file into torch.hub's folder unless it is there; return it.
+
+    Args:
+        url: whose name ends in the first digits of the file's sha256, as torch.hub's do.
+        field: the setting that can name a file instead, for the error.
+
+    Raises:
+        DataError: the address cannot be reached, or the file is not the published one.
+    """
+    name = url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    hash_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{url}: cannot be downloaded ({error}) - expected access to the internet - run "
+            f"`fqgan weights fetch CONFIG to=DIR` where there is access, and set {field} to the "
+            "file it makes"
+        ) from error
+    return path
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write weights as one safetensors file; return its sha256 in hexadecimal."""
+    data = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    )
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_checked(path: Path, sha256: str | None) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: weights cannot be read ({error.strerror}) - name a file"
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise DataError(
+            f"{path}: sha256 is {found} - expected {sha256} - fetch the file again or correct "
+            "sha256"
+        )
+    return data
