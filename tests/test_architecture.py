@@ -19,11 +19,10 @@ from fqgan_dist.stages.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
 
-BASE, GROUND, SIBLING, USER, STAGES, REPORT, TOP = range(7)
+BASE, GROUND, SIBLING, WORK, USER, STAGES, REPORT, TOP = range(8)
 
 LEVELS = {
     "fqgan_dist": BASE,
-    "chunks": BASE,
     "config": BASE,
     "errors": BASE,
     "loss_group": BASE,
@@ -36,6 +35,7 @@ LEVELS = {
     "teachers": SIBLING,
     "telemetry": SIBLING,
     "tokenizer": SIBLING,
+    "chunks": WORK,
     "evaluation": USER,
     "sharding": USER,
     "training": USER,
@@ -50,6 +50,7 @@ LEVELS = {
 
 `report`, `diagnosis` and `data_tools` are top, but know nothing of `cli` and `orchestration`, which
 call them.
+`chunks` tells an observer of `telemetry` how far work is, and all that has work needs `chunks`.
 Base and top modules may import each other within their level.
 """
 
@@ -88,6 +89,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = find_modules()
+
+
 def find_imports(module: str, source: str, *, is_package: bool = False) -> Iterator[Import]:
     """Find every import of a module, at any depth, those for type checking included."""
     for node in ast.walk(ast.parse(source)):
@@ -99,8 +103,9 @@ def find_imports(module: str, source: str, *, is_package: bool = False) -> Itera
                 parent = resolve(module, origin, level, is_package)
                 for name in names:
                     # "from fqgan_dist import data" imports a part, not only the package.
-                    target = f"{parent}.{name.name}" if parent in PACKAGES else parent
-                    yield Import(module, target, node.lineno)
+                    inner = f"{parent}.{name.name}"
+                    is_module = parent in PACKAGES or inner in MODULES
+                    yield Import(module, inner if is_module else parent, node.lineno)
             case ast.Call(
                 func=ast.Attribute(attr="import_module")
                 | ast.Name(id="import_module" | "__import__"),
@@ -152,7 +157,7 @@ def is_inside(module: str, home: str) -> bool:
 def all_imports() -> list[Import]:
     return [
         found
-        for module, path in find_modules().items()
+        for module, path in MODULES.items()
         for found in find_imports(
             module, path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py"
         )
@@ -165,7 +170,7 @@ def test_imports_follow_the_table() -> None:
 
 
 def test_every_module_has_a_place_in_the_layout() -> None:
-    for module in find_modules():
+    for module in MODULES:
         level_of(module)
 
 
@@ -189,6 +194,9 @@ def test_every_module_has_a_place_in_the_layout() -> None:
         ("fqgan_dist.config", "from fqgan_dist.telemetry import metrics"),
         ("fqgan_dist.config", "from fqgan_dist.storage.storage import Storage"),
         ("fqgan_dist.storage.storage", "from fqgan_dist.data.index import DatasetIndex"),
+        ("fqgan_dist.telemetry.observer", "from fqgan_dist.chunks import ChunkWork"),
+        ("fqgan_dist.chunks", "from fqgan_dist.sharding.tasks import ShardWork"),
+        ("fqgan_dist.stages.codes", "from fqgan_dist.training import run"),
     ],
 )
 def test_the_table_forbids(module: str, source: str) -> None:
@@ -205,6 +213,8 @@ def test_the_table_forbids(module: str, source: str) -> None:
         ("fqgan_dist.training.trainer", "from fqgan_dist.tokenizer.model import X\nimport raylib"),
         ("fqgan_dist.data.loader", "from fqgan_dist.data.order import SampleOrder"),
         ("fqgan_dist.telemetry.log_files", "from fqgan_dist.storage.storage import Storage"),
+        ("fqgan_dist.chunks", "from fqgan_dist.telemetry.observer import Observer"),
+        ("fqgan_dist.sharding.tasks", "from fqgan_dist.chunks import ProcessLocalCaches"),
         ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
         ("fqgan_dist.world", "from fqgan_dist import __version__"),
     ],
@@ -262,7 +272,7 @@ def import_without_optional_packages(modules: list[str], folder: Path) -> tuple[
 
 def test_the_library_imports_without_ray_deepspeed_or_a_gpu() -> None:
     heavy = (*HOMES["ray"], *HOMES["deepspeed"])
-    modules = [name for name in find_modules() if not any(is_inside(name, home) for home in heavy)]
+    modules = [name for name in MODULES if not any(is_inside(name, home) for home in heavy)]
     status, errors = import_without_optional_packages(modules, ROOT)
     assert status == 0, errors
 
@@ -285,6 +295,6 @@ def test_every_config_loads(path: Path) -> None:
 
 
 def test_source_files_stay_small() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in find_modules().items()}
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     too_long = {name: length for name, length in lengths.items() if length > 500}
     assert not too_long, textwrap.shorten(f"split these files: {too_long}", 500)

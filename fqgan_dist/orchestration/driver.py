@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from fqgan_dist.chunks import ChunkWork, find_pending
+from fqgan_dist.chunks import run_in_processes
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
 from fqgan_dist.orchestration.registry import build_stage
@@ -30,7 +31,6 @@ from fqgan_dist.stages.run import (
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary, load_summary
 from fqgan_dist.telemetry.log_files import publish_log
-from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import render_summary
 from fqgan_dist.training.run import process_group
 from fqgan_dist.world import World
@@ -128,20 +128,8 @@ def run_stages(
 
 def run_stage_here(name: StageName, context: RunContext) -> None:
     """Run a stage in this process."""
-    run_stage(
-        build_stage(name, context), context, lambda work: run_chunks_here(work, context.observer)
-    )
-
-
-def run_chunks_here(work: ChunkWork, observer: Observer) -> None:
-    """Process the pending chunks of some work in this process."""
-    pending = find_pending(work)
-    total = sum(work.size(chunk) for chunk in work.chunks())
-    with observer.track(total, work.description, work.unit) as bar:
-        bar.skip(total - sum(work.size(chunk) for chunk in pending))
-        for chunk in pending:
-            work.process(chunk)
-            bar.advance(work.size(chunk))
+    run_chunks = partial(run_in_processes, observer=context.observer)
+    run_stage(build_stage(name, context), context, run_chunks)
 
 
 def finish(context: RunContext) -> Summary:

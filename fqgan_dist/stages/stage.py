@@ -101,6 +101,8 @@ class RunWork(ProcessLocalCaches):
 
     context: RunContext
     """The run that the work is part of; unpickled, it has chosen the device of its process."""
+    local_reason: str | None = None
+    """Stages read the run's storage, which all nodes see; see `ChunkWork`."""
 
     def set_up_process(self, role: str, number: int) -> None:
         """Set up torch, the log file and the console of a fresh process."""

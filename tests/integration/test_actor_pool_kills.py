@@ -18,7 +18,8 @@ import pytest
 import ray
 from ray import cloudpickle
 from support import pool_work
-from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_files, wait_until
+from support.observers import RecordingObserver
+from support.pool_work import TINY, Leash, LeashedWork, list_files, wait_until
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
