@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,37 @@ def test_imports_follow_the_table() -> None:
 def test_every_module_has_a_place_in_the_layout() -> None:
     for module in MODULES:
         level_of(module)
+
+
+def find_circle(imports: Iterable[Import]) -> list[str]:
+    """Give modules each of which imports the next, the last one being the first; else nothing."""
+    graph: dict[str, set[str]] = {}
+    for found in imports:
+        graph.setdefault(found.module, set()).add(found.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]  # it names who is imported first
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # Late imports count: a circle that they hide is one part in two files all the same.
+    assert " -> ".join(find_circle(all_imports())) == ""
+
+
+def test_the_search_finds_a_circle_through_a_late_import() -> None:
+    sources = {
+        "fqgan_dist.a": "from fqgan_dist.b import x",
+        "fqgan_dist.b": "from fqgan_dist.c import y",
+        "fqgan_dist.c": "def run():\n    from fqgan_dist.a import z",
+    }
+    found = [one for module, text in sources.items() for one in find_imports(module, text)]
+    circle = find_circle(found)
+    assert circle[0] == circle[-1]
+    assert set(circle) == set(sources)
+    assert set(pairwise(circle)) == {(one.module, one.imported) for one in found}
+    assert find_circle(found[:2]) == []
 
 
 @pytest.mark.parametrize(

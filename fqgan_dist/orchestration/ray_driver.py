@@ -14,7 +14,7 @@ import torch
 from fqgan_dist.chunks import ChunkWork, RunChunks, run_in_processes
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
-from fqgan_dist.orchestration.driver import (
+from fqgan_dist.orchestration.pipeline import (
     finish,
     open_checked_run,
     run_stage_here,
