@@ -11,14 +11,13 @@ from pathlib import Path
 import ray
 import torch
 
-from fqgan_dist.chunks import ChunkWork, RunChunks
+from fqgan_dist.chunks import ChunkWork, RunChunks, run_in_processes
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.config import ProcessResources
-from fqgan_dist.orchestration.driver import (
+from fqgan_dist.orchestration.pipeline import (
     finish,
     open_checked_run,
-    run_chunks_here,
     run_stage_here,
     run_stages,
 )
@@ -26,7 +25,6 @@ from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
 from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
-from fqgan_dist.sharding.tasks import ShardWork
 from fqgan_dist.stages.config import RunConfig, StorageConfig
 from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
@@ -95,14 +93,10 @@ def _run_stage(stage: Stage, root: SharedRoot, board: ProgressBoard) -> None:
 
 def _run_chunks(work: ChunkWork, *, in_pool: RunChunks, observer: Observer) -> None:
     """Process work in a pool, or in the driver where no other node can read its inputs."""
-    if isinstance(work, ShardWork) and is_attached() and not work.is_source_shared:
-        logger.warning(
-            "%s: the source is on this machine, or was unpacked here, so the driver makes the "
-            "shards alone; with a source in a bucket, or made by `fqgan-data shard` with "
-            "is_shared=true, all nodes would",
-            work.description,
-        )
-        run_chunks_here(work, observer)
+    # A Ray that was started here has all of its processes on this machine.
+    if is_attached() and work.local_reason is not None:
+        logger.warning("%s: the driver does it alone: %s", work.description, work.local_reason)
+        run_in_processes(work, observer=observer)
     else:
         in_pool(work)
 

@@ -13,7 +13,6 @@ from fqgan_dist.chunks import RunChunks
 from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
 from fqgan_dist.report.page import build_report
-from fqgan_dist.stages.catalog import build_stages
 from fqgan_dist.stages.evaluation import Evaluated, EvaluationStage, figure_file
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import (
@@ -22,6 +21,7 @@ from fqgan_dist.stages.stage import (
     StageNotFinishedError,
     StageOutcome,
     StageOutput,
+    build_stages,
 )
 from fqgan_dist.stages.stage_record import StageRecord
 from fqgan_dist.stages.summary import load_summary

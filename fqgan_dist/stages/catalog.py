@@ -1,18 +1,12 @@
 """The stages of a run, in the order in which they run: the one list of them.
 
-A new stage is its module, its settings and a line here. Everything else asks the stage's class,
-which is imported when it is needed: reading a config or showing a help text costs no torch.
+A new stage is its module, its settings and a line here. Everything else asks the stage's class
+(stage.py), which is imported when it is needed: a config or a help text costs no torch.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fqgan_dist.stages.config import RunConfig
-    from fqgan_dist.stages.stage import RunContext, Stage
 
 
 @dataclass(frozen=True)
@@ -27,11 +21,6 @@ class StageEntry:
     """What the subcommand does; entries of one command share it."""
     home: str
     """Where its class is, `module:Class`: not imported here, as the report stands above stages."""
-
-    def load(self) -> type[Stage]:
-        """Import the stage's class."""
-        module, _, name = self.home.partition(":")
-        return getattr(importlib.import_module(module), name)
 
 
 _TRAIN_HELP = "train the tokenizer and the generator, whichever is due"
@@ -75,18 +64,3 @@ STAGES: tuple[StageEntry, ...] = (
 def stage_names() -> tuple[str, ...]:
     """Return the names of all stages in the order in which they run."""
     return tuple(entry.name for entry in STAGES)
-
-
-def find_stage(name: str) -> type[Stage]:
-    """Import the class of a stage by its name."""
-    return next(entry for entry in STAGES if entry.name == name).load()
-
-
-def find_stages(config: RunConfig) -> list[type[Stage]]:
-    """Import the classes of the stages that a run names, in the order in which they run."""
-    return [entry.load() for entry in STAGES if entry.name in config.stages]
-
-
-def build_stages(context: RunContext) -> list[Stage]:
-    """Build all stages of a run, named by its config or not."""
-    return [entry.load()(context) for entry in STAGES]

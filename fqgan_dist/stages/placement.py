@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fqgan_dist.orchestration.config import PoolConfig, ProcessResources
-from fqgan_dist.stages.catalog import find_stages
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.stage import find_stages
 from fqgan_dist.stages.training_stage import TrainingStage
 
 

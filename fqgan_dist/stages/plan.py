@@ -6,12 +6,12 @@ nothing is downloaded, trained or written.
 
 from __future__ import annotations
 
-from fqgan_dist.stages.catalog import find_stages
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.shards import ShardsStage
+from fqgan_dist.stages.stage import find_stages
 from fqgan_dist.stages.stage_record import load_record, record_path
 from fqgan_dist.stages.teachers import stores_features
 from fqgan_dist.stages.training_plan import IMAGENET_IMAGES, Plan, plan_training

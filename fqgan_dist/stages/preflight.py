@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.stages.catalog import STAGES, build_stages, find_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.placement import (
     find_device_conflicts,
     planned_world_size,
     training_stages,
 )
-from fqgan_dist.stages.stage import RunContext, Stage, StageNotFinishedError
+from fqgan_dist.stages.stage import (
+    RunContext,
+    Stage,
+    StageNotFinishedError,
+    all_stages,
+    build_stages,
+    find_stage,
+)
 from fqgan_dist.weights.staging import is_missing
 
 
@@ -36,7 +42,7 @@ def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
         for problem in stage.find_rank_problems(config, world_size or planned_world_size(config))
     ]
     problems += find_device_conflicts(config)
-    stages = [entry.load() for entry in STAGES]
+    stages = all_stages()
     pools = {stage.pool for stage in stages if stage.runs_in == "pool"}
     problems += [
         f"ray.pools.{name}: has no effect, as there is no such pool; expected one of "

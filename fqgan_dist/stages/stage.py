@@ -5,6 +5,7 @@ A chunk (see `fqgan_dist.chunks`) is a shard, a view of a shard or a range of id
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
@@ -20,7 +21,8 @@ from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint
-from fqgan_dist.stages.catalog import find_stage
+from fqgan_dist.stages import catalog
+from fqgan_dist.stages.catalog import StageEntry
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage_record import (
     FOLDER,
@@ -137,6 +139,8 @@ class RunWork(ProcessLocalCaches):
 
     context: RunContext
     """The run that the work is part of; unpickled, it has chosen the device of its process."""
+    local_reason: str | None = None
+    """Stages read the run's storage, which all nodes see; see `ChunkWork`."""
 
     def set_up_process(self, role: str, number: int) -> None:
         """Set up torch, the log file and the console of a fresh process."""
@@ -272,6 +276,31 @@ class Stage(ABC):
     def _record_path(self, inputs: Mapping[str, Any]) -> str:
         is_one_of_many = self.records == "one_per_inputs"
         return record_path(self.name, fingerprint(inputs) if is_one_of_many else None)
+
+
+def find_stage(name: str) -> type[Stage]:
+    """Import the class of a stage by its name."""
+    return _load(next(entry for entry in catalog.STAGES if entry.name == name))
+
+
+def find_stages(config: RunConfig) -> list[type[Stage]]:
+    """Import the classes of the stages that a run names, in the order in which they run."""
+    return [stage for stage in all_stages() if stage.name in config.stages]
+
+
+def all_stages() -> list[type[Stage]]:
+    """Import the classes of all stages, in the order in which they run."""
+    return [_load(entry) for entry in catalog.STAGES]
+
+
+def build_stages(context: RunContext) -> list[Stage]:
+    """Build all stages of a run, named by its config or not."""
+    return [stage(context) for stage in all_stages()]
+
+
+def _load(entry: StageEntry) -> type[Stage]:
+    module, _, name = entry.home.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def configure_torch(config: RunConfig) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fqgan_dist.stages.catalog import build_stages
-from fqgan_dist.stages.stage import RunContext, StageNotFinishedError
+from fqgan_dist.stages.stage import RunContext, StageNotFinishedError, build_stages
 from fqgan_dist.stages.stage_record import StageRecord
 
 Summary = dict[str, dict[str, Any]]

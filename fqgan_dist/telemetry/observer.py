@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,8 +46,24 @@ class Observer(Protocol):
         ...
 
 
+class SilentObserver:
+    """Show nothing, for callers who do not want to know."""
+
+    def track(
+        self, total: int | None, description: str, unit: str
+    ) -> AbstractContextManager[ProgressBar]:
+        """Count units that nobody reads, see `Observer`."""
+        return nullcontext(ProgressBar(total, description, unit))
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: in one process the metrics file is at hand."""
+
+
+SILENT = SilentObserver()
+
+
 @dataclass(frozen=True)
-class LocalObserver:
+class LocalObserver(SilentObserver):
     """Show progress in this process: a live bar on a terminal, else log lines."""
 
     has_bar: bool = True
@@ -59,6 +75,3 @@ class LocalObserver:
         """Show the progress of the block, see `Observer`."""
         console = None if self.has_bar else Console(file=io.StringIO())
         return track(total, description, unit, console=console)
-
-    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Do nothing: in one process the metrics file is at hand."""

@@ -22,7 +22,6 @@ from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.loss_group import RANK_TIMEOUT
-from fqgan_dist.stages.catalog import find_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
@@ -32,7 +31,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
-from fqgan_dist.stages.stage import select_device
+from fqgan_dist.stages.stage import find_stage, select_device
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
 from fqgan_dist.world import World

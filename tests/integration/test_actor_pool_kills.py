@@ -18,17 +18,17 @@ import pytest
 import ray
 from ray import cloudpickle
 from support import pool_work
-from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_files, wait_until
+from support.observers import RecordingObserver
+from support.pool_work import TINY, Leash, LeashedWork, list_files, wait_until
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.orchestration.pools import open_pool
-from fqgan_dist.stages.catalog import find_stage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.run import open_run, run_stage
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import RunContext, find_stage
 from fqgan_dist.stages.teachers import TeacherWork
 from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.world import World

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fqgan_dist.stages.catalog import find_stage
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import RunContext, find_stage
 from fqgan_dist.stages.stage_record import StageRecord
 
 DATASETS = {"train": "d", "val": "v"}

@@ -6,7 +6,6 @@ import csv
 import io
 import tarfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from support.stage_records import DATASETS, WEIGHTS, save_stage
 
-from fqgan_dist.chunks import ChunkWork
+from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.config import load_config
 from fqgan_dist.data.tensor_files import TensorFiles
-from fqgan_dist.orchestration.driver import run_chunks_here
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.exports import EXPORT_FORMATS, ExportFormat, ExportsStage, export_samples
 from fqgan_dist.stages.run import check_static_inputs, is_stage_done
@@ -28,7 +26,6 @@ from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.stage_record import StageRecord, record_path, save_record
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.world import World
@@ -83,9 +80,7 @@ def samples(context: RunContext) -> TensorFiles:
 
 
 def export(context: RunContext, samples: TensorFiles, kind: ExportFormat) -> Path:
-    name = export_samples(
-        context, samples, kind, partial(run_chunks_here, observer=LocalObserver())
-    )
+    name = export_samples(context, samples, kind, run_in_processes)
     path = context.storage.local_path(name)
     assert path is not None
     return path
@@ -149,7 +144,7 @@ def test_killed_export_goes_on_at_its_chunk_and_gives_the_same_bytes(
 
     def go_on(work: ChunkWork) -> None:
         done.extend(chunk for chunk in work.chunks() if not work.is_done(chunk))
-        run_chunks_here(work, LocalObserver())
+        run_in_processes(work)
 
     export_samples(context, samples, kind, go_on)
     assert done == [1, 2]

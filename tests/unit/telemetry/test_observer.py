@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fqgan_dist.telemetry.observer import LocalObserver, Observer
+from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer
 
 
 def test_it_tracks_in_this_process_and_survives_pickling(
@@ -35,3 +35,18 @@ def test_without_a_bar_a_terminal_gets_log_lines(
     ):
         bar.advance(2)
     assert len(caplog.messages) == 1
+
+
+def test_a_silent_one_counts_and_shows_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    observer: Observer = pickle.loads(pickle.dumps(SILENT))
+    with caplog.at_level(logging.INFO), observer.track(4, "teachers", "images") as bar:
+        bar.advance(4)
+    observer.record_metrics("tokenizer", 1, {"tokenizer/loss/total": 0.5})
+    assert bar.progress().is_complete
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
