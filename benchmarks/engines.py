@@ -37,6 +37,7 @@ from fqgan_dist.randomness import torch_generator
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
+from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
@@ -44,7 +45,6 @@ from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.engines import build_engine
-from fqgan_dist.training.run import process_group
 from fqgan_dist.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +155,7 @@ def run_case(case: Case) -> Row:
     """Train, save, restore into a second task, and compare."""
     config, world = case.load_config(), World()
     training = getattr(config, case.stage).training
-    with process_group(config, world), tempfile.TemporaryDirectory() as folder:
+    with join_ranks(config, world), tempfile.TemporaryDirectory() as folder:
         device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
         build: Callable[..., Any] = {
             "tokenizer": build_tokenizer_task,

@@ -25,6 +25,7 @@ LEVELS = {
     "fqgan_dist": BASE,
     "chunks": BASE,
     "config": BASE,
+    "devices": BASE,
     "errors": BASE,
     "loss_group": BASE,
     "randomness": BASE,

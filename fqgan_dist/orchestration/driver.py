@@ -29,10 +29,10 @@ from fqgan_dist.stages.run import (
 )
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.summary import Summary, load_summary
+from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import render_summary
-from fqgan_dist.training.run import process_group
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _run_on_cluster(config: RunConfig) -> Summary:
 
 def _run_here(config: RunConfig) -> Summary:
     context = open_checked_run(config)
-    with process_group(config, context.world):
+    with join_ranks(config, context.world):
         run_stages(context, run_stage_here)
     return finish(context)
 

@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
+from fqgan_dist.devices import select_device
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
 from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, Stage, configure_torch, select_device
+from fqgan_dist.stages.stage import RunContext, Stage, configure_torch
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment

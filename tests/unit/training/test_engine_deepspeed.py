@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fqgan_dist.training.micro_batches import Slot
 from support.tiny_tasks import (
     build_autoregressive_task,
     build_tokenizer_task,
@@ -25,8 +26,7 @@ from fqgan_dist.errors import CheckpointError, ClusterError, ConfigError, Numeri
 from fqgan_dist.training.config import OptimizerConfig
 from fqgan_dist.training.engine_plain import PlainEngine
 from fqgan_dist.training.engines import build_engine
-from fqgan_dist.training.micro_batches import Slot
-from fqgan_dist.training.run import process_group
+from fqgan_dist.training.process_group import process_group
 from fqgan_dist.world import World
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ class Network(nn.Module):
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    with process_group(load_tiny("tokenizer.training.engine=deepspeed"), World()):
+    with process_group(World(), CPU):
         yield World()
 
 
