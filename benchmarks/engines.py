@@ -11,6 +11,7 @@ failed, or did not restore what it had saved to the bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -44,7 +45,9 @@ from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,13 +241,11 @@ def build_tokenizer_task(
     torch.manual_seed(0)
     tokenizer = FactorizedTokenizer(settings.model)
     discriminator = DiscriminatorPasses(PatchDiscriminator(settings.discriminator))
+    layout = StepLayout.of(settings.training, world)
+    engine = functools.partial(EngineSettings.of, settings.training, layout=layout, device=device)
     task = TokenizerTask(
-        engine=build_engine(
-            tokenizer, settings.training, name="tokenizer", world=world, device=device
-        ),
-        discriminator_engine=build_engine(
-            discriminator, settings.training, name="discriminator", world=world, device=device
-        ),
+        engine=build_engine(tokenizer, engine(name="tokenizer")),
+        discriminator_engine=build_engine(discriminator, engine(name="discriminator")),
         perceptual=build_perceptual_loss(settings.perceptual, seed=0).to(device),
         teachers=None,
         losses=settings.losses,
@@ -262,16 +263,15 @@ def build_autoregressive_task(
     torch.manual_seed(0)
     model = FactorizedTransformer(settings.model)
     groups = decay_groups(model, settings.training.optimizer.weight_decay)
-    engine = build_engine(
-        model,
+    engine = EngineSettings.of(
         settings.training,
         name="autoregressive",
-        world=world,
+        layout=StepLayout.of(settings.training, world),
         device=device,
         parameter_groups=[dict(group) for group in groups],
     )
     task = AutoregressiveTask(
-        engine=engine,
+        engine=build_engine(model, engine),
         training=settings.training,
         codebook_names=[book.name for book in config.tokenizer.model.codebooks],
         evaluate_fn=lambda _: {},

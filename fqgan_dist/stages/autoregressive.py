@@ -25,7 +25,9 @@ from fqgan_dist.stages.training import (
     trained_outputs,
     training_settings,
 )
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
 
 
 class AutoregressiveStage:
@@ -58,8 +60,8 @@ class AutoregressiveStage:
         loader = build_code_loader(context)
 
         def batches(first_step: int) -> Generator[Sequence[CodeBatch], None, None]:
-            micro_batches = [slot.micro_batch for slot in task.slots]
-            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
+            layout = task.layout
+            return loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
 
         result = run_training(context, STAGE, task, batches, loader.take_report, training)
         return StageOutcome(
@@ -87,18 +89,16 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         )
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
-    engine = build_engine(
-        model,
+    groups = decay_groups(model, config.training.optimizer.weight_decay)
+    settings = EngineSettings.of(
         config.training,
         name=STAGE,
-        world=context.world,
+        layout=StepLayout.of(config.training, context.world),
         device=context.device,
-        parameter_groups=[
-            dict(group) for group in decay_groups(model, config.training.optimizer.weight_decay)
-        ],
+        parameter_groups=[dict(group) for group in groups],
     )
     return AutoregressiveTask(
-        engine=engine,
+        engine=build_engine(model, settings),
         training=config.training,
         codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
         evaluate_fn=HeldOutCodes(context).measure_model,

@@ -25,7 +25,7 @@ from fqgan_dist.stages.placement import (
 )
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import check_feature_dims
-from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.training.step_layout import assign_slots
 from fqgan_dist.world import World
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import engine_settings
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
@@ -20,12 +21,12 @@ from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records
 from fqgan_dist.telemetry.metrics import MetricsWriter, Record, metric_series, read_metrics
 from fqgan_dist.telemetry.progress import track
 from fqgan_dist.training.checkpoint import CheckpointStore
-from fqgan_dist.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from fqgan_dist.training.config import CheckpointConfig, TrainingConfig
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import accumulate
 from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import Slot, assign_slots
 from fqgan_dist.training.schedule import ScheduleConfig, compute_lr
+from fqgan_dist.training.step_layout import Slot, StepLayout
 from fqgan_dist.training.task import Parts
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.world import World
@@ -76,15 +77,8 @@ class ToyTask:
         self.training = training
         torch.manual_seed(5)
         module = nn.Sequential(nn.Linear(4, architecture.width), nn.Dropout(0.5))
-        self.engine = PlainEngine(
-            module,
-            OptimizerConfig(),
-            name="toy",
-            world=World(),
-            num_micro_batches=training.micro_batches_per_step,
-            device=CPU,
-        )
-        self.slots = assign_slots(training.micro_batches_per_step, World())
+        layout = StepLayout.of(training, World())
+        self.engine = PlainEngine(module, engine_settings(name="toy", layout=layout))
         self.ema = ExponentialMovingAverage(self.engine.local_parameters(), 0.9)
         self.steps_done: list[int] = []
 
@@ -94,8 +88,7 @@ class ToyTask:
                 loss = self.engine.forward(batch).square().mean()
             return loss, loss.detach().reshape(1)
 
-        num = self.training.micro_batches_per_step
-        rows = accumulate(self.engine, self.slots, micro_batches, loss_fn, num_micro_batches=num)
+        rows = accumulate(self.engine, micro_batches, loss_fn)
         lr = compute_lr(self.training.schedule, step, self.training.steps)
         norm = self.engine.step(lr=lr, losses=rows)
         self.ema.update(self.engine.local_parameters())
@@ -164,8 +157,8 @@ class Run:
                         raise Killed
                     loaded.append(report_of(step))
                     yield [
-                        torch.randn(2, 4, generator=torch_generator(step, slot.micro_batch))
-                        for slot in task.slots
+                        torch.randn(2, 4, generator=torch_generator(step, index))
+                        for index in task.engine.layout.micro_batches
                     ]
             finally:
                 self.is_closed = True
