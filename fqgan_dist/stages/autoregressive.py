@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.loader import CodeBatch, CodeLoader
+from fqgan_dist.data.loader import CodeLoader
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.randomness import keyed_torch_rng
@@ -55,15 +55,8 @@ class AutoregressiveStage:
     def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
         """Train to the last step."""
         context = self.context
-        training = context.config.autoregressive.training
         task = build_autoregressive_task(context)
-        loader = build_code_loader(context)
-
-        def batches(first_step: int) -> Generator[Sequence[CodeBatch], None, None]:
-            layout = task.layout
-            return loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
-
-        result = run_training(context, STAGE, task, batches, loader.take_report, training)
+        result = run_training(context, task, build_code_loader(context))
         return StageOutcome(
             outputs=trained_outputs(context, STAGE, result),
             metrics={

@@ -20,7 +20,7 @@ from fqgan_dist.training.step_layout import Slot
 STAGE: StageName = "autoregressive"
 
 
-class AutoregressiveTask(TrainingTask[FactorizedTransformer]):
+class AutoregressiveTask(TrainingTask[FactorizedTransformer, CodeBatch]):
     """Implements `fqgan_dist.training.task.Task` for FAR."""
 
     def __init__(

@@ -17,6 +17,7 @@ from fqgan_dist.stages.execution import RayConfig
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.tokenizer_task import TokenizerLossConfig
 from fqgan_dist.teachers.config import TeacherConfig
+from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.discriminator import DiscriminatorConfig
 from fqgan_dist.tokenizer.perceptual import PerceptualConfig
@@ -218,6 +219,7 @@ class RunConfig(Config):
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
     stages: tuple[StageName, ...] = STAGE_NAMES
     """Stages to run, whatever their order here."""
+    telemetry: TelemetryConfig = TelemetryConfig()
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerStageConfig

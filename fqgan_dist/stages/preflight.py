@@ -25,6 +25,7 @@ from fqgan_dist.stages.placement import (
 )
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import check_feature_dims
+from fqgan_dist.telemetry.sinks.optional import find_sinks
 from fqgan_dist.training.step_layout import assign_slots
 from fqgan_dist.world import World
 
@@ -45,6 +46,7 @@ def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
         lambda: check_feature_dims(config),
         lambda: check_codebook_size(config.tokenizer.model.codebook_size),
         lambda: count_code_views(config.codes.views),
+        lambda: find_sinks(config.telemetry.sinks),
     ):
         try:
             check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.decoding import to_float, to_uint8
-from fqgan_dist.data.loader import ImageBatch, ImageLoader
+from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.images import HeldOutImages
 from fqgan_dist.stages.names import StageName
@@ -69,15 +69,7 @@ class TokenizerStage:
     def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
         """Train to the last step."""
         context = self.context
-        task = build_tokenizer_task(context)
-        loader = build_image_loader(context)
-
-        def batches(first_step: int) -> Generator[Sequence[ImageBatch], None, None]:
-            layout = task.layout
-            return loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
-
-        training = context.config.tokenizer.training
-        result = run_training(context, STAGE, task, batches, loader.take_report, training)
+        result = run_training(context, build_tokenizer_task(context), build_image_loader(context))
         metrics = {
             f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
             f"{STAGE}/training_usage": {

@@ -78,7 +78,7 @@ class DiscriminatorPasses(nn.Module):
         return self.discriminator(real, loss_group), self.discriminator(fake, loss_group)
 
 
-class TokenizerTask(TrainingTask[FactorizedTokenizer]):
+class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
     """Implements `fqgan_dist.training.task.Task` for FQGAN."""
 
     def __init__(

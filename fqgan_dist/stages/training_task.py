@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from fqgan_dist.config import Config
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.training.autocast import autocast
@@ -19,10 +21,11 @@ from fqgan_dist.training.step_layout import Slot, StepLayout
 from fqgan_dist.training.task import Parts
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+BatchT = TypeVar("BatchT")
 
 
-class TrainingTask(Generic[ModelT]):
-    """One model that an engine trains; what a step is, is the subclass's."""
+class TrainingTask(ABC, Generic[ModelT, BatchT]):
+    """One model that an engine trains; with its abstract methods, a `Task` of the trainer."""
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class TrainingTask(Generic[ModelT]):
             training: sizes, seed, precision.
             evaluate_fn: measures a model in evaluation mode on held-out data.
         """
-        self.stage = stage
+        self.stage: StageName = stage
         self.model_type = model_type
         self.engine = engine
         self.engines: dict[str, Engine] = {stage: engine}
@@ -54,6 +57,15 @@ class TrainingTask(Generic[ModelT]):
             if training.ema_decay
             else None
         )
+
+    @property
+    @abstractmethod
+    def architecture(self) -> Config:
+        """Settings of the model."""
+
+    @abstractmethod
+    def train_step(self, micro_batches: Sequence[BatchT], step: int) -> dict[str, Tensor]:
+        """Run one step, see `Task`."""
 
     @property
     def model(self) -> ModelT:
