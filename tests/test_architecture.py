@@ -27,6 +27,7 @@ BASE, SETTINGS, STORAGE, WEIGHTS, SIBLING, WORK, USER, STAGES, REPORT, TOP = ran
 LEVELS = {
     "fqgan_dist": BASE,
     "config": BASE,
+    "devices": BASE,
     "errors": BASE,
     "fingerprint": BASE,
     "loss_group": BASE,
@@ -73,6 +74,8 @@ HOMES = {
     "boto3": ("fqgan_dist.storage.s3_connection",),
     "botocore": ("fqgan_dist.storage.s3_connection",),
     "aiobotocore": ("fqgan_dist.storage.s3_connection",),
+    "wandb": ("fqgan_dist.telemetry.sinks.wandb",),
+    "mlflow": ("fqgan_dist.telemetry.sinks.mlflow",),
 }
 """Package -> the only modules (and their submodules) that may import it."""
 
@@ -228,6 +231,7 @@ def test_the_search_finds_a_circle_through_a_late_import() -> None:
         ("fqgan_dist.stages.codes", "def run():\n    from ray.data import Dataset"),
         ("fqgan_dist.training.trainer", "import deepspeed.comm as dist"),
         ("fqgan_dist.data.loader", "import s3fs"),
+        ("fqgan_dist.telemetry.metrics", "import wandb"),
         ("fqgan_dist.evaluation.fid", "from fsspec import open"),
         ("fqgan_dist.tokenizer.model", "from fqgan_dist.teachers.clip import build"),
         ("fqgan_dist.tokenizer.model", "from fqgan_dist import teachers"),
@@ -285,7 +289,7 @@ def test_the_table_allows(module: str, source: str) -> None:
 IMPORT_ALL = """
 import importlib, sys, traceback
 
-HIDDEN = {"ray", "deepspeed"}
+HIDDEN = {"ray", "deepspeed", "wandb", "mlflow"}
 
 class Hiding:
     '''A finder that does not find the hidden packages, as if they were not installed.'''
@@ -327,14 +331,14 @@ def import_without_optional_packages(modules: list[str], folder: Path) -> tuple[
     return result.returncode, result.stderr
 
 
-def test_the_library_imports_without_ray_deepspeed_or_a_gpu() -> None:
-    heavy = (*HOMES["ray"], *HOMES["deepspeed"])
+def test_the_library_imports_without_optional_packages_or_a_gpu() -> None:
+    heavy = [home for package in ("ray", "deepspeed", "wandb", "mlflow") for home in HOMES[package]]
     modules = [name for name in MODULES if not any(is_inside(name, home) for home in heavy)]
     status, errors = import_without_optional_packages(modules, ROOT)
     assert status == 0, errors
 
 
-@pytest.mark.parametrize("package", ["ray", "deepspeed.comm"])
+@pytest.mark.parametrize("package", ["ray", "deepspeed.comm", "wandb", "mlflow.entities"])
 def test_the_import_test_hides_packages(package: str, tmp_path: Path) -> None:
     (tmp_path / "user_module.py").write_text(f"import {package}\n")
     status, errors = import_without_optional_packages(["user_module"], tmp_path)

@@ -18,8 +18,8 @@ from fqgan_dist.orchestration.pipeline import (
 )
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.summary import Summary
+from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.telemetry.log_files import publish_log
-from fqgan_dist.training.run import process_group
 from fqgan_dist.world import World
 
 
@@ -55,6 +55,6 @@ def _run_on_cluster(config: RunConfig) -> Summary:
 
 def _run_here(config: RunConfig) -> Summary:
     context = open_checked_run(config)
-    with process_group(config, context.world):
+    with join_ranks(config, context.world):
         run_stages(context, run_stage_here)
     return finish(context)

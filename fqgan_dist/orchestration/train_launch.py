@@ -34,8 +34,8 @@ from fqgan_dist.orchestration.failures import (
 )
 from fqgan_dist.orchestration.shared_root import SharedRoot
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.train import train_stage
 from fqgan_dist.telemetry.observer import Observer
-from fqgan_dist.training.run import train_stage
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,9 @@ from fqgan_dist.stages.training import load_weights, training_settings
 from fqgan_dist.stages.training_plan import plan_autoregressive
 from fqgan_dist.stages.training_stage import TrainedWeights, TrainingStage
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.training.trainer import TrainingResult
 
 
@@ -95,18 +97,16 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         )
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
-    engine = build_engine(
-        model,
+    groups = decay_groups(model, config.training.optimizer.weight_decay)
+    settings = EngineSettings.of(
         config.training,
         name=STAGE,
-        world=context.world,
+        layout=StepLayout.of(config.training, context.world),
         device=context.device,
-        parameter_groups=[
-            dict(group) for group in decay_groups(model, config.training.optimizer.weight_decay)
-        ],
+        parameter_groups=[dict(group) for group in groups],
     )
     return AutoregressiveTask(
-        engine=engine,
+        engine=build_engine(model, settings),
         training=config.training,
         codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
         evaluate_fn=HeldOutCodes(context).measure_model,

@@ -14,6 +14,7 @@ from fqgan_dist.evaluation.config import EvaluationConfig
 from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.teachers.config import TeachersConfig
+from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.tokenizer.config import (
     DiscriminatorConfig,
     PerceptualConfig,
@@ -83,6 +84,7 @@ class RunConfig(Config):
     upstream: dict[str, str] = Field(default_factory=dict)
     """Stages that are not run here but taken from another run that has finished them: stage ->
     storage root of that run. Their settings here must be those that they were made from."""
+    telemetry: TelemetryConfig = TelemetryConfig()
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerStageConfig

@@ -23,6 +23,7 @@ from fqgan_dist.stages.stage import (
     build_stages,
     find_stage,
 )
+from fqgan_dist.telemetry.sinks.optional import find_sinks
 from fqgan_dist.weights.staging import is_missing
 
 
@@ -58,6 +59,10 @@ def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
     ]
     # Of all stages: what is not run now was, or will be.
     problems += [problem for stage in stages for problem in stage.find_problems(config)]
+    try:
+        find_sinks(config.telemetry.sinks)
+    except ConfigError as error:
+        problems.append(str(error))
     _raise(problems)
 
 

@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
+from fqgan_dist.devices import select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, Stage, configure_torch, select_device
+from fqgan_dist.stages.stage import RunContext, Stage, configure_torch
 from fqgan_dist.stages.stage_record import (
     StageRecord,
     check_inputs,

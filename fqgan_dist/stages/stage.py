@@ -19,7 +19,8 @@ from pydantic import ConfigDict
 
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.config import Config
-from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.devices import select_device
+from fqgan_dist.errors import DataError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages import catalog
 from fqgan_dist.stages.catalog import StageEntry
@@ -310,19 +311,3 @@ def configure_torch(config: RunConfig) -> None:
     if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
         # cuBLAS reads it at its first use; torch refuses deterministic products without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def select_device(name: str, world: World) -> torch.device:
-    """Choose the device of a process.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device: 'cuda', but torch sees no GPU in this process; use device=auto or device=cpu, "
-            "or on a cluster reserve GPUs (ray.train.gpus, ray.pools.<stage>.gpus)"
-        )
-    return torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)

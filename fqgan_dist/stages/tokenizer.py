@@ -28,7 +28,9 @@ from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.training.trainer import TrainingResult
 from fqgan_dist.weights.staging import bring_file
 
@@ -105,9 +107,8 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     with keyed_torch_rng(training.seed, "tokenizer_weights", device=torch.device("cpu")):
         tokenizer = FactorizedTokenizer(config.model)
         discriminator = PatchDiscriminator(config.discriminator)
-    build = functools.partial(
-        build_engine, training=training, world=context.world, device=context.device
-    )
+    layout = StepLayout.of(training, context.world)
+    settings = functools.partial(EngineSettings.of, training, layout=layout, device=context.device)
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
         teachers = build_online_teachers(context)
@@ -120,8 +121,10 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     )
     val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
     return TokenizerTask(
-        engine=build(tokenizer, name="tokenizer"),
-        discriminator_engine=build(DiscriminatorPasses(discriminator), name="discriminator"),
+        engine=build_engine(tokenizer, settings(name="tokenizer")),
+        discriminator_engine=build_engine(
+            DiscriminatorPasses(discriminator), settings(name="discriminator")
+        ),
         perceptual=perceptual.to(context.device),
         teachers=teachers,
         losses=config.losses,

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.batches import LoadReport
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.loss_group import LossGroup
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import Stage, StageOutcome, StageOutput
-from fqgan_dist.stages.training import hash_weights, run_training
+from fqgan_dist.stages.training import Loader, hash_weights, run_training
+from fqgan_dist.stages.training_task import TrainingTask
 from fqgan_dist.training.config import TrainingConfig
-from fqgan_dist.training.micro_batches import Slot, assign_slots
-from fqgan_dist.training.task import Task
+from fqgan_dist.training.step_layout import assign_slots
 from fqgan_dist.training.trainer import TrainingResult
 from fqgan_dist.world import World
 
@@ -30,34 +28,6 @@ class TrainedWeights(StageOutput):
     """Optimizer steps done; the checkpoint of this step holds the weights."""
     weights: str
     """Digest of the weights, equal for equal runs."""
-
-
-class SlotTask(Task[Any], Protocol):
-    """A task, and which part of a step's data it takes on this rank."""
-
-    @property
-    def slots(self) -> Sequence[Slot]:
-        """This rank's passes of a step."""
-        ...
-
-    @property
-    def loss_group(self) -> LossGroup:
-        """The ranks that share a micro-batch."""
-        ...
-
-
-class BatchLoader(Protocol):
-    """Loads the micro-batches of a training."""
-
-    def batches(
-        self, start_step: int, micro_batches: Sequence[int], *, loss_group: LossGroup
-    ) -> Generator[Sequence[Any], None, None]:
-        """Give the batches of every step after `start_step`."""
-        ...
-
-    def take_report(self) -> LoadReport:
-        """Tell what was loaded since the last call."""
-        ...
 
 
 class TrainingStage(Stage):
@@ -77,11 +47,11 @@ class TrainingStage(Stage):
         """Return what `--dry-run` says of it: parameters, memory, steps; JSON-able."""
 
     @abstractmethod
-    def build_task(self) -> SlotTask:
+    def build_task(self) -> TrainingTask[Any, Any]:
         """Build models, engines and losses."""
 
     @abstractmethod
-    def build_loader(self) -> BatchLoader:
+    def build_loader(self) -> Loader[Any]:
         """Build what loads the training data."""
 
     @abstractmethod
@@ -111,13 +81,7 @@ class TrainingStage(Stage):
         context = self.context
         training = self.training(context.config)
         self._warn_of_other_schedule(training)
-        task, loader = self.build_task(), self.build_loader()
-
-        def batches(first_step: int) -> Generator[Sequence[Any], None, None]:
-            micro_batches = [slot.micro_batch for slot in task.slots]
-            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
-
-        result = run_training(context, self.name, task, batches, loader.take_report, training)
+        result = run_training(context, self.build_task(), self.build_loader())
         metrics = self.summarize(result)
         if not context.world.is_main:  # it writes no record, for which the checkpoint is read
             return StageOutcome(None, metrics)

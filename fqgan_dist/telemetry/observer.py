@@ -75,3 +75,27 @@ class LocalObserver(SilentObserver):
         """Show the progress of the block, see `Observer`."""
         console = None if self.has_bar else Console(file=io.StringIO())
         return track(total, description, unit, console=console)
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: in one process the metrics file is at hand."""
+
+
+class ObserverSink:
+    """Passes a training's metrics on to an observer; a `MetricSink` (sinks/sink.py)."""
+
+    def __init__(self, observer: Observer, stage: str) -> None:
+        self._observer = observer
+        self._stage = stage
+
+    def open(self, resumed_step: int) -> None:
+        """Do nothing: an observer has no history."""
+
+    def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:  # noqa: ARG002  part of MetricSink
+        """Pass a record on."""
+        self._observer.record_metrics(self._stage, step, numbers)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

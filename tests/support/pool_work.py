@@ -16,9 +16,10 @@ import ray
 
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
+from fqgan_dist.devices import select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, RunWork, select_device
+from fqgan_dist.stages.stage import RunContext, RunWork
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 

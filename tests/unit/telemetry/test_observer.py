@@ -3,10 +3,12 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from collections.abc import Mapping
 
 import pytest
 
-from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer
+from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer, ObserverSink
+from fqgan_dist.telemetry.sinks.sink import MetricSink
 
 
 def test_it_tracks_in_this_process_and_survives_pickling(
@@ -50,3 +52,22 @@ def test_a_silent_one_counts_and_shows_nothing(
     assert bar.progress().is_complete
     assert caplog.messages == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_sink_passes_every_record_on() -> None:
+    seen: list[tuple[str, int, dict[str, float]]] = []
+
+    class Noting(LocalObserver):
+        def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+            seen.append((stage, step, dict(values)))
+
+    sink: MetricSink = ObserverSink(Noting(), "tokenizer")
+    sink.open(0)
+    sink.write(1, {"tokenizer/loss/total": 0.5}, images_seen=8)
+    sink.write(1, {"tokenizer/validation/psnr": float("inf")}, images_seen=8)
+    sink.flush()
+    sink.close()
+    assert seen == [
+        ("tokenizer", 1, {"tokenizer/loss/total": 0.5}),
+        ("tokenizer", 1, {"tokenizer/validation/psnr": float("inf")}),
+    ]
