@@ -175,8 +175,10 @@ class RateMeter:
         """
         if self._readings and count < self._readings[-1][1]:
             self._readings.clear()
-        self._readings.append((now, count))
-        # The reading before the window stays: work may finish less than one unit in a window.
+        # Only what changes is noted, and the reading before the window stays: work may finish less
+        # than one unit in a window, however often it is looked at.
+        if not self._readings or count > self._readings[-1][1]:
+            self._readings.append((now, count))
         while len(self._readings) > 2 and now - self._readings[1][0] >= self._window_s:
             self._readings.popleft()
         (start, first), (end, last) = self._readings[0], self._readings[-1]

@@ -173,6 +173,13 @@ def test_the_rate_of_units_rarer_than_the_window_is_known() -> None:
     assert meter.add(1200, 2) == 1 / 600
 
 
+def test_the_rate_of_rare_units_does_not_depend_on_how_often_it_is_asked_for() -> None:
+    meter = RateMeter(window_s=60)
+    rates = [meter.add(now, now // 600) for now in range(0, 1800, 10)]
+    assert rates[59] is None
+    assert rates[60:] == [1 / 600] * 120
+
+
 def test_the_rate_starts_anew_with_the_work() -> None:
     meter = RateMeter()
     meter.add(0, 0)
