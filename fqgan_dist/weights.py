@@ -12,7 +12,6 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import safetensors.torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.randomness import Key, numpy_generator
+from fqgan_dist.storage.names import holds_credentials, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class WeightsConfig(Config):
                 "ends in .safetensors - `fqgan weights fetch CONFIG to=DIR` makes such files of a "
                 "hub's weights"
             )
-        if "@" in urlsplit(source).netloc:
+        if holds_credentials(source):
             raise ValueError(
                 "the URI holds credentials - expected none - give them in the environment instead"
             )
@@ -93,7 +93,7 @@ class WeightsConfig(Config):
         """
         if staged is not None:
             return staged
-        if "://" in self.source:
+        if is_remote(self.source):
             raise ConfigError(
                 f"weights.source: {self.source!r} is remote - expected a local file here - stage "
                 "it first and pass weights_path"

@@ -15,11 +15,12 @@ import pytest
 
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
 
-BASE, GROUND, SIBLING, USER, STAGES, REPORT, TOP = range(7)
+BASE, GROUND, WEIGHTS, SIBLING, USER, STAGES, REPORT, TOP = range(8)
 
 LEVELS = {
     "fqgan_dist": BASE,
@@ -28,9 +29,9 @@ LEVELS = {
     "errors": BASE,
     "loss_group": BASE,
     "randomness": BASE,
-    "weights": BASE,
     "world": BASE,
     "storage": GROUND,
+    "weights": WEIGHTS,
     "autoregressive": SIBLING,
     "data": SIBLING,
     "teachers": SIBLING,
@@ -66,6 +67,16 @@ HOMES = {
     "aiobotocore": ("fqgan_dist.storage.s3_connection",),
 }
 """Package -> the only modules (and their submodules) that may import it."""
+
+
+SCHEME_HOME = "fqgan_dist.storage"
+"""The only package that may ask for the scheme of a URI; its `names` answer everybody else."""
+
+TEXT_TESTS = {
+    "startswith", "endswith", "removeprefix", "removesuffix", "split", "rsplit", "partition",
+    "rpartition", "find", "rfind", "index", "rindex", "count", "replace",
+    "match", "fullmatch", "search", "compile",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,7 @@ def test_every_module_has_a_place_in_the_layout() -> None:
         ("fqgan_dist.config", "from fqgan_dist.telemetry import metrics"),
         ("fqgan_dist.config", "from fqgan_dist.storage.storage import Storage"),
         ("fqgan_dist.storage.storage", "from fqgan_dist.data.index import DatasetIndex"),
+        ("fqgan_dist.storage.names", "from fqgan_dist.weights import WeightsConfig"),
     ],
 )
 def test_the_table_forbids(module: str, source: str) -> None:
@@ -205,6 +217,7 @@ def test_the_table_forbids(module: str, source: str) -> None:
         ("fqgan_dist.training.trainer", "from fqgan_dist.tokenizer.model import X\nimport raylib"),
         ("fqgan_dist.data.loader", "from fqgan_dist.data.order import SampleOrder"),
         ("fqgan_dist.telemetry.log_files", "from fqgan_dist.storage.storage import Storage"),
+        ("fqgan_dist.weights", "from fqgan_dist.storage.names import is_remote"),
         ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
         ("fqgan_dist.world", "from fqgan_dist import __version__"),
     ],
@@ -213,6 +226,77 @@ def test_the_table_allows(module: str, source: str) -> None:
     found = list(find_imports(module, source))
     assert found
     assert all(map(is_allowed, found))
+
+
+def find_scheme_tests(module: str, source: str) -> Iterator[str]:
+    """Find comparisons, patterns and calls of string methods that name the scheme of a URI."""
+    if is_inside(module, SCHEME_HOME):
+        return
+    for node in ast.walk(ast.parse(source)):
+        asked: list[ast.expr] = []
+        match node:
+            case ast.Compare(left=left, comparators=others):
+                asked = [left, *others]
+            case ast.Call(func=ast.Attribute(attr=method), args=args) if method in TEXT_TESTS:
+                asked = args
+            case ast.MatchValue(value=value):
+                asked = [value]
+        for text in (text for each in asked for text in find_texts(each)):
+            if "://" in text or text.rstrip(":/") in BACKENDS:
+                yield f"{module}:{getattr(node, 'lineno', 0)} looks at a URI's scheme: {text!r}"
+
+
+def find_texts(node: ast.expr) -> Iterator[str]:
+    """Find the texts that an expression stands for, those in tuples and f-strings included."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+            yield from (text for part in parts for text in find_texts(part))
+        case ast.JoinedStr(values=parts):
+            yield from (text for part in parts for text in find_texts(part))
+
+
+def test_only_the_storage_room_asks_for_schemes() -> None:
+    found = [
+        each
+        for module, path in find_modules().items()
+        for each in find_scheme_tests(module, path.read_text(encoding="utf-8"))
+        if module != "fqgan_dist.diagnosis.credentials"  # hides passwords in any text, URI or not
+    ]
+    assert not found, "ask fqgan_dist.storage.names instead:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "is_remote = '://' in source",
+        "if root.startswith('s3://'): pass",
+        "if root.startswith(('/', 's3://')): pass",
+        "scheme, _, rest = uri.partition('://')",
+        "bucket = uri.removeprefix(f's3://{owner}/')",
+        "if folder in ('s3:', 's3:/'): pass",
+        "if urlsplit(uri).scheme == 's3': pass",
+        "if re.match('[a-z]+://', uri): pass",
+        "match urlsplit(uri).scheme:\n    case 's3': pass",
+    ],
+)
+def test_the_search_finds_questions_for_schemes(source: str) -> None:
+    assert list(find_scheme_tests("fqgan_dist.stages.codes", source))
+    assert not list(find_scheme_tests("fqgan_dist.storage.names", source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ConfigError(f'{root}: expected a path or s3://bucket/prefix')",
+        "storage = Storage(f's3://{bucket}')",
+        "if reference.startswith('adm:') or '/' in name: pass",
+        "is_remote = names.is_remote(source)",
+    ],
+)
+def test_the_search_leaves_other_texts_alone(source: str) -> None:
+    assert not list(find_scheme_tests("fqgan_dist.stages.codes", source))
 
 
 IMPORT_ALL = """

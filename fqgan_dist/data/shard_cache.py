@@ -24,6 +24,7 @@ from fqgan_dist.config import Config
 from fqgan_dist.data.cache_folder import CacheFolder, Claim, DatasetUse, Refusal
 from fqgan_dist.data.index import DatasetIndex, ShardEntry
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.names import is_remote
 from fqgan_dist.storage.storage import Storage
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class ShardCacheConfig(Config):
     @field_validator("folder", mode="before")
     @classmethod
     def _check_folder(cls, folder: object) -> object:
-        if isinstance(folder, str) and "://" in folder:
+        if isinstance(folder, str) and is_remote(folder):
             raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
         return folder
 

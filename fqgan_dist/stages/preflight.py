@@ -25,6 +25,7 @@ from fqgan_dist.stages.placement import (
 )
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import check_feature_dims
+from fqgan_dist.storage.names import is_remote
 from fqgan_dist.training.micro_batches import assign_slots
 from fqgan_dist.world import World
 
@@ -86,7 +87,7 @@ def find_missing_files(config: RunConfig) -> Iterator[tuple[frozenset[StageName]
     """
     for field in ("source", "validation_source"):
         source = getattr(config.data, field)
-        if source in (None, BUILTIN_PHOTOGRAPHS) or "://" in source:
+        if source in (None, BUILTIN_PHOTOGRAPHS) or is_remote(source):
             continue
         if not source_exists(source):
             yield (
@@ -130,7 +131,7 @@ def _find_missing_weights(config: RunConfig) -> Iterator[tuple[frozenset[StageNa
 
 
 def _is_missing(source: str) -> bool:
-    return "://" not in source and not Path(source).exists()
+    return not is_remote(source) and not Path(source).exists()
 
 
 def _is_done(context: RunContext, stage: StageName) -> bool:
