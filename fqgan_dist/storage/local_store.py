@@ -89,15 +89,20 @@ class LocalBackend:
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
         """List the files below a folder as a bucket would: relative names and sizes, by bytes."""
-        if os.path.isdir(uri):
+        try:
+            # Not `isdir`: it takes a folder that may not be entered for one that is not there.
+            is_folder = stat.S_ISDIR(os.stat(uri).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if is_folder:
             yield from _walk(uri, "", ())
 
     def delete(self, uri: str) -> None:
         """Remove a file if it is there."""
         try:
             os.unlink(uri)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return  # a folder is no object
         _sync_directory(os.path.dirname(uri))
 
     def _replace(self, uri: str, chunks: Iterable[bytes]) -> None:

@@ -271,8 +271,8 @@ def locate_file(uri: str) -> tuple[Storage, str]:
     if not is_file or uri.endswith("/"):
         check_root(uri)  # what else is wrong comes first: credentials must not be repeated
         raise ConfigError(f"{uri!r}: names no file; expected a path or s3://bucket/path")
-    folder, name = os.path.split(uri if is_remote(uri) else os.path.abspath(uri))
-    return Storage(folder), name
+    folder, _, name = (uri if is_remote(uri) else os.path.abspath(uri)).rpartition("/")
+    return Storage(folder or "/"), name
 
 
 def _check_range(offset: int, length: int) -> None:
