@@ -46,7 +46,7 @@ class Backend(Protocol):
         """Copy an object into a `create_target`; give its sha256 and size."""
         ...
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace an object at once: a reader sees the former bytes or the new ones."""
         ...
 

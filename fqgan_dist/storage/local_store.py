@@ -67,7 +67,7 @@ class LocalBackend:
                     progress(len(data))
             return file.sha256, size
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace a file."""
         self._replace(uri, [data])
 
@@ -105,7 +105,7 @@ class LocalBackend:
             return  # a folder is no object
         _sync_directory(os.path.dirname(uri))
 
-    def _replace(self, uri: str, chunks: Iterable[bytes]) -> None:
+    def _replace(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
         with _temporary_file(uri, chunks) as temporary:
             os.replace(temporary, uri)
         _sync_directory(os.path.dirname(uri))
@@ -139,7 +139,7 @@ def _no_object(uri: str) -> FileNotFoundError:
 
 
 @contextmanager
-def _temporary_file(uri: str, chunks: Iterable[bytes]) -> Iterator[str]:
+def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]:
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     _make_directory(folder)

@@ -118,10 +118,10 @@ class S3Backend:
             self._run(uri, self._download, span, file, progress)
             return file.sha256, span.total
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace an object."""
         if len(data) < _MULTIPART_FROM_BYTES:
-            self._run(uri, self._call, "put_object", uri, Body=data)
+            self._run(uri, self._call, "put_object", uri, Body=bytes(data))
         else:
             view = memoryview(data)
             self._run(uri, self._upload, uri, len(data), lambda start, end: bytes(view[start:end]))

@@ -165,8 +165,11 @@ class Storage:
         with _clear_errors(uri):
             return self._backend.download(uri, target, progress)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a whole object, replacing a former one atomically and durably."""
+    def write_bytes(self, path: str, data: bytes | memoryview) -> None:
+        """Write a whole object, replacing a former one atomically and durably.
+
+        A memoryview, of bytes, is not copied as a whole, and read until the call returns.
+        """
         uri = self.uri(path)
         with _clear_errors(uri):
             self._backend.write(uri, data)

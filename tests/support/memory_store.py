@@ -86,10 +86,10 @@ class MemoryBackend:
                 progress(len(data))
             return file.sha256, len(data)
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace an object."""
         bucket, key = _find(uri)
-        bucket.objects[key] = data
+        bucket.objects[key] = bytes(data)
 
     def write_file(self, uri: str, source: Path) -> None:
         """Replace an object by a file."""

@@ -103,6 +103,14 @@ class StorageContract:
         assert storage.read_bytes("x") == b"short"
         assert storage.size("x") == 5
 
+    def test_a_view_is_written_like_bytes(self, storage: Storage) -> None:
+        buffer = bytearray(LARGE)
+        storage.write_bytes("x", memoryview(buffer))
+        storage.write_bytes("y", memoryview(buffer)[3:7])
+        buffer[:] = bytes(len(buffer))  # the caller uses it again
+        assert storage.read_bytes("x") == LARGE
+        assert storage.read_bytes("y") == LARGE[3:7]
+
     def test_a_local_file_replaces_the_whole_object(self, storage: Storage, tmp_path: Path) -> None:
         source = tmp_path / "source"
         storage.write_bytes("a/x", b"a former version")
