@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import is_remote
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
@@ -66,7 +67,7 @@ class ShardCacheConfig(Config):
     @field_validator("folder", mode="before")
     @classmethod
     def _check_folder(cls, folder: object) -> object:
-        if isinstance(folder, str) and "://" in folder:
+        if isinstance(folder, str) and is_remote(folder):
             raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
         return folder
 

@@ -67,7 +67,7 @@ class LocalBackend:
                     progress(len(data))
             return file.sha256, size
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace a file."""
         self._replace(uri, [data])
 
@@ -89,18 +89,23 @@ class LocalBackend:
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
         """List the files below a folder as a bucket would: relative names and sizes, by bytes."""
-        if os.path.isdir(uri):
+        try:
+            # Not `isdir`: it takes a folder that may not be entered for one that is not there.
+            is_folder = stat.S_ISDIR(os.stat(uri).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if is_folder:
             yield from _walk(uri, "", ())
 
     def delete(self, uri: str) -> None:
         """Remove a file if it is there."""
         try:
             os.unlink(uri)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return  # a folder is no object
         _sync_directory(os.path.dirname(uri))
 
-    def _replace(self, uri: str, chunks: Iterable[bytes]) -> None:
+    def _replace(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
         with _temporary_file(uri, chunks) as temporary:
             os.replace(temporary, uri)
         _sync_directory(os.path.dirname(uri))
@@ -134,7 +139,7 @@ def _no_object(uri: str) -> FileNotFoundError:
 
 
 @contextmanager
-def _temporary_file(uri: str, chunks: Iterable[bytes]) -> Iterator[str]:
+def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]:
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     _make_directory(folder)

@@ -20,10 +20,11 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, ParamSpec, TypeVar, cast
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import TargetFile, create_target
+from fqgan_dist.storage.names import split_bucket
 from fqgan_dist.storage.object_stream import ObjectStream
 from fqgan_dist.storage.retries import RequestRetries
 from fqgan_dist.storage.s3_connection import as_request_error, client_errors, connect
@@ -69,6 +70,11 @@ class _Span:
 class S3Backend:
     """Objects of buckets, by `s3://` URIs. Safe to use from several threads; one per process."""
 
+    credentials_advice: ClassVar[str] = (
+        "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws, or an instance "
+        "role) and the server in AWS_ENDPOINT_URL"
+    )
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connection: Any = None
@@ -112,10 +118,10 @@ class S3Backend:
             self._run(uri, self._download, span, file, progress)
             return file.sha256, span.total
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace an object."""
         if len(data) < _MULTIPART_FROM_BYTES:
-            self._run(uri, self._call, "put_object", uri, Body=data)
+            self._run(uri, self._call, "put_object", uri, Body=bytes(data))
         else:
             view = memoryview(data)
             self._run(uri, self._upload, uri, len(data), lambda start, end: bytes(view[start:end]))
@@ -253,7 +259,7 @@ class S3Backend:
         self, span: _Span, answered: asyncio.Event | None
     ) -> AsyncGenerator[bytes, None]:
         """Make one request for the rest of a range; the taker of the pieces moves its position."""
-        bucket, key = _split_uri(span.uri)
+        bucket, key = split_bucket(span.uri)
         version = {"IfMatch": span.etag} if span.etag else {}
         byte_range = f"bytes={span.position}-{span.end - 1}"
         try:
@@ -310,7 +316,7 @@ class S3Backend:
     # Writing and listing
 
     async def _call(self, method: str, uri: str, **parameters: Any) -> Any:
-        bucket, key = _split_uri(uri)
+        bucket, key = split_bucket(uri)
         return await self._request(method, Bucket=bucket, Key=key, **parameters)
 
     async def _request(self, method: str, **parameters: Any) -> Any:
@@ -412,14 +418,9 @@ class S3Backend:
             raise explain(uri, error) from error
 
 
-def _split_uri(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def _split_folder(uri: str) -> tuple[str, str]:
     """Give a folder's bucket and the prefix of all names in it."""
-    bucket, key = _split_uri(uri)
+    bucket, key = split_bucket(uri)
     return bucket, f"{key}/" if key else ""
 
 

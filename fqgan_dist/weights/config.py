@@ -7,12 +7,12 @@ file whose sha256 can be pinned.
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import holds_credentials, is_remote
 
 _HUB = "hub"
 _RANDOM = "random"
@@ -39,7 +39,7 @@ class WeightsConfig(Config):
                 "ends in .safetensors - `fqgan weights fetch CONFIG to=DIR` makes such files of a "
                 "hub's weights"
             )
-        if "@" in urlsplit(source).netloc:
+        if holds_credentials(source):
             raise ValueError(
                 "the URI holds credentials - expected none - give them in the environment instead"
             )
@@ -79,7 +79,7 @@ class WeightsConfig(Config):
         """
         if staged is not None:
             return staged
-        if "://" in self.source:
+        if is_remote(self.source):
             raise ConfigError(
                 f"weights.source: {self.source!r} is remote - expected a local file here - stage "
                 "it first and pass weights_path"

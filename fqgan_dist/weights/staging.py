@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.weights.config import WeightsConfig
 
 
@@ -38,7 +39,7 @@ def bring_file(source: str, *, field: str) -> Path:
         ConfigError: there is no such file.
         DataError: it cannot be read.
     """
-    if "://" not in source:
+    if not is_remote(source):
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
@@ -46,9 +47,9 @@ def bring_file(source: str, *, field: str) -> Path:
                 f"URI), or 'random' for a trial"
             )
         return path
-    folder, _, name = source.rpartition("/")
+    folder, name = locate_file(source)
     try:
-        data = Storage(folder).read_bytes(name)
+        data = folder.read_bytes(name)
     except FileNotFoundError as error:
         raise ConfigError(f"{field}: {source!r}: no such object") from error
     cache = Storage(_cache_folder())
@@ -62,7 +63,7 @@ def bring_file(source: str, *, field: str) -> Path:
 
 def is_missing(source: str) -> bool:
     """Whether a path is not there; objects in buckets are left to their readers."""
-    return "://" not in source and not Path(source).exists()
+    return not is_remote(source) and not Path(source).exists()
 
 
 def _cache_folder() -> Path:
