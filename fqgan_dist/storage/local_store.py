@@ -143,16 +143,19 @@ def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     _make_directory(folder)
-    temporary = os.path.join(folder, f".{name[:100]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
+    # In the same folder: neither a rename nor a link crosses file systems. A name has 255 bytes at
+    # most: 42 of ours, and 50 characters of four.
+    temporary = os.path.join(folder, f".{name[:50]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
+            # Else the new name may survive a power cut, and the bytes not.
             os.fsync(file.fileno())
         yield temporary
     finally:
-        if os.path.lexists(temporary):
+        if os.path.lexists(temporary):  # a rename took it away, a link did not
             os.unlink(temporary)
 
 
@@ -168,6 +171,7 @@ def _make_directory(folder: str) -> None:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: a file is where a folder should be; remove it") from error
         return  # another process was first
+    # A folder's name is an entry of its parent, and is lost with it.
     _sync_directory(parent)
 
 

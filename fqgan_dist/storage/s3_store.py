@@ -277,7 +277,7 @@ class S3Backend:
             async with answer["Body"] as body:
                 while span.position < span.end:
                     piece = await body.read(min(_PIECE_BYTES, span.end - span.position))
-                    if not piece:
+                    if not piece:  # the body ended as announced, but short of the range
                         raise RequestError("broken", "fewer bytes came than were asked for")
                     yield piece
         except client_errors() as error:
@@ -343,7 +343,7 @@ class S3Backend:
         """Write an object in parts; it appears when all of them are there."""
         mark = uuid.uuid4().hex
         upload = await self._call("create_multipart_upload", uri, Metadata={_UPLOAD_MARK: mark})
-        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))
+        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))  # S3 limits the number
         identity = {"UploadId": upload["UploadId"]}
 
         async def put(number: int, start: int, end: int) -> dict[str, Any]:
@@ -359,6 +359,7 @@ class S3Backend:
             parts = await _gather([put(i, *span) for i, span in enumerate(spans, start=1)])
             await self._complete(uri, mark, {**identity, "MultipartUpload": {"Parts": parts}})
         except BaseException:
+            # Parts of an upload that is not given up are stored, unseen, and paid for.
             with suppress(RequestError):  # the first error says more
                 await self._call("abort_multipart_upload", uri, **identity)
             raise
@@ -389,6 +390,7 @@ class S3Backend:
 
     @property
     def _filesystem(self) -> Any:
+        # Not in the constructor: naming a root asks for no credentials, and imports no client.
         with self._lock:
             if self._connection is None:
                 self._connection = connect(max_connections=_REQUESTS_AT_ONCE + _TRANSFERS_AT_ONCE)

@@ -183,8 +183,7 @@ class Storage:
     def create_bytes(self, path: str, data: bytes) -> None:
         """Write a whole object only if there is none of that name; of several writers one wins.
 
-        An answer that was lost and retried comes back as "exists" although this call wrote the
-        object, so an object with the very same bytes counts as success.
+        An object with the very same bytes counts as success.
 
         Raises:
             FileExistsError: an object with other bytes is there.
@@ -194,6 +193,7 @@ class Storage:
             try:
                 self._backend.create(uri, data)
             except FileExistsError:
+                # A create whose answer was lost is tried again, and finds what it wrote.
                 if self._backend.read(uri, 0, None) != data:
                     raise
 
@@ -201,6 +201,7 @@ class Storage:
         """List the names of files and folders directly below a folder, sorted; [] if none."""
         uri = self.uri(prefix) if prefix else self.root
         with _clear_errors(uri):
+            # In a bucket a folder that nobody wrote to is an empty one; disks follow.
             try:
                 return sorted(self._backend.names(uri))
             except (FileNotFoundError, NotADirectoryError):
@@ -228,6 +229,7 @@ class Storage:
         scheme = find_scheme(self.root)
         return LocalBackend() if scheme is None else BACKENDS[scheme]()
 
+    # Connections, their locks and threads stay behind: another process makes its own.
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
 

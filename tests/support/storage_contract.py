@@ -33,7 +33,7 @@ ODD_NAMES = [
     "a b", "a%20b", "a+b", "a&b<c>", "a'b\"c", "a=b;c", "a:b", "a,b@c", "~a", "(a)", "[a]",
     "{0..1}", "a*", "a?b", "a#b", "a|b", "a^b`c", "$a!", ".hidden", "-a",
     "ends.", "a..b", "a\tb", "a\nb",
-    "\u00e4", "\uff5e", "\U0001f600",
+    "\u00e4", "\uff5e", "\U0001f600", "\u4e2d" * 80,
 ]  # fmt: skip
 
 LEAVING_PATHS = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\0b"]
