@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/codespell fqgan_dist data_tools cluster tests configs benchmarks docs README.md CONTRIBUTING.md
+	$(BIN)/codespell fqgan_dist data_tools cluster tests configs benchmarks docs README.md CONTRIBUTING.md Makefile pyproject.toml
 
 format: $(STAMP)
 	$(BIN)/ruff format .
