@@ -1,6 +1,6 @@
 # make quickstart   environment, then the whole pipeline on bundled photographs
 # make test         environment if needed, then the tests
-# make check        format, lint, types
+# make check        format, lint, types; then the sizes of the code
 # make golden       write the recorded values anew; look at the difference before committing it
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,6 +26,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/codespell fqgan_dist data_tools cluster tests configs benchmarks docs README.md CONTRIBUTING.md Makefile pyproject.toml
+	$(BIN)/python benchmarks/measures.py --short
 
 format: $(STAMP)
 	$(BIN)/ruff format .
