@@ -11,8 +11,8 @@ import time
 from contextlib import closing
 from typing import Any
 
-from cluster.command import DONE, FAILED, Settings
 from cluster.job_log import LogCopier
+from cluster.options import DONE, FAILED, Settings
 from cluster.ray_jobs import Phase, RayJobs, Status
 from fqgan_dist.errors import ClusterError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.command import parse_arguments
+from cluster.options import parse_arguments
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
 
