@@ -260,8 +260,8 @@ class Row:
 
 ROWS = (
     Row("files", lambda files, _: len(files), is_short=True),
-    Row("lines of the largest", lambda files, _: max((f.num_lines for f in files), default=0)),
-    Row("lines", lambda files, _: sum(f.num_lines for f in files), is_short=True),
+    Row("non-blank lines, most", lambda files, _: max((f.num_lines for f in files), default=0)),
+    Row("non-blank lines", lambda files, _: sum(f.num_lines for f in files), is_short=True),
     Row(
         "  of code",
         lambda files, _: sum(
@@ -323,13 +323,14 @@ def measure(files: Sequence[SourceFile], *, is_short: bool = False) -> dict[str,
     """Measure each package and, last, all of them."""
     groups = [[file for file in files if file.package == package] for package in PACKAGES]
     return {
-        row.name: [
-            str(row.measure(group, [f for file in group for f in file.functions]))
-            for group in [*groups, list(files)]
-        ]
+        row.name: [_fill_cell(row, group) for group in [*groups, list(files)]]
         for row in ROWS
         if row.is_short or not is_short
     }
+
+
+def _fill_cell(row: Row, files: Sequence[SourceFile]) -> str:
+    return str(row.measure(files, [function for file in files for function in file.functions]))
 
 
 def compare(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -357,18 +358,15 @@ def to_table(head: Sequence[str], rows: dict[str, list[str]]) -> str:
 
 
 def to_lists(files: Sequence[SourceFile]) -> str:
-    """Name the parts with their sizes, and the places that a reader would look at first."""
+    """Measure the parts, and name the places that a reader would look at first."""
     parts: dict[str, list[SourceFile]] = defaultdict(list)
     for file in files:
         parts[file.part].append(file)
+    rows = [row for row in ROWS if row.is_short]
     sizes = {
-        name: [
-            str(len(group)),
-            str(sum(file.num_lines for file in group)),
-            str(sum(len(file.functions) for file in group)),
-        ]
-        for name, group in sorted(parts.items())
+        name: [_fill_cell(row, group) for row in rows] for name, group in sorted(parts.items())
     }
+    head = ["", *(row.name.strip() for row in rows)]
     largest = sorted(files, key=lambda file: -file.num_lines)[:10]
     functions = [function for file in files for function in file.functions]
     lists = {
@@ -390,7 +388,7 @@ def to_lists(files: Sequence[SourceFile]) -> str:
         ],
     }
     texts = ["\n".join([name, *(lines or ["    -  none"])]) for name, lines in lists.items()]
-    return "\n\n".join([to_table(["part", "files", "lines", "functions"], sizes), *texts])
+    return "\n\n".join([to_table(head, sizes), *texts])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -403,10 +401,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--against", type=Path, help="the checkout before")
     parser.add_argument("--short", action="store_true", help="the most telling rows only")
     options = parser.parse_args(arguments)
-    files = read_checkout(options.root)
+    try:
+        files = read_checkout(options.root)
+        before = None if options.against is None else read_checkout(options.against)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     rows = measure(files, is_short=options.short)
-    if options.against is not None:
-        rows = compare(measure(read_checkout(options.against), is_short=options.short), rows)
+    if before is not None:
+        rows = compare(measure(before, is_short=options.short), rows)
     print(to_table(["", *PACKAGES, "total"], rows))
     if not options.short:
         print(f"\n{to_lists(files)}")

@@ -207,7 +207,8 @@ def test_a_table_has_each_package_and_the_total(
     found = table(capsys, str(root))
     assert found[""] == [*PACKAGES, "total"]
     assert found["files"] == ["2", "1", "1", "4"]
-    assert found["lines"] == ["82", "11", "2", "95"]
+    assert found["non-blank lines"] == ["82", "11", "2", "95"]
+    assert found["non-blank lines, most"] == ["61", "11", "2", "61"]
     assert found["of code"] == ["76", "11", "1", "88"]
     assert found["docstrings"] == ["4.9 %", "0.0 %", "0.0 %", "4.2 %"]
     assert found["comments"] == ["2.4 %", "0.0 %", "50.0 %", "3.2 %"]
@@ -235,7 +236,8 @@ def test_the_places_behind_the_table_are_named(
     }
     main([str(write_tree(tmp_path, files))])
     output = capsys.readouterr().out
-    assert re.search(r"^fqgan_dist/data +2 +12 +0$", output, re.MULTILINE)
+    # Files, lines, lines of code, docstrings, comments, functions ... repeated runs.
+    assert re.search(r"^fqgan_dist/data +2 +12 +12 +0.0 % +0.0 % +0 .* 1$", output, re.MULTILINE)
     assert "    6  fqgan_dist/data/deep/two.py:1 = fqgan_dist/data/one.py:1\n" in output
     assert "    7  fqgan_dist/three.py:1 f\n" in output
     assert "functions over 60 lines\n    -  none\n" in output
@@ -250,9 +252,12 @@ def test_two_checkouts_stand_side_by_side(
     )
     found = table(capsys, str(after), "--against", str(before))
     assert found["files"] == ["1", "0", "0 -> 1", "1 -> 2"]
-    assert found["lines"] == ["3 -> 2", "0", "0 -> 1", "3"]
+    assert found["non-blank lines"] == ["3 -> 2", "0", "0 -> 1", "3"]
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="has none of fqgan_dist"):
-        main([str(tmp_path)])
+def test_a_folder_that_is_no_checkout_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--against", str(tmp_path)])
+    assert f"{tmp_path} is no checkout: it has none of fqgan_dist" in capsys.readouterr().err
