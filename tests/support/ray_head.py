@@ -33,6 +33,8 @@ class Job:
     """Lengths after which connections to the log break, in order; later ones last."""
     hangs: int = 0
     """Connections to the log, after those of `cuts`, that stay without a word."""
+    is_log_lost: bool = False
+    """The whole log cannot be had, as where its node is gone."""
 
     def next_moment(self) -> str:
         return self.moments.pop(0) if len(self.moments) > 1 else self.moments[0]
@@ -157,7 +159,10 @@ class _Routes:
         return web.json_response({"job_id": job_id, "submission_id": job_id})
 
     async def log(self, request: web.Request) -> web.Response:
-        return web.json_response({"logs": self._head.jobs[request.match_info["id"]].log})
+        job = self._head.jobs[request.match_info["id"]]
+        if job.is_log_lost:
+            return web.Response(status=500, text="Traceback:\nConnectionError: no agent")
+        return web.json_response({"logs": job.log})
 
     async def tail(self, request: web.Request) -> web.StreamResponse:
         self._head.num_log_connections += 1

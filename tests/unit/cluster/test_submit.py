@@ -201,6 +201,25 @@ def test_a_head_that_never_answers_is_out_of_reach(head: RayHead) -> None:
     assert RayJobs(timeout_s=0.1).status("imagenet-1").phase is Phase.UNREACHABLE
 
 
+def test_another_program_at_the_address_is_no_head_without_jobs(
+    head: RayHead, submit: Submit
+) -> None:
+    result = submit(f"address={head.address}/elsewhere", "head_wait_s=0.1")
+    assert result.code == 1
+    assert "the head did not answer" in result.messages
+    assert not head.submitted_ids()
+
+
+def test_a_log_that_is_lost_with_its_node_does_not_keep_the_run_from_its_end(
+    head: RayHead, submit: Submit
+) -> None:
+    head.plan("supervisor", is_log_lost=True)
+    head.plan("succeeded")
+    result = submit()
+    assert result.code == 0
+    assert "cannot be read (RuntimeError: ConnectionError: no agent" in result.messages
+
+
 def test_losses_are_counted_and_end_it(head: RayHead, submit: Submit) -> None:
     for _ in range(4):
         head.plan("exit -9")
@@ -236,11 +255,14 @@ def test_a_log_is_printed_while_its_job_runs_and_a_silent_connection_is_left(
     assert head.num_log_connections == 3
 
 
-def test_a_second_call_joins_the_running_job(head: RayHead, submit: Submit) -> None:
+@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_call_joins_the_running_job(
+    head: RayHead, submit: Submit, interruption: signal.Signals
+) -> None:
     head.plan("running")
     with start_program() as first:
         wait_until(lambda: head.num_log_connections > 0)
-        first.send_signal(signal.SIGINT)
+        first.send_signal(interruption)
         _, errors = first.communicate(timeout=60)
     assert first.returncode == 130, errors
     assert "the same command joins it again" in errors
