@@ -24,7 +24,7 @@ or token; 130 interrupted here, while the job goes on.
 
 It needs a Python with `ray`, of the cluster's version, and for a cluster with token authentication
 (the default: RAY_AUTH_MODE=token) the token in RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH or
-in ~/.ray/auth_token.
+in ~/.ray/auth_token. RAY_JOB_HEADERS may hold more headers for its requests, as JSON.
 """
 
 from __future__ import annotations

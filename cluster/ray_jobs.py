@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shlex
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class Status:
 
 
 class RayJobs:
-    """The jobs of one cluster, whose address Ray takes from its environment variables."""
+    """The jobs of one cluster; its address comes from Ray's environment variables."""
 
     def __init__(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
@@ -124,7 +126,8 @@ class _BoundedClient(JobSubmissionClient):
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        super().__init__()
+        # For a proxy before the head; Ray's own program reads them too, its client does not.
+        super().__init__(headers=json.loads(os.environ.get("RAY_JOB_HEADERS", "{}")))
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=self._timeout_s, **options)

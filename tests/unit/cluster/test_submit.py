@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shlex
 import signal
@@ -305,6 +306,15 @@ def test_a_refused_token_ends_it_at_once(
     result = run_program(RAY_AUTH_TOKEN=token)
     assert result.code == 2
     assert words in result.messages
+
+
+def test_headers_for_a_proxy_are_sent_along(
+    head: RayHead, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.token = "a" * 64
+    monkeypatch.setenv("RAY_JOB_HEADERS", json.dumps({"Authorization": f"Bearer {head.token}"}))
+    head.plan("running", "succeeded")
+    assert submit().code == 0
 
 
 def test_only_named_variables_travel(
