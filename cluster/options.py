@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,21 +10,21 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from fqgan_dist.config import Config, parse_config
+from fqgan_dist.credentials import SECRET_NAME
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import is_remote
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
-CREDENTIAL_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|PRIVATE", re.IGNORECASE)
-
 
 def _check_folder(text: str) -> str:
-    if "://" not in text and not Path(text).exists():
+    if not is_remote(text) and not Path(text).exists():
         raise ValueError(f"there is no folder {text!r} to send along")
     return text
 
 
 def _check_variable(name: str) -> str:
-    if CREDENTIAL_NAME.search(name):
+    if SECRET_NAME.search(name):
         raise ValueError(
             f"{name!r} looks like a credential, and a job's variables are shown on the dashboard; "
             f"give the nodes a role instead (cluster/README.md)"
