@@ -2,7 +2,7 @@
 # make test         environment if needed, then the tests: each promise once, 12 minutes
 # make test-full    the long rest, 75 minutes; PART=2/5 runs one of five parts
 # make test-gpu     what needs a CUDA GPU
-# make check        format, lint, types
+# make check        format, lint, types; then the sizes of the code
 # make golden       write the recorded values anew; look at the difference before committing it
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +35,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/codespell fqgan_dist data_tools cluster tests configs benchmarks docs README.md CONTRIBUTING.md
+	$(BIN)/codespell fqgan_dist data_tools cluster tests configs benchmarks docs README.md CONTRIBUTING.md Makefile pyproject.toml
+	$(BIN)/python benchmarks/measures.py --short
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
@@ -353,12 +354,12 @@ def is_equal(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tenso
 def describe_machine() -> dict[str, str]:
     """Name what the numbers depend on."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+    nccl_version = ".".join(map(str, nccl.version())) if torch.cuda.is_available() else "none"
     return {
         "gpu": gpu,
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
-        "nccl": nccl,
+        "nccl": nccl_version,
     }
 
 

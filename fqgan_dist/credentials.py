@@ -8,7 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE
+)
+"""In the names of variables and settings that hold credentials."""
 _PATH_NAME = re.compile(r"_(PATH|FILE|URI|DIR)$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 """Shorter values ("true", "1") are no secrets, and removing them would garble texts."""
@@ -43,7 +46,7 @@ def _find_secrets() -> Iterator[str]:
 
 def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and not _PATH_NAME.search(name):
+        if SECRET_NAME.search(name) and not _PATH_NAME.search(name):
             yield value
 
 
@@ -57,7 +60,7 @@ def _in_aws_file() -> Iterator[str]:
         return  # the AWS tools cannot read it either
     for section in parser.sections():
         for name, value in parser.items(section):
-            if _SECRET_NAME.search(name):
+            if SECRET_NAME.search(name):
                 yield value
 
 

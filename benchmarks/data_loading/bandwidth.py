@@ -39,8 +39,8 @@ from fqgan_dist.storage.storage import Storage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # of `support`
 
-from support.fault_proxy import Faults, run_fault_proxy  # pyright: ignore[reportMissingImports]
-from support.radosgw import (  # pyright: ignore[reportMissingImports]
+from support.fault_proxy import Faults, run_fault_proxy
+from support.radosgw import (
     ACCESS_KEY,
     S3_BUCKET,
     SECRET_KEY,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 
 import pytest
 from support.ray_clusters import NodeSpec, RayCluster, run_ray_cluster
+from support.waiting import wait_until
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
+SUBMIT = Path(__file__).parents[2] / "cluster" / "submit"
 STEPS = 30
 TRAINING = [
     "execution=ray",
@@ -182,3 +186,42 @@ def test_a_relative_root_is_refused_in_a_job_with_a_working_directory(
     assert done.returncode != 0
     assert "storage.root" in done.stdout
     assert "working directory" in done.stdout
+
+
+def start_submit(
+    cluster: RayCluster, *arguments: str, with_token: bool = True
+) -> subprocess.Popen[str]:
+    """Start `cluster/submit` as a user on another machine does."""
+    return subprocess.Popen(
+        [sys.executable, str(SUBMIT), f"address={cluster.dashboard}", "poll_s=0.2", *arguments],
+        env=cluster.environment(with_token=with_token),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_submit_brings_a_job_to_its_end_although_its_driver_is_killed(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "word").write_text("sent along")
+    pids = tmp_path / "pids"
+    script = f"cat word; echo; echo $$ >> {pids}; [ $(wc -l < {pids}) = 2 ] || sleep 600; exit 3"
+    arguments = ["run=killed", f"working_dir={tmp_path}", "--", "sh", "-c", script]
+    with start_submit(cluster, *arguments) as submit:
+        wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
+        os.kill(int(pids.read_text()), signal.SIGKILL)
+        output, errors = submit.communicate(timeout=120)
+    assert submit.returncode == 3, errors
+    assert output.splitlines().count("sent along") == 2, "once for each of the two jobs"
+    assert "its driver was killed (exit code" in errors
+    assert "its command failed with exit code 3" in errors
+
+
+def test_submit_without_the_token_is_refused(cluster: RayCluster) -> None:
+    before = len(cluster.list_jobs())
+    with start_submit(cluster, "run=refused", "--", "true", with_token=False) as submit:
+        _, errors = submit.communicate(timeout=60)
+    assert submit.returncode == 2
+    assert "the cluster refuses us" in errors
+    assert len(cluster.list_jobs()) == before

@@ -1,238 +1,345 @@
-"""cluster/submit against a `ray` program that plays a cluster: joins, retries, gives up."""
+"""cluster/submit against a head that plays Ray's: joins, retries, gives up."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import fake_ray
+from support.ray_head import RayHead, run_ray_head
+from support.waiting import wait_until
+
+from cluster.command import main
+from cluster.job_log import LogCopier
+from cluster.ray_jobs import Phase, RayJobs
 
 SUBMIT = Path(__file__).resolve().parents[3] / "cluster" / "submit"
 COMMAND = ["fqgan", "run", "configs/x.yaml", "name=a b"]
-OPTIONS = ["run=imagenet", "poll_s=0", "head_wait_s=30"]
+OPTIONS = ["run=imagenet", "poll_s=0.01", "head_wait_s=30"]
+
+pytestmark = [
+    # Ray 2.60 passes it to aiohttp for each connection to a log.
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+    # And leaves the websocket that is cancelled to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
+]
 
 
-@dataclass
-class Cluster:
-    """A played cluster and what was asked of it."""
+@pytest.fixture(scope="module", autouse=True)
+def collect_websockets() -> Iterator[None]:
+    """Let them go in this module, whose tests expect it."""
+    yield
+    gc.collect()
 
-    folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
 
-    def plan(self, *plans: dict[str, Any]) -> None:
-        (self.folder / "state.json").write_text(json.dumps({"jobs": {}, "plans": list(plans)}))
-
-    def arguments(self, *options: str, command: list[str] = COMMAND) -> list[str]:
-        return [sys.executable, str(SUBMIT), *OPTIONS, *options, "--", *command]
-
-    def submit(self, *options: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.arguments(*options, **kwargs),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def calls(self, action: str) -> list[dict[str, Any]]:
-        path = self.folder / "calls.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [call for line in lines if (call := json.loads(line))["arguments"][1] == action]
-
-    def submitted_ids(self) -> list[str]:
-        texts = [text for call in self.calls("submit") for text in call["arguments"]]
-        return [text.partition("=")[2] for text in texts if text.startswith("--submission-id=")]
+@dataclass(frozen=True)
+class Result:
+    code: int
+    output: str
+    messages: str
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    program = tmp_path / "bin" / "ray"
-    program.parent.mkdir()
-    python = shlex.quote(sys.executable)
-    program.write_text(f'#!/bin/sh\nexec {python} -S {shlex.quote(fake_ray.__file__)} "$@"\n')
-    program.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if "RAY" not in name}
-    path = f"{program.parent}:{os.environ['PATH']}"
-    return Cluster(tmp_path, environment | {"PATH": path, "FAKE_RAY_DIR": str(tmp_path)})
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayHead]:
+    for name in os.environ:
+        if "RAY" in name:
+            monkeypatch.delenv(name)
+    with run_ray_head() as head:
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+        yield head
 
 
-def job(*moments: str, **plan: Any) -> dict[str, Any]:
-    return {"moments": list(moments), "log": ["step 1", "step 2"], **plan}
+class Submit:
+    """Runs `cluster/submit` in this process, where Ray is imported already."""
+
+    def __init__(
+        self, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self._capsys = capsys
+        self._caplog = caplog
+        caplog.set_level("INFO", "cluster")
+
+    def __call__(self, *options: str, command: list[str] = COMMAND) -> Result:
+        self._caplog.clear()
+        code = main([*OPTIONS, *options, "--", *command])
+        return Result(code, self._capsys.readouterr().out, self._caplog.text)
 
 
-def test_a_job_that_succeeds_is_submitted_once_and_its_log_printed(cluster: Cluster) -> None:
-    cluster.plan(job("running", "running", "succeeded"))
-    result = cluster.submit("address=http://head:8265", "working_dir=.")
-    assert (result.returncode, result.stdout) == (0, "step 1\nstep 2\n")
-    (call,) = cluster.calls("submit")
-    assert call["arguments"][-5:] == ["--", *COMMAND]
-    assert "--working-dir=." in call["arguments"]
-    assert "--no-wait" in call["arguments"]
-    assert call["address"] == "http://head:8265"
-    assert cluster.submitted_ids()[0].startswith("imagenet-")
+@pytest.fixture
+def submit(
+    head: RayHead, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Submit:
+    return Submit(capsys, caplog)
+
+
+def start_program(*options: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SUBMIT), *OPTIONS, *options, "--", *COMMAND],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def run_program(*options: str, **environment: str) -> Result:
+    with start_program(*options, **environment) as program:
+        output, errors = program.communicate(timeout=120)
+    return Result(program.returncode, output, errors)
+
+
+def test_a_job_that_succeeds_is_submitted_once_and_its_log_printed(
+    head: RayHead, submit: Submit, tmp_path: Path
+) -> None:
+    head.plan("running", "running", "succeeded")
+    (tmp_path / "config.yaml").touch()
+    result = submit(f"working_dir={tmp_path}")
+    assert (result.code, result.output) == (0, "step 1\nstep 2\n")
+    (request,) = head.submissions
+    assert shlex.split(request["entrypoint"]) == COMMAND
+    (package,) = head.packages
+    assert request["runtime_env"]["working_dir"] == f"gcs://{package}"
+    assert request["submission_id"].startswith("imagenet-")
+
+
+def test_the_program_prints_the_log_and_goes_to_the_address_that_is_given(head: RayHead) -> None:
+    head.plan("running", "succeeded")
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    result = run_program(f"address={head.address}", **elsewhere)
+    assert (result.code, result.output) == (0, "step 1\nstep 2\n")
+    assert result.messages.splitlines()[-1] == f"submit: {head.submitted_ids()[0]} is done"
 
 
 def test_every_question_uses_token_authentication_unless_the_shell_says_otherwise(
-    cluster: Cluster,
+    head: RayHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.plan(job("succeeded"), job("succeeded"))
-    cluster.submit()
-    assert {call["auth_mode"] for call in cluster.calls("status")} == {"token"}
-    cluster.environment["RAY_AUTH_MODE"] = "disabled"
-    cluster.submit(command=["fqgan", "run", "other.yaml"])
-    assert cluster.calls("submit")[-1]["auth_mode"] == "disabled"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    head.token = "a" * 64
+    head.plan("succeeded")
+    assert run_program(RAY_AUTH_TOKEN=head.token).code == 0
+    assert set(head.authorizations) == {f"Bearer {head.token}"}
+    head.token = None
+    head.authorizations.clear()
+    head.plan("succeeded")
+    assert run_program(RAY_AUTH_MODE="disabled").code == 0
+    assert set(head.authorizations) == {None}
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 127])
 def test_a_command_that_failed_is_not_retried_and_its_code_returned(
-    cluster: Cluster, code: int
+    head: RayHead, submit: Submit, code: int
 ) -> None:
-    log = [
-        "ConfigError: x",
-        "AuthenticationError",
-        "Job entrypoint command failed with exit code -9",
-    ]
-    cluster.plan(job("running", f"exit {code}", log=log))
-    result = cluster.submit()
-    assert result.returncode == code
-    assert len(cluster.submitted_ids()) == 1
-    assert f"failed with exit code {code}" in result.stderr
-    assert result.stdout.splitlines() == log
+    log = "ConfigError: x\nAuthenticationError\nJob entrypoint command failed with exit code -9\n"
+    head.plan("running", f"exit {code}", log=log)
+    result = submit()
+    assert result.code == code
+    assert len(head.submitted_ids()) == 1
+    assert f"failed with exit code {code}" in result.messages
+    assert result.output == log
 
 
 @pytest.mark.parametrize("end", ["exit -9", "exit 137", "supervisor"])
 def test_a_killed_driver_or_node_is_submitted_again_with_the_same_command(
-    cluster: Cluster, end: str
+    head: RayHead, submit: Submit, end: str
 ) -> None:
-    cluster.plan(job("running", end), job("running", "succeeded", log=["resumed"]))
-    result = cluster.submit()
-    assert result.returncode == 0
-    first, second = cluster.submitted_ids()
+    head.plan("running", end)
+    head.plan("running", "succeeded", log="resumed\n")
+    result = submit()
+    assert result.code == 0
+    first, second = head.submitted_ids()
     assert first.removesuffix("-1") == second.removesuffix("-2")
-    commands = [call["arguments"][-5:] for call in cluster.calls("submit")]
-    assert commands == [["--", *COMMAND]] * 2
-    assert result.stdout == "step 1\nstep 2\nresumed\n"
+    commands = [shlex.split(request["entrypoint"]) for request in head.submissions]
+    assert commands == [COMMAND] * 2
+    assert result.output == "step 1\nstep 2\nresumed\n"
 
 
-def test_a_lost_head_is_waited_for_and_the_run_submitted_again(cluster: Cluster) -> None:
-    cluster.plan(job("running", "running", "down", "down", "down", "gone"), job("succeeded"))
-    result = cluster.submit()
-    assert result.returncode == 0
-    assert len(cluster.submitted_ids()) == 2
-    assert "Failed to connect to Ray" in result.stderr
-    assert "the head answers again" in result.stderr
+def test_a_lost_head_is_waited_for_and_the_run_submitted_again(
+    head: RayHead, submit: Submit
+) -> None:
+    head.plan("running", "running", "down", "down", "down", "gone")
+    head.plan("succeeded")
+    result = submit()
+    assert result.code == 0
+    assert len(head.submitted_ids()) == 2
+    assert "the head does not answer (ConnectionError: " in result.messages
+    assert "the head answers again" in result.messages
 
 
-def test_a_head_that_was_only_out_of_reach_keeps_its_job(cluster: Cluster) -> None:
-    cluster.plan(job("running", "running", "down", "down", "running", "succeeded"))
-    result = cluster.submit()
-    assert result.returncode == 0
-    assert len(cluster.submitted_ids()) == 1
-    assert result.stdout == "step 1\nstep 2\n"
+def test_a_head_that_was_only_out_of_reach_keeps_its_job(head: RayHead, submit: Submit) -> None:
+    head.plan("running", "running", "down", "down", "running", "succeeded")
+    result = submit()
+    assert result.code == 0
+    assert len(head.submitted_ids()) == 1
+    assert result.output == "step 1\nstep 2\n"
 
 
-def test_a_head_that_stays_away_ends_it_with_advice(cluster: Cluster) -> None:
-    cluster.plan(job("running", "down"))
-    result = cluster.submit("head_wait_s=0.1")
-    assert result.returncode == 1
-    assert "the head did not answer for 0.1 s" in result.stderr
+def test_a_head_that_stays_away_ends_it_with_advice(head: RayHead, submit: Submit) -> None:
+    head.plan("running", "down")
+    result = submit("head_wait_s=0.1")
+    assert result.code == 1
+    assert "the head did not answer for 0.1 s" in result.messages
 
 
-def test_losses_are_counted_and_end_it(cluster: Cluster) -> None:
-    cluster.plan(*(job("exit -9") for _ in range(4)))
-    result = cluster.submit("max_losses=2")
-    assert result.returncode == 1
-    assert len(cluster.submitted_ids()) == 3
-    assert "max_losses=2" in result.stderr
+def test_no_head_at_all_is_waited_for_too(submit: Submit) -> None:
+    result = submit("address=http://127.0.0.1:1", "head_wait_s=0.1")
+    assert result.code == 1
+    assert "Failed to connect to Ray at address: http://127.0.0.1:1" in result.messages
 
 
-def test_lines_of_a_log_whose_stream_breaks_are_printed_once(cluster: Cluster) -> None:
-    cluster.plan(job(*["running"] * 12, "succeeded", log=list("abcdef"), cuts=[2, 1, 4]))
-    assert cluster.submit().stdout == "a\nb\nc\nd\ne\nf\n"
+def test_a_head_that_never_answers_is_out_of_reach(head: RayHead) -> None:
+    head.is_silent = True
+    assert RayJobs(timeout_s=0.1).status("imagenet-1").phase is Phase.UNREACHABLE
 
 
-def test_a_second_call_joins_the_running_job(cluster: Cluster) -> None:
-    cluster.plan(job(*["running"] * 400, "succeeded"), job("succeeded"))
-    with subprocess.Popen(
-        cluster.arguments(),
-        env=cluster.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # Tests that run in the background of a shell inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as first:
-        while not cluster.calls("logs"):
-            assert first.poll() is None
-            time.sleep(0.05)
-        first.send_signal(signal.SIGINT)
+def test_another_program_at_the_address_is_no_head_without_jobs(
+    head: RayHead, submit: Submit
+) -> None:
+    result = submit(f"address={head.address}/elsewhere", "head_wait_s=0.1")
+    assert result.code == 1
+    assert "the head did not answer" in result.messages
+    assert not head.submitted_ids()
+
+
+def test_a_log_that_is_lost_with_its_node_does_not_keep_the_run_from_its_end(
+    head: RayHead, submit: Submit
+) -> None:
+    head.plan("supervisor", is_log_lost=True)
+    head.plan("succeeded")
+    result = submit()
+    assert result.code == 0
+    assert "cannot be read (RuntimeError: ConnectionError: no agent" in result.messages
+
+
+def test_losses_are_counted_and_end_it(head: RayHead, submit: Submit) -> None:
+    for _ in range(4):
+        head.plan("exit -9")
+    result = submit("max_losses=2")
+    assert result.code == 1
+    assert len(head.submitted_ids()) == 3
+    assert "max_losses=2" in result.messages
+
+
+def test_a_log_whose_stream_breaks_is_printed_once(head: RayHead, submit: Submit) -> None:
+    log = "first\nsecond\nthird\n"
+    head.plan(*["running"] * 12, "succeeded", log=log, cuts=[8, 3, 14])
+    assert submit().output == log
+    assert head.num_log_connections >= 4
+
+
+def test_a_log_is_printed_while_its_job_runs_and_a_silent_connection_is_left(
+    head: RayHead, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head.plan("running", hangs=2)
+    jobs = RayJobs()
+    jobs.submit("imagenet-1", ["true"], {})
+    copier = LogCopier(jobs, "imagenet-1", silence_s=0.05)
+    printed = []
+
+    def is_printed() -> bool:
+        copier.copy(0.05)
+        printed.append(capsys.readouterr().out)
+        return "".join(printed) == "step 1\nstep 2\n"
+
+    wait_until(is_printed)
+    copier.close()
+    assert head.num_log_connections == 3
+
+
+@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_call_joins_the_running_job(
+    head: RayHead, submit: Submit, interruption: signal.Signals
+) -> None:
+    head.plan("running")
+    with start_program() as first:
+        wait_until(lambda: head.num_log_connections > 0)
+        first.send_signal(interruption)
         _, errors = first.communicate(timeout=60)
-    assert first.returncode == 130, errors.decode()
-    assert b"the same command joins it again" in errors
-    state = json.loads((cluster.folder / "state.json").read_text())
-    (running,) = state["jobs"].values()
-    running["moments"] = ["running"] * 3 + ["succeeded"]
-    (cluster.folder / "state.json").write_text(json.dumps(state))
-    result = cluster.submit()
-    assert result.returncode == 0
-    assert "joining" in result.stderr
-    assert len(cluster.submitted_ids()) == 1
+    assert first.returncode == 130, errors
+    assert "the same command joins it again" in errors
+    (running,) = head.jobs.values()
+    running.moments = ["running", "running", "running", "succeeded"]
+    result = submit()
+    assert result.code == 0
+    assert "joining" in result.messages
+    assert len(head.submitted_ids()) == 1
 
 
 def test_the_same_run_is_submitted_again_after_its_end_so_that_the_driver_can_say_so(
-    cluster: Cluster,
+    head: RayHead, submit: Submit
 ) -> None:
-    cluster.plan(job("succeeded"), job("succeeded"), job("succeeded"))
     for number in (1, 2):
-        assert cluster.submit().returncode == 0
-        assert cluster.submitted_ids()[-1].endswith(f"-{number}")
-    cluster.submit(command=[*COMMAND, "seed=2"])
-    assert cluster.submitted_ids()[-1].endswith("-1"), "another command has its own numbers"
+        head.plan("succeeded")
+        assert submit().code == 0
+        assert head.submitted_ids()[-1].endswith(f"-{number}")
+    head.plan("succeeded")
+    submit(command=[*COMMAND, "seed=2"])
+    assert head.submitted_ids()[-1].endswith("-1"), "another command has its own numbers"
 
 
-def test_a_stopped_job_is_not_submitted_again(cluster: Cluster) -> None:
-    cluster.plan(job("running", "stopped"))
-    result = cluster.submit()
-    assert (result.returncode, len(cluster.submitted_ids())) == (1, 1)
+def test_a_stopped_job_is_not_submitted_again(head: RayHead, submit: Submit) -> None:
+    head.plan("running", "stopped")
+    assert submit().code == 1
+    assert len(head.submitted_ids()) == 1
 
 
-def test_a_refused_token_ends_it_at_once(cluster: Cluster) -> None:
-    cluster.plan({"refused": True, "moments": []})
-    result = cluster.submit()
-    assert result.returncode == 2
-    assert "Invalid authentication token" in result.stderr
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [("b" * 64, "Invalid authentication token"), ("", "Missing authentication token")],
+)
+def test_a_refused_token_ends_it_at_once(
+    head: RayHead, monkeypatch: pytest.MonkeyPatch, token: str, words: str
+) -> None:
+    head.token = "a" * 64
+    if token:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    result = run_program(RAY_AUTH_TOKEN=token)
+    assert result.code == 2
+    assert words in result.messages
 
 
-def test_only_named_variables_travel(cluster: Cluster) -> None:
-    cluster.plan(job("succeeded"))
-    cluster.environment |= {"AWS_ENDPOINT_URL": "http://s3:9000", "AWS_SECRET_ACCESS_KEY": "hidden"}
-    cluster.submit("env=AWS_ENDPOINT_URL")
-    (call,) = cluster.calls("submit")
-    (text,) = [text for text in call["arguments"] if text.startswith("--runtime-env-json=")]
-    assert json.loads(text.partition("=")[2]) == {
-        "env_vars": {"AWS_ENDPOINT_URL": "http://s3:9000"}
-    }
+def test_headers_for_a_proxy_are_sent_along(
+    head: RayHead, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.token = "a" * 64
+    monkeypatch.setenv("RAY_JOB_HEADERS", json.dumps({"Authorization": f"Bearer {head.token}"}))
+    head.plan("running", "succeeded")
+    assert submit().code == 0
+
+
+def test_only_named_variables_travel(
+    head: RayHead, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.plan("succeeded")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    submit("env=AWS_ENDPOINT_URL")
+    (request,) = head.submissions
+    assert request["runtime_env"] == {"env_vars": {"AWS_ENDPOINT_URL": "http://s3:9000"}}
 
 
 @pytest.mark.parametrize(
     "name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN"]
 )
-def test_credentials_do_not_travel(cluster: Cluster, name: str) -> None:
-    cluster.plan(job("succeeded"))
-    cluster.environment[name] = "hidden"
-    result = cluster.submit(f"env={name}")
-    assert result.returncode == 2
-    assert "looks like a credential" in result.stderr
-    assert not cluster.submitted_ids()
+def test_credentials_do_not_travel(
+    head: RayHead, submit: Submit, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    head.plan("succeeded")
+    monkeypatch.setenv(name, "hidden")
+    result = submit(f"env={name}")
+    assert result.code == 2
+    assert "looks like a credential" in result.messages
+    assert not head.submitted_ids()
 
 
 @pytest.mark.parametrize(
@@ -240,24 +347,33 @@ def test_credentials_do_not_travel(cluster: Cluster, name: str) -> None:
     [
         (["run=a"], "no command"),
         (["run=a", "--"], "no command"),
-        (["--", "true"], "names no run"),
-        (["run=../a", "--", "true"], "names no run"),
-        (["run=a", "colour=red", "--", "true"], "expected one of run=..., address=..."),
-        (["run=a", "poll_s=soon", "--", "true"], "poll_s: 'soon' is not a number"),
-        (["run=a", "max_losses=-1", "--", "true"], "expected 0 or more"),
-        (["run=a", "env=NOT_SET_HERE", "--", "true"], "is not set in this shell"),
+        (["--", "true"], "run: required, but not given"),
+        (["run=../a", "--", "true"], "run: '../a'"),
+        (["run=a", "colour=red", "--", "true"], "colour: unknown setting; known: address, env"),
+        (["run=a", "poll_s=soon", "--", "true"], "poll_s: 'soon': Input should be a valid number"),
+        (["run=a", "max_losses=-1", "--", "true"], "max_losses: '-1': Input should be greater"),
+        (["run=a", "env=NOT_SET_HERE", "--", "true"], "'NOT_SET_HERE' is not set in this shell"),
+        (["run=a", "working_dir=/no/such", "--", "true"], "no folder '/no/such'"),
     ],
 )
-def test_wrong_usage_is_explained(arguments: list[str], words: str) -> None:
-    result = subprocess.run(
-        [sys.executable, str(SUBMIT), *arguments], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert words in result.stderr
+def test_wrong_usage_is_explained(
+    arguments: list[str], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(arguments) == 2
+    assert words in caplog.text
 
 
-def test_without_a_ray_program_it_says_what_to_install(cluster: Cluster) -> None:
-    cluster.environment["PATH"] = str(cluster.folder)
-    result = cluster.submit()
-    assert result.returncode == 2
-    assert "no `ray` program" in result.stderr
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2)])
+def test_its_options_are_explained(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    assert "head_wait_s   seconds to wait" in capsys.readouterr().out
+
+
+def test_without_ray_it_says_what_to_install(head: RayHead, tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError('hidden')\n")
+    result = run_program(PYTHONPATH=str(tmp_path))
+    assert result.code == 2
+    assert "cannot import Ray" in result.messages
+    assert "pip install fqgan-dist" in result.messages

@@ -1,0 +1,1 @@
+"""How a cluster is made, and how runs are brought to their end on it."""
