@@ -18,10 +18,8 @@ from typing import Any, Literal
 
 import safetensors.torch
 import yaml
-from pydantic import Field
 from torch import Tensor
 
-from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError, DataError, FqganError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.evaluation.inception import build_inception
@@ -31,19 +29,12 @@ from fqgan_dist.teachers.clip import build_clip
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss, copy_backbone_weights
-from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.config import FetchTarget, WeightsConfig
 from fqgan_dist.weights.files import load_safetensors_checked
 
 State = Literal["written", "kept", "not needed", "failed"]
 
 _FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class FetchTarget(Config):
-    """Where the weights shall go."""
-
-    to: str = Field(min_length=1)
-    """A directory or `s3://bucket/prefix`; made if it is missing."""
 
 
 @dataclass(frozen=True)

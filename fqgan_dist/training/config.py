@@ -132,3 +132,15 @@ class TrainingConfig(Config):
     def gradient_accumulation_steps(self, world: World) -> int:
         """Micro-batches that each rank takes part in per step, idle slots included."""
         return -(-self.micro_batches_per_step // (world.world_size // self.ranks_per_micro_batch))
+
+
+class CheckpointTarget(Config):
+    """What an action works on, beside the run's own settings."""
+
+    to: str | None = None
+    """File to export to, a path or `s3://` URI; None outside `export`."""
+    format: Literal["ours", "published"] = "ours"
+    """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the
+    released code loads."""
+    step: int | None = Field(default=None, ge=0)
+    """Checkpoint of this step; None takes the newest good one, or, for `verify`, all."""

@@ -85,3 +85,10 @@ class WeightsConfig(Config):
                 "it first and pass weights_path"
             )
         return Path(self.source)
+
+
+class FetchTarget(Config):
+    """Where the weights shall go."""
+
+    to: str = Field(min_length=1)
+    """A directory or `s3://bucket/prefix`; made if it is missing."""

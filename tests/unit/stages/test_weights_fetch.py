@@ -22,12 +22,12 @@ from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.inception import build_inception
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.weights_fetch import FetchTarget, fetch_weights
+from fqgan_dist.stages.weights_fetch import fetch_weights
 from fqgan_dist.teachers.config import PUBLISHED_DINOV2, Dinov2Architecture
 from fqgan_dist.teachers.teacher import build_teacher
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
-from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.config import FetchTarget, WeightsConfig
 from fqgan_dist.weights.files import save_safetensors
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
