@@ -245,7 +245,7 @@ def build_tokenizer_task(
         discriminator_engine=build_engine(
             discriminator, settings.training, name="discriminator", world=world, device=device
         ),
-        perceptual=build_perceptual_loss(settings.perceptual, seed=0).to(device),
+        perceptual=build_perceptual_loss(settings.perceptual).to(device),
         teachers=None,
         losses=settings.losses,
         training=settings.training,

@@ -16,6 +16,7 @@ from fqgan_dist.report.inputs import ReportInputs
 from fqgan_dist.report.page import build_report
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation_work import FIGURES_PATH
+from fqgan_dist.stages.frozen_networks import describe_random_weights
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.stage import RunContext, StageOutcome
@@ -99,21 +100,7 @@ def _to_pixels(images: Tensor) -> np.ndarray:
 
 def _collect_notes(config: RunConfig, storage: Storage) -> list[str]:
     """Say what a reader must know before comparing numbers."""
-    random = [
-        f"teacher {teacher.name}"
-        for teacher in config.teachers.networks
-        if teacher.weights.is_random
-    ]
-    if config.tokenizer.perceptual.weights == "random":
-        random.append("perceptual loss")
-    if config.evaluation.inception.weights.is_random:
-        random.append("Inception")
-    notes = []
-    if random:
-        notes.append(
-            f"Random weights ({', '.join(random)}): scores of this run are not comparable with "
-            f"published numbers."
-        )
+    notes = describe_random_weights(config)
     problems = [
         f"{split}: {count} images of the source were left out (see index.json)"
         for split in ("train", "val")

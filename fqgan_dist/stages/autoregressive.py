@@ -26,6 +26,7 @@ from fqgan_dist.stages.training import (
     training_settings,
 )
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.weights.staging import load_initial_weights
 
 
 class AutoregressiveStage:
@@ -41,6 +42,7 @@ class AutoregressiveStage:
         stage = self.context.config.autoregressive
         return {
             "model": stage.model.model_dump(mode="json"),
+            **({"init_from": stage.init_from.identity()} if stage.init_from else {}),
             "training": training_settings(stage.training),
             "window_shards": self.context.config.data.window_shards,
             "data_seed": self.context.config.data.seed,
@@ -73,7 +75,7 @@ class AutoregressiveStage:
 
 
 def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
-    """Build model and engine of a run; initial weights depend on the seed only.
+    """Build model and engine; initial weights depend on the seed only, or are `init_from`'s.
 
     Raises:
         ConfigError: the dataset has more classes than the model.
@@ -87,6 +89,7 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         )
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
+    load_initial_weights(model, config.init_from, field="autoregressive.init_from")
     engine = build_engine(
         model,
         config.training,

@@ -16,6 +16,7 @@ from fqgan_dist.sharding.sources.locations import source_exists
 from fqgan_dist.stages.adm_reference import describe_missing
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import needed_weights
 from fqgan_dist.stages.manifest import load_record
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.placement import (
@@ -24,8 +25,8 @@ from fqgan_dist.stages.placement import (
     training_stages,
 )
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.teachers import check_feature_dims
 from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.weights.staging import describe_missing_file
 from fqgan_dist.world import World
 
 
@@ -42,7 +43,6 @@ def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
     problems = [*_find_rank_problems(config, world_size or planned_world_size(config))]
     problems += find_device_conflicts(config)
     for check in (
-        lambda: check_feature_dims(config),
         lambda: check_codebook_size(config.tokenizer.model.codebook_size),
         lambda: count_code_views(config.codes.views),
     ):
@@ -94,39 +94,13 @@ def find_missing_files(config: RunConfig) -> Iterator[tuple[frozenset[StageName]
                 f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
                 f"folders, a tar, zip, shards, parquet, a manifest or {BUILTIN_PHOTOGRAPHS}",
             )
-    yield from _find_missing_weights(config)
+    for needed in needed_weights(config):
+        source = needed.weights.source
+        if needed.weights.is_file and _is_missing(source):
+            yield needed.readers, describe_missing_file(needed.field, source)
     reference = config.evaluation.adm_reference
     if reference is not None and _is_missing(reference):
         yield frozenset({"evaluation"}), describe_missing(reference)
-
-
-def _find_missing_weights(config: RunConfig) -> Iterator[tuple[frozenset[StageName], str]]:
-    # The evaluation measures InfoNCE, for which it runs the teachers on validation images.
-    reader: StageName = "teachers" if config.teachers.precompute else "tokenizer"
-    weights: list[tuple[frozenset[StageName], str, str]] = [
-        (
-            frozenset({reader, "evaluation"}),
-            f"teachers.networks.{index}.weights.source",
-            teacher.weights.source,
-        )
-        for index, teacher in enumerate(config.teachers.networks)
-        if teacher.weights.is_file
-    ]
-    perceptual = config.tokenizer.perceptual
-    if perceptual.is_file:
-        field = "tokenizer.perceptual.weights"
-        weights.append((frozenset({"tokenizer"}), field, perceptual.weights))
-    inception = config.evaluation.inception.weights
-    if inception.is_file:
-        field = "evaluation.inception.weights.source"
-        weights.append((frozenset({"evaluation"}), field, inception.source))
-    for stages, field, source in weights:
-        if _is_missing(source):
-            yield (
-                stages,
-                f"{field}: {source!r}: no such file; expected a .safetensors file (a path or "
-                f"s3:// URI), or 'random' for a trial",
-            )
 
 
 def _is_missing(source: str) -> bool:

@@ -18,14 +18,13 @@ from torch import Tensor
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.views import CropRecord
-from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
 from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.stage import RunContext, RunWork, StageOutcome
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
-from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
+from fqgan_dist.teachers.teacher import Teacher, build_teacher
 from fqgan_dist.weights.staging import resolve_weights
 
 STAGE: StageName = "teachers"
@@ -148,35 +147,13 @@ class TeacherWork(RunWork):
         return view, self.index.shards[shard]
 
 
-def check_feature_dims(config: RunConfig) -> None:
-    """Compare the codebooks' feature sizes with those of the teachers, without building these.
-
-    Raises:
-        ConfigError: a codebook would predict features of another size than its teacher gives.
-    """
-    wanted = {
-        book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
-    }
-    given = {teacher.name: find_feature_dim(teacher) for teacher in config.teachers.networks}
-    problems = [
-        f"feature_dim of teacher {name!r} is {wanted[name]}, but the network gives {size}"
-        for name, size in given.items()
-        if size != wanted[name]
-    ]
-    if problems:
-        raise ConfigError(
-            f"tokenizer.model.codebooks: {'; '.join(problems)}; set feature_dim to that"
-        )
-
-
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
     """Build the configured teachers.
 
     Raises:
-        ConfigError: a teacher's feature size is not the one that its codebook predicts.
+        ConfigError: a file of weights is not there.
         DataError: weights are missing or of another network.
     """
-    check_feature_dims(config)
     teachers = {}
     for index, settings in enumerate(config.teachers.networks):
         path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")

@@ -64,7 +64,7 @@ def build_tokenizer_task(
     return TokenizerTask(
         engine=build_engine(tokenizer, name="tokenizer"),
         discriminator_engine=build_engine(discriminator, name="discriminator"),
-        perceptual=build_perceptual_loss(settings.perceptual, seed=0),
+        perceptual=build_perceptual_loss(settings.perceptual),
         teachers=teachers,
         losses=settings.losses,
         training=settings.training,

@@ -42,8 +42,10 @@ def test_eight_fold_downsampling() -> None:
             {"codebooks": [CODEBOOKS[1], {**CODEBOOKS[1], "name": "other"}]},
             "teacher 'clip' appears 2 times",
         ),
-        ({"codebooks": [{"name": "visual", "teacher": "clip"}]}, "needs both"),
-        ({"codebooks": [{"name": "visual", "feature_dim": 64}]}, "needs both"),
+        (
+            {"codebooks": [{"name": "visual", "feature_dim": 64}]},
+            "feature_dim: 64 has no effect without a teacher",
+        ),
         ({"codebooks": [{"name": "items"}]}, "'items' is a name that torch keeps"),
         ({"codebooks": [{"name": "Visual.1"}]}, "codebooks.0.name"),
         ({"codebooks": []}, "codebooks"),
