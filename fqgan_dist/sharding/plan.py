@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from fqgan_dist.config import Config
+from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import Sha256, ShardName
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
@@ -41,7 +42,7 @@ class ShardingConfig(ImagePolicy):
     """Name of the dataset, for people."""
     split: str = Field(min_length=1)
     """Part of the dataset: `train`, `val` ..."""
-    samples_per_shard: int = Field(default=1000, ge=1)
+    samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, ge=1)
     """Greatest number of images in a shard; a shard is held in memory while it is made."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the images."""
