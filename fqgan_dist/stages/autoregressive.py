@@ -42,7 +42,7 @@ class AutoregressiveStage:
         stage = self.context.config.autoregressive
         return {
             "model": stage.model.model_dump(mode="json"),
-            **({"init_from": stage.init_from.identity()} if stage.init_from else {}),
+            **stage.initial_settings(),
             "training": training_settings(stage.training),
             "window_shards": self.context.config.data.window_shards,
             "data_seed": self.context.config.data.seed,

@@ -45,17 +45,26 @@ class StorageConfig(Config):
     """A path or an `s3://bucket/prefix` URI. Credentials come from the usual AWS places only."""
 
 
-class TokenizerStageConfig(Config):
-    """The tokenizer, what it is trained against, and how."""
+class TrainedStageConfig(Config):
+    """What both trained models are given."""
 
-    model: TokenizerConfig
+    training: TrainingConfig
     init_from: InitialWeights | None = None
     """Weights that the model starts from, at step 0 and with a fresh optimizer; None draws them. A
     checkpoint of the run itself goes before: it is continued."""
+
+    def initial_settings(self) -> dict[str, Any]:
+        """Name what the training starts from, if that is given, as records of stages hold it."""
+        return {"init_from": self.init_from.identity()} if self.init_from else {}
+
+
+class TokenizerStageConfig(TrainedStageConfig):
+    """The tokenizer, what it is trained against, and how."""
+
+    model: TokenizerConfig
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     perceptual: PerceptualConfig
     losses: TokenizerLossConfig = TokenizerLossConfig()
-    training: TrainingConfig
 
     @model_validator(mode="before")
     @classmethod
@@ -85,14 +94,10 @@ class CodesConfig(Config):
     """Crops per forward pass; part of the fingerprint, as it can move the last bit."""
 
 
-class AutoregressiveStageConfig(Config):
+class AutoregressiveStageConfig(TrainedStageConfig):
     """The generator and how it is trained."""
 
     model: AutoregressiveConfig
-    init_from: InitialWeights | None = None
-    """Weights that the model starts from, at step 0 and with a fresh optimizer; None draws them. A
-    checkpoint of the run itself goes before: it is continued."""
-    training: TrainingConfig
 
 
 class RunConfig(Config):

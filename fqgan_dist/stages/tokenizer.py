@@ -50,7 +50,7 @@ class TokenizerStage:
             "losses": stage.losses.model_dump(mode="json"),
             "training": training_settings(stage.training),
             "views": config.data.views.model_dump(mode="json"),
-            **({"init_from": stage.init_from.identity()} if stage.init_from else {}),
+            **stage.initial_settings(),
             "num_views": config.data.num_views,
             "window_shards": config.data.window_shards,
             "data_seed": config.data.seed,
