@@ -11,6 +11,7 @@ failed, or did not restore what it had saved to the bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -37,14 +38,16 @@ from fqgan_dist.randomness import torch_generator
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
+from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
-from fqgan_dist.training.run import process_group
+from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +158,7 @@ def run_case(case: Case) -> Row:
     """Train, save, restore into a second task, and compare."""
     config, world = case.load_config(), World()
     training = getattr(config, case.stage).training
-    with process_group(config, world), tempfile.TemporaryDirectory() as folder:
+    with join_ranks(config, world), tempfile.TemporaryDirectory() as folder:
         device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
         build: Callable[..., Any] = {
             "tokenizer": build_tokenizer_task,
@@ -238,13 +241,11 @@ def build_tokenizer_task(
     torch.manual_seed(0)
     tokenizer = FactorizedTokenizer(settings.model)
     discriminator = DiscriminatorPasses(PatchDiscriminator(settings.discriminator))
+    layout = StepLayout.of(settings.training, world)
+    engine = functools.partial(EngineSettings.of, settings.training, layout=layout, device=device)
     task = TokenizerTask(
-        engine=build_engine(
-            tokenizer, settings.training, name="tokenizer", world=world, device=device
-        ),
-        discriminator_engine=build_engine(
-            discriminator, settings.training, name="discriminator", world=world, device=device
-        ),
+        engine=build_engine(tokenizer, engine(name="tokenizer")),
+        discriminator_engine=build_engine(discriminator, engine(name="discriminator")),
         perceptual=build_perceptual_loss(settings.perceptual).to(device),
         teachers=None,
         losses=settings.losses,
@@ -262,16 +263,15 @@ def build_autoregressive_task(
     torch.manual_seed(0)
     model = FactorizedTransformer(settings.model)
     groups = decay_groups(model, settings.training.optimizer.weight_decay)
-    engine = build_engine(
-        model,
+    engine = EngineSettings.of(
         settings.training,
         name="autoregressive",
-        world=world,
+        layout=StepLayout.of(settings.training, world),
         device=device,
         parameter_groups=[dict(group) for group in groups],
     )
     task = AutoregressiveTask(
-        engine=engine,
+        engine=build_engine(model, engine),
         training=settings.training,
         codebook_names=[book.name for book in config.tokenizer.model.codebooks],
         evaluate_fn=lambda _: {},

@@ -24,7 +24,6 @@ from typing import Any
 from data_tools.command import Call, Command, CommandParser
 from data_tools.extend import ExtendOptions, ExtendSummary, extend
 from data_tools.index import IndexOptions, IndexSummary, index
-from data_tools.progress import ProgressDisplay
 from data_tools.rearrange import (
     MergeOptions,
     ReshardOptions,
@@ -48,6 +47,7 @@ from data_tools.verify import VerifyOptions, verify
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.sharding.verification import VerifyReport
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.world import World
 
 DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
@@ -77,10 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Command, parsed: argparse.Namespace) -> int:
-    with ProgressDisplay() as progress:
-        is_dry_run = command.has_dry_run and parsed.dry_run
-        call = command.parse(parsed.arguments, is_dry_run=is_dry_run, progress=progress)
-        result = command.run(call)
+    is_dry_run = command.has_dry_run and parsed.dry_run
+    call = command.parse(parsed.arguments, is_dry_run=is_dry_run, observer=LocalObserver())
+    result = command.run(call)
     _write(result.to_json() if parsed.json else command.render(result))
     return command.find_exit_code(result)
 
@@ -88,48 +87,48 @@ def _run(command: Command, parsed: argparse.Namespace) -> int:
 def _shard(call: Call) -> ShardSummary:
     source, destination = call.paths
     return shard(
-        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+        source, destination, call.options, is_dry_run=call.is_dry_run, observer=call.observer
     )
 
 
 def _extend(call: Call) -> ExtendSummary:
     source, destination = call.paths
     return extend(
-        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+        source, destination, call.options, is_dry_run=call.is_dry_run, observer=call.observer
     )
 
 
 def _reshard(call: Call) -> ShardSummary:
     source, destination = call.paths
     return reshard(
-        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+        source, destination, call.options, is_dry_run=call.is_dry_run, observer=call.observer
     )
 
 
 def _split(call: Call) -> SplitSummary:
     source, destination = call.paths
     return split(
-        source, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+        source, destination, call.options, is_dry_run=call.is_dry_run, observer=call.observer
     )
 
 
 def _merge(call: Call) -> ShardSummary:
     *sources, destination = call.paths
     return merge(
-        sources, destination, call.options, is_dry_run=call.is_dry_run, progress=call.progress
+        sources, destination, call.options, is_dry_run=call.is_dry_run, observer=call.observer
     )
 
 
 def _index(call: Call) -> IndexSummary:
-    return index(call.paths[0], call.options, progress=call.progress)
+    return index(call.paths[0], call.options, observer=call.observer)
 
 
 def _verify(call: Call) -> VerifyReport:
-    return verify(call.paths[0], call.options, progress=call.progress)
+    return verify(call.paths[0], call.options, observer=call.observer)
 
 
 def _stats(call: Call) -> DatasetStats:
-    return compute_stats(call.paths[0], progress=call.progress)
+    return compute_stats(call.paths[0], observer=call.observer)
 
 
 COMMANDS = (

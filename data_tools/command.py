@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import yaml
 from pydantic.fields import FieldInfo
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config, parse_config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.telemetry.observer import Observer
 
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
 _HELP_WIDTH = 96
@@ -45,8 +45,8 @@ class Call:
     """The command's options: an instance of its `options_type`."""
     is_dry_run: bool
     """Whether to say what would be done, and do nothing."""
-    progress: ReportProgress
-    """To be told about work."""
+    observer: Observer
+    """Is told how far the work is."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ class Command:
                 "--dry-run", action="store_true", help="say what would be done, and do nothing"
             )
 
-    def parse(
-        self, arguments: Sequence[str], *, is_dry_run: bool, progress: ReportProgress
-    ) -> Call:
+    def parse(self, arguments: Sequence[str], *, is_dry_run: bool, observer: Observer) -> Call:
         """Tell paths from options, and check both.
 
         Raises:
@@ -102,7 +100,7 @@ class Command:
         values = _parse_values([match.groups() for match in matches if match is not None])
         self._check_paths(paths)
         options = parse_config(values, self.options_type, source=f"fqgan-data {self.name}")
-        return Call(paths, options, is_dry_run, progress)
+        return Call(paths, options, is_dry_run, observer)
 
     def _check_paths(self, paths: Sequence[str]) -> None:
         is_open = any(name.endswith("...") for name in self.paths)

@@ -9,13 +9,13 @@ from typing import Any
 
 from data_tools.engines import EngineOptions, open_engine
 from data_tools.shard import WorkSummary, list_problems, select_options
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.data.index import load_index
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset, plan_extension
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 
 class ExtendOptions(EngineOptions, SourceOptions, ExtensionConfig):
@@ -59,7 +59,7 @@ def extend(
     options: ExtendOptions,
     *,
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> ExtendSummary:
     """Add images to a dataset, or say what would be added.
 
@@ -72,10 +72,10 @@ def extend(
     storage = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ExtensionConfig)
-    with open_source(source_uri, progress=progress, **source_options) as source:
+    with open_source(source_uri, observer=observer, **source_options) as source:
         if is_dry_run:
             return _preview(storage, source, config)
-        with open_engine(options, storage, source, progress) as run_chunks:
+        with open_engine(options, storage, source, observer) as run_chunks:
             index, report = extend_dataset(
                 source, storage, "", config, source_options=source_options, run_chunks=run_chunks
             )

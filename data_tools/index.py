@@ -10,9 +10,9 @@ from pydantic import Field
 
 from data_tools.class_file import read_classes
 from data_tools.engines import count_workers
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 
 class IndexOptions(IndexConfig):
@@ -53,7 +53,7 @@ class IndexSummary:
         return asdict(self)
 
 
-def index(uri: str, options: IndexOptions, *, progress: ReportProgress) -> IndexSummary:
+def index(uri: str, options: IndexOptions, *, observer: Observer) -> IndexSummary:
     """Write an index beside shards.
 
     Raises:
@@ -69,7 +69,7 @@ def index(uri: str, options: IndexOptions, *, progress: ReportProgress) -> Index
         classes=classes,
         class_descriptions=descriptions,
         workers=count_workers(options.workers),
-        progress=progress,
+        observer=observer,
     )
     made = report.index
     return IndexSummary(

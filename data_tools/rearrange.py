@@ -17,7 +17,6 @@ from pydantic import Field, field_validator
 
 from data_tools.engines import EngineOptions
 from data_tools.shard import ShardSummary, make_dataset
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import DatasetIndex, load_index
@@ -29,6 +28,7 @@ from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.joining import join_listings
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _POLICY_FIELDS = tuple(ImagePolicy.model_fields)
@@ -99,7 +99,7 @@ class _Job:
 
     options: RearrangeOptions
     is_dry_run: bool
-    progress: ReportProgress
+    observer: Observer
 
 
 def reshard(
@@ -108,7 +108,7 @@ def reshard(
     options: ReshardOptions,
     *,
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> ShardSummary:
     """Make a dataset with the samples of another one in other shards, perhaps smaller.
 
@@ -125,8 +125,8 @@ def reshard(
     name, split = options.name or index.name, options.split or index.split
     config = _configure(options, policy, name=name, split=split)
     _check_effect(options, [config])
-    with _open_dataset(source_uri, progress) as listing:
-        job = _Job(options, is_dry_run, progress)
+    with _open_dataset(source_uri, observer) as listing:
+        job = _Job(options, is_dry_run, observer)
         return _make(job, listing, Storage(destination), config)
 
 
@@ -136,7 +136,7 @@ def split(
     options: SplitOptions,
     *,
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> SplitSummary:
     """Make a dataset of each part of another one, with the same share of every class.
 
@@ -149,8 +149,8 @@ def split(
         part: _configure(options, policy, name=index.name, split=part) for part in options.parts
     }
     _check_effect(options, configs.values())
-    job = _Job(options, is_dry_run, progress)
-    with _open_dataset(source_uri, progress) as listing:
+    job = _Job(options, is_dry_run, observer)
+    with _open_dataset(source_uri, observer) as listing:
         rows = choose_parts(listing.names, list(options.parts.values()), options.seed)
         made: dict[str, ShardSummary] = {}
         for part, chosen in zip(options.parts, rows, strict=True):
@@ -171,7 +171,7 @@ def merge(
     options: MergeOptions,
     *,
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> ShardSummary:
     """Make one dataset of several; classes are united by name.
 
@@ -195,8 +195,8 @@ def merge(
     config = _configure(options, policies[0], name=options.name, split=split)
     _check_effect(options, [config])
     with ExitStack() as stack:
-        listings = [stack.enter_context(_open_dataset(uri, progress)) for uri in source_uris]
-        job = _Job(options, is_dry_run, progress)
+        listings = [stack.enter_context(_open_dataset(uri, observer)) for uri in source_uris]
+        job = _Job(options, is_dry_run, observer)
         return _make(job, join_listings(listings), Storage(destination), config)
 
 
@@ -232,8 +232,8 @@ def _load(uri: str) -> tuple[DatasetIndex, ImagePolicy]:
 
 
 @contextmanager
-def _open_dataset(uri: str, progress: ReportProgress) -> Iterator[SourceListing]:
-    with open_source(uri, format="webdataset", progress=progress) as listing:
+def _open_dataset(uri: str, observer: Observer) -> Iterator[SourceListing]:
+    with open_source(uri, format="webdataset", observer=observer) as listing:
         yield listing
 
 
@@ -285,5 +285,5 @@ def _make(
         job.options,
         source_options={"format": "webdataset"},
         is_dry_run=job.is_dry_run,
-        progress=job.progress,
+        observer=job.observer,
     )

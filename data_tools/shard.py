@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from data_tools.class_file import read_classes
 from data_tools.engines import EngineOptions, open_engine
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import DatasetIndex, SourceProblem
@@ -23,6 +22,7 @@ from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 PartT = TypeVar("PartT", bound=Config)
 
@@ -123,7 +123,7 @@ def shard(
     options: ShardOptions,
     *,
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> ShardSummary:
     """Make a dataset, or say what would be made.
 
@@ -140,7 +140,7 @@ def shard(
         source_uri,
         split=options.split,
         photographs=_select_photographs(source_uri, options),
-        progress=progress,
+        observer=observer,
         **source_options,
     ) as source:
         if descriptions is not None:
@@ -153,7 +153,7 @@ def shard(
             options,
             source_options=source_options,
             is_dry_run=is_dry_run,
-            progress=progress,
+            observer=observer,
             classes=classes,
             class_descriptions=descriptions,
         )
@@ -167,7 +167,7 @@ def make_dataset(
     *,
     source_options: Mapping[str, Any],
     is_dry_run: bool,
-    progress: ReportProgress,
+    observer: Observer,
     classes: Sequence[str] | None = None,
     class_descriptions: Mapping[str, str] | None = None,
 ) -> ShardSummary:
@@ -181,7 +181,7 @@ def make_dataset(
     named = {"classes": classes, "class_descriptions": class_descriptions}
     if is_dry_run:
         return _preview(storage, source, config, **named)
-    with open_engine(engine, storage, source, progress) as run_chunks:
+    with open_engine(engine, storage, source, observer) as run_chunks:
         index, report = build_dataset(
             source,
             storage,

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
-from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
+from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_index, load_samples
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 _THREADS = 16
 """Tables read at once; each is mostly waiting where the dataset is in a bucket."""
@@ -114,7 +114,7 @@ class DatasetStats:
         return asdict(self)
 
 
-def compute_stats(uri: str, *, progress: ReportProgress) -> DatasetStats:
+def compute_stats(uri: str, *, observer: Observer) -> DatasetStats:
     """Measure a dataset, one table of samples at a time.
 
     Raises:
@@ -127,15 +127,16 @@ def compute_stats(uri: str, *, progress: ReportProgress) -> DatasetStats:
     mixtures = Histogram()
     load = partial(load_samples, storage, "")
     tables = load_in_threads(load, index.shards, threads=_THREADS, ahead=_THREADS)
-    for number, table in enumerate(tables):
-        for name, histogram in columns.items():
-            histogram.add(getattr(table, name))
-        counts = np.bincount(table.labels, minlength=index.num_classes)
-        if len(counts) > index.num_classes:
-            _refuse_label(storage, index, number, len(counts) - 1)
-        class_counts += counts
-        mixtures.add(np.array([np.count_nonzero(counts)]))
-        progress("reading tables", number + 1, len(index.shards))
+    with observer.track(len(index.shards), "reading tables", "shards") as bar:
+        for entry, table in zip(index.shards, tables, strict=True):
+            for name, histogram in columns.items():
+                histogram.add(getattr(table, name))
+            counts = np.bincount(table.labels, minlength=index.num_classes)
+            if len(counts) > index.num_classes:
+                _refuse_label(storage, index, entry, len(counts) - 1)
+            class_counts += counts
+            mixtures.add(np.array([np.count_nonzero(counts)]))
+            bar.advance()
     return DatasetStats(
         dataset_id=index.dataset_id,
         name=index.name,
@@ -155,11 +156,10 @@ def compute_stats(uri: str, *, progress: ReportProgress) -> DatasetStats:
     )
 
 
-def _refuse_label(storage: Storage, index: DatasetIndex, number: int, label: int) -> None:
-    file = index.shards[number].samples_file
+def _refuse_label(storage: Storage, index: DatasetIndex, entry: ShardEntry, label: int) -> None:
     raise DataError(
-        f"{storage.uri(file)}: label {label}, but the index has {index.num_classes} classes; "
-        "see `fqgan-data verify`"
+        f"{storage.uri(entry.samples_file)}: label {label}, but the index has "
+        f"{index.num_classes} classes; see `fqgan-data verify`"
     )
 
 

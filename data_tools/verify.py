@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from data_tools.engines import count_workers
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import Config
 from fqgan_dist.sharding.verification import VerifyReport, verify_dataset
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 
 class VerifyOptions(Config):
@@ -21,7 +21,7 @@ class VerifyOptions(Config):
     """Threads that hash shards, or processes where it is deep; none: one per core."""
 
 
-def verify(uri: str, options: VerifyOptions, *, progress: ReportProgress) -> VerifyReport:
+def verify(uri: str, options: VerifyOptions, *, observer: Observer) -> VerifyReport:
     """Check a dataset against its index.
 
     Raises:
@@ -31,5 +31,5 @@ def verify(uri: str, options: VerifyOptions, *, progress: ReportProgress) -> Ver
         Storage(uri),
         is_deep=options.deep,
         workers=count_workers(options.workers),
-        progress=progress,
+        observer=observer,
     )

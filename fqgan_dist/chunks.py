@@ -1,8 +1,9 @@
-"""Work in independent chunks, and the processes of one machine that do it.
+"""Work in independent chunks, the loop over those that are left, and processes that do them.
 
 Processing a chunk is a pure function of storage and the chunk's number, and commits its output
 once; so any process may process any chunk, again after a kill, in any order (design.md section 1).
-Actors of a Ray cluster do the same work: orchestration/pools.py.
+Who processes them is the loop's `Execute`: this process or others of this machine, which are here,
+or the actors of a Ray cluster (orchestration/pools.py).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from fqgan_dist.errors import ClusterError
+from fqgan_dist.telemetry.observer import SILENT, Observer
+from fqgan_dist.telemetry.summary import Metric
 
 _CONCURRENT_CHECKS = 32
 """Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there."""
@@ -39,6 +42,14 @@ class ChunkWork(Protocol):
     @property
     def unit(self) -> str:
         """What `size` counts, in the plural."""
+        ...
+
+    @property
+    def local_reason(self) -> str | None:
+        """Why it must be done on this machine, where its inputs are; None: it may be anywhere.
+
+        It also says what would let other machines do it.
+        """
         ...
 
     def chunks(self) -> Sequence[int]:
@@ -76,9 +87,8 @@ class ChunkWork(Protocol):
 RunChunks = Callable[[ChunkWork], None]
 """Processes every chunk that is not done."""
 
-ReportProgress = Callable[[str, int, int], None]
-"""Is told what is being done, how many units are done and of how many. Its first call for a piece
-of work gives what was done before, which is no throughput."""
+Execute = Callable[[ChunkWork, Sequence[int]], Iterator[int]]
+"""Processes chunks of some work, and gives each when its output is committed."""
 
 
 class ProcessLocalCaches:
@@ -104,13 +114,33 @@ def find_pending(work: ChunkWork) -> list[int]:
     return [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
 
 
-def ignore_progress(description: str, done: int, total: int, /) -> None:
-    """Be a `ReportProgress` that shows nothing."""
-
-
-def run_in_processes(
-    work: ChunkWork, *, workers: int = 1, progress: ReportProgress = ignore_progress
+def process_pending(
+    work: ChunkWork,
+    execute: Execute,
+    observer: Observer,
+    *,
+    fields: Callable[[], Mapping[str, Metric]] = dict,
 ) -> None:
+    """Process every chunk that is not done.
+
+    Args:
+        work: what is to be done.
+        execute: who does it.
+        observer: is told how far it is.
+        fields: gives what else the observer is told at each chunk.
+
+    Raises:
+        as `execute`.
+    """
+    pending = find_pending(work)
+    total = sum(work.size(chunk) for chunk in work.chunks())
+    with observer.track(total, work.description, work.unit) as bar:
+        bar.skip(total - sum(work.size(chunk) for chunk in pending))
+        for chunk in execute(work, pending):
+            bar.advance(work.size(chunk), **fields())
+
+
+def run_in_processes(work: ChunkWork, *, workers: int = 1, observer: Observer = SILENT) -> None:
     """Process every chunk that is not done in processes of this machine.
 
     With one worker, or one chunk, that is this process. Others are spawned, so `work` and its
@@ -119,7 +149,7 @@ def run_in_processes(
     Args:
         work: what is to be done.
         workers: greatest number of processes.
-        progress: told about the work's units.
+        observer: is told how far it is.
 
     Raises:
         ValueError: `workers` is not positive.
@@ -128,17 +158,12 @@ def run_in_processes(
     """
     if workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
-    pending = find_pending(work)
-    total = sum(work.size(chunk) for chunk in work.chunks())
-    done = total - sum(work.size(chunk) for chunk in pending)
-    progress(work.description, done, total)
-    for chunk in _process_all(work, pending, min(workers, len(pending))):
-        done += work.size(chunk)
-        progress(work.description, done, total)
+    process_pending(work, functools.partial(_process_all, workers=workers), observer)
 
 
-def _process_all(work: ChunkWork, pending: Sequence[int], workers: int) -> Iterator[int]:
+def _process_all(work: ChunkWork, pending: Sequence[int], *, workers: int) -> Iterator[int]:
     """Give every chunk when it is done."""
+    workers = min(workers, len(pending))
     if workers <= 1:
         for chunk in pending:
             work.process(chunk)

@@ -19,25 +19,14 @@ from collections.abc import Sequence
 
 from fqgan_dist.config import Config, load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.stages.catalog import STAGES
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.training.config import CheckpointTarget
 from fqgan_dist.weights.config import FetchTarget
 
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
-
-STAGES_OF_COMMAND: dict[str, tuple[StageName, ...]] = {
-    "shards": ("shards",),
-    "teachers": ("teachers",),
-    "train": ("tokenizer", "autoregressive"),
-    "codes": ("codes",),
-    "sample": ("samples",),
-    "evaluate": ("evaluation",),
-    "report": ("report",),
-}
-"""Which stages a command other than `run` runs."""
 
 
 # What takes a second or more to import is imported where a command is carried out, so that help and
@@ -67,16 +56,11 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="fqgan", description="Train FQGAN tokenizers and FAR generators.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, help_text in (
-        ("run", "run all stages, or those of stages=[...]; done ones are skipped"),
-        ("shards", "write the dataset's shards"),
-        ("teachers", "precompute teacher features"),
-        ("train", "train the tokenizer and the generator, whichever is due"),
-        ("codes", "extract the codes of the training images"),
-        ("sample", "draw samples from the generator"),
-        ("evaluate", "measure reconstructions and samples"),
-        ("report", "write report.html"),
-    ):
+    run_help = "run all stages, or those of stages=[...]; done ones are skipped"
+    for name, help_text in [
+        ("run", run_help),
+        *{each.command: each.help for each in STAGES}.items(),
+    ]:
         command = commands.add_parser(name, help=help_text, allow_abbrev=False)
         _add_config_arguments(command)
         command.set_defaults(command_fn=_run, command=name)
@@ -146,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
                 f"stages: has no effect on `fqgan {options.command}`, which runs its own; "
                 f"use `fqgan run`"
             )
-        stages = STAGES_OF_COMMAND[options.command]
+        stages = tuple(each.name for each in STAGES if each.command == options.command)
         config = config.model_copy(update={"stages": stages})
     if options.dry_run:
         from fqgan_dist.stages.plan import plan_run

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,14 @@ from fqgan_dist.stages.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
 
-BASE, SETTINGS, STORAGE, WEIGHTS, SIBLING, USER, STAGES, REPORT, TOP = range(9)
+BASE, SETTINGS, STORAGE, WEIGHTS, SIBLING, WORK, USER, STAGES, REPORT, TOP = range(10)
 
 LEVELS = {
     "fqgan_dist": BASE,
-    "chunks": BASE,
     "config": BASE,
+    "devices": BASE,
     "errors": BASE,
+    "fingerprint": BASE,
     "loss_group": BASE,
     "randomness": BASE,
     "world": BASE,
@@ -37,6 +40,7 @@ LEVELS = {
     "teachers": SIBLING,
     "telemetry": SIBLING,
     "tokenizer": SIBLING,
+    "chunks": WORK,
     "evaluation": USER,
     "sharding": USER,
     "training": USER,
@@ -51,11 +55,12 @@ LEVELS = {
 
 `report`, `diagnosis` and `data_tools` are top, but know nothing of `cli` and `orchestration`, which
 call them.
+`chunks` tells an observer of `telemetry` how far work is, and all that has work needs `chunks`.
 Base and top modules may import each other within their level, and so may the settings: the
 `config` module of each package, which knows base and settings only, not even its own package.
 """
 
-LIGHT_MODULES = {"fqgan_dist.stages.names"}
+LIGHT_MODULES = {"fqgan_dist.stages.catalog"}
 """What settings are made of besides the packages' `config` modules: it counts as settings too."""
 
 ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.engines"}
@@ -69,6 +74,8 @@ HOMES = {
     "boto3": ("fqgan_dist.storage.s3_connection",),
     "botocore": ("fqgan_dist.storage.s3_connection",),
     "aiobotocore": ("fqgan_dist.storage.s3_connection",),
+    "wandb": ("fqgan_dist.telemetry.sinks.wandb",),
+    "mlflow": ("fqgan_dist.telemetry.sinks.mlflow",),
 }
 """Package -> the only modules (and their submodules) that may import it."""
 
@@ -93,6 +100,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = find_modules()
+
+
 def find_imports(module: str, source: str, *, is_package: bool = False) -> Iterator[Import]:
     """Find every import of a module, at any depth, those for type checking included."""
     for node in ast.walk(ast.parse(source)):
@@ -104,8 +114,9 @@ def find_imports(module: str, source: str, *, is_package: bool = False) -> Itera
                 parent = resolve(module, origin, level, is_package)
                 for name in names:
                     # "from fqgan_dist import data" imports a part, not only the package.
-                    target = f"{parent}.{name.name}" if parent in PACKAGES else parent
-                    yield Import(module, target, node.lineno)
+                    inner = f"{parent}.{name.name}"
+                    is_module = parent in PACKAGES or inner in MODULES
+                    yield Import(module, inner if is_module else parent, node.lineno)
             case ast.Call(
                 func=ast.Attribute(attr="import_module")
                 | ast.Name(id="import_module" | "__import__"),
@@ -165,7 +176,7 @@ def is_inside(module: str, home: str) -> bool:
 def all_imports() -> list[Import]:
     return [
         found
-        for module, path in find_modules().items()
+        for module, path in MODULES.items()
         for found in find_imports(
             module, path.read_text(encoding="utf-8"), is_package=path.name == "__init__.py"
         )
@@ -178,8 +189,39 @@ def test_imports_follow_the_table() -> None:
 
 
 def test_every_module_has_a_place_in_the_layout() -> None:
-    for module in find_modules():
+    for module in MODULES:
         level_of(module)
+
+
+def find_circle(imports: Iterable[Import]) -> list[str]:
+    """Give modules each of which imports the next, the last one being the first; else nothing."""
+    graph: dict[str, set[str]] = {}
+    for found in imports:
+        graph.setdefault(found.module, set()).add(found.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]  # it names who is imported first
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # Late imports count: a circle that they hide is one part in two files all the same.
+    assert " -> ".join(find_circle(all_imports())) == ""
+
+
+def test_the_search_finds_a_circle_through_a_late_import() -> None:
+    sources = {
+        "fqgan_dist.a": "from fqgan_dist.b import x",
+        "fqgan_dist.b": "from fqgan_dist.c import y",
+        "fqgan_dist.c": "def run():\n    from fqgan_dist.a import z",
+    }
+    found = [one for module, text in sources.items() for one in find_imports(module, text)]
+    circle = find_circle(found)
+    assert circle[0] == circle[-1]
+    assert set(circle) == set(sources)
+    assert set(pairwise(circle)) == {(one.module, one.imported) for one in found}
+    assert find_circle(found[:2]) == []
 
 
 @pytest.mark.parametrize(
@@ -189,6 +231,7 @@ def test_every_module_has_a_place_in_the_layout() -> None:
         ("fqgan_dist.stages.codes", "def run():\n    from ray.data import Dataset"),
         ("fqgan_dist.training.trainer", "import deepspeed.comm as dist"),
         ("fqgan_dist.data.loader", "import s3fs"),
+        ("fqgan_dist.telemetry.metrics", "import wandb"),
         ("fqgan_dist.evaluation.fid", "from fsspec import open"),
         ("fqgan_dist.tokenizer.model", "from fqgan_dist.teachers.clip import build"),
         ("fqgan_dist.tokenizer.model", "from fqgan_dist import teachers"),
@@ -207,6 +250,9 @@ def test_every_module_has_a_place_in_the_layout() -> None:
         ("fqgan_dist.data.config", "from fqgan_dist.data.views import num_views"),
         ("fqgan_dist.stages.config", "from fqgan_dist.stages.stage import Stage"),
         ("fqgan_dist.teachers.config", "from fqgan_dist.weights.files import save_safetensors"),
+        ("fqgan_dist.telemetry.observer", "from fqgan_dist.chunks import ChunkWork"),
+        ("fqgan_dist.chunks", "from fqgan_dist.sharding.tasks import ShardWork"),
+        ("fqgan_dist.stages.codes", "from fqgan_dist.training import run"),
     ],
 )
 def test_the_table_forbids(module: str, source: str) -> None:
@@ -228,6 +274,8 @@ def test_the_table_forbids(module: str, source: str) -> None:
         ("fqgan_dist.teachers.config", "from fqgan_dist.weights.config import WeightsConfig"),
         ("fqgan_dist.stages.config", "from fqgan_dist.orchestration.config import RayConfig"),
         ("fqgan_dist.stages.placement", "from fqgan_dist.orchestration.config import PoolConfig"),
+        ("fqgan_dist.chunks", "from fqgan_dist.telemetry.observer import Observer"),
+        ("fqgan_dist.sharding.tasks", "from fqgan_dist.chunks import ProcessLocalCaches"),
         ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
         ("fqgan_dist.world", "from fqgan_dist import __version__"),
     ],
@@ -241,7 +289,7 @@ def test_the_table_allows(module: str, source: str) -> None:
 IMPORT_ALL = """
 import importlib, sys, traceback
 
-HIDDEN = {"ray", "deepspeed"}
+HIDDEN = {"ray", "deepspeed", "wandb", "mlflow"}
 
 class Hiding:
     '''A finder that does not find the hidden packages, as if they were not installed.'''
@@ -283,14 +331,14 @@ def import_without_optional_packages(modules: list[str], folder: Path) -> tuple[
     return result.returncode, result.stderr
 
 
-def test_the_library_imports_without_ray_deepspeed_or_a_gpu() -> None:
-    heavy = (*HOMES["ray"], *HOMES["deepspeed"])
-    modules = [name for name in find_modules() if not any(is_inside(name, home) for home in heavy)]
+def test_the_library_imports_without_optional_packages_or_a_gpu() -> None:
+    heavy = [home for package in ("ray", "deepspeed", "wandb", "mlflow") for home in HOMES[package]]
+    modules = [name for name in MODULES if not any(is_inside(name, home) for home in heavy)]
     status, errors = import_without_optional_packages(modules, ROOT)
     assert status == 0, errors
 
 
-@pytest.mark.parametrize("package", ["ray", "deepspeed.comm"])
+@pytest.mark.parametrize("package", ["ray", "deepspeed.comm", "wandb", "mlflow.entities"])
 def test_the_import_test_hides_packages(package: str, tmp_path: Path) -> None:
     (tmp_path / "user_module.py").write_text(f"import {package}\n")
     status, errors = import_without_optional_packages(["user_module"], tmp_path)
@@ -308,6 +356,6 @@ def test_every_config_loads(path: Path) -> None:
 
 
 def test_source_files_stay_small() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in find_modules().items()}
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     too_long = {name: length for name, length in lengths.items() if length > 500}
     assert not too_long, textwrap.shorten(f"split these files: {too_long}", 500)

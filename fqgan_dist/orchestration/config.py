@@ -58,17 +58,6 @@ class PoolConfig(ProcessResources):
             yield f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
 
 
-class PoolsConfig(Config):
-    """One pool for each stage that works on chunks."""
-
-    shards: PoolConfig = PoolConfig()
-    """Each actor holds one shard in memory and uses one core."""
-    teachers: PoolConfig = PoolConfig()
-    codes: PoolConfig = PoolConfig()
-    samples: PoolConfig = PoolConfig()
-    evaluation: PoolConfig = PoolConfig()
-
-
 class RayConfig(Config):
     """What the stages reserve on a Ray cluster (`execution: ray`).
 
@@ -77,6 +66,11 @@ class RayConfig(Config):
     """
 
     train: TrainWorkersConfig = TrainWorkersConfig()
-    pools: PoolsConfig = PoolsConfig()
+    pools: dict[str, PoolConfig] = Field(default_factory=dict)
+    """By stage, where its chunks are worked on; a stage that is not named has a pool of one."""
     local_cpus: int | None = Field(default=None, gt=0)
     """CPU slots of a Ray that is started here; None takes the machine's."""
+
+    def pool(self, stage: str) -> PoolConfig:
+        """Return the pool of a stage."""
+        return self.pools.get(stage, PoolConfig())

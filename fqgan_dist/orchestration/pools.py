@@ -23,7 +23,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from fqgan_dist.chunks import ChunkWork, RunChunks, find_pending
+from fqgan_dist.chunks import ChunkWork, RunChunks, process_pending
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.pool_actor import ActorPlace, Failure, PoolActor, PoolTask
@@ -71,16 +71,10 @@ def open_pool(
     if not ray.is_initialized():
         raise ClusterError(f"{name}: no Ray is connected - expected one - call ray.init first")
 
-    def run_chunks(work: ChunkWork) -> None:
-        pending = find_pending(work)
-        total = sum(work.size(chunk) for chunk in work.chunks())
-        with observer.track(total, work.description, work.unit) as bar:
-            bar.skip(total - sum(work.size(chunk) for chunk in pending))
-            for chunk in pool.run(work, pending):
-                bar.advance(work.size(chunk), actors=pool.num_ready)
-
     with _Pool(name, config, check_node) as pool:
-        yield run_chunks
+        yield lambda work: process_pending(
+            work, pool.run, observer, fields=lambda: {"actors": pool.num_ready}
+        )
 
 
 @dataclass(eq=False)

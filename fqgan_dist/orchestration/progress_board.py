@@ -31,7 +31,6 @@ from fqgan_dist.telemetry.run_view import (
     WorkUpdate,
     show_run,
 )
-from fqgan_dist.telemetry.summary import Metric
 
 SEND_INTERVAL_S = 1.0
 
@@ -161,13 +160,20 @@ class RayObserver:
     @contextmanager
     def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
         """Watch the block, see `Observer`."""
-        bar = _BoardBar(self._stage, total, description, unit)
+        bar, work_id = ProgressBar(total, description, unit), uuid.uuid4().hex
         stop = threading.Event()
+        told: WorkUpdate | None = None
+
+        def tell() -> None:
+            nonlocal told
+            update = WorkUpdate(stage=self._stage, work_id=work_id, **vars(bar.state()))
+            self._send(update if update != told else None)
+            told = update
 
         def report() -> None:
-            self._send(bar)
+            tell()
             while not stop.wait(SEND_INTERVAL_S):
-                self._send(bar)
+                tell()
 
         # A thread of its own: the work waits for nobody, and its last news are never left unsent
         # because a chunk takes long.
@@ -180,7 +186,7 @@ class RayObserver:
         finally:
             stop.set()
             thread.join(_ANSWER_TIMEOUT_S)
-            self._send(bar)
+            tell()
             with self._lock:
                 self._num_open -= 1
 
@@ -193,9 +199,9 @@ class RayObserver:
         if not is_tracking:
             self._send(None)
 
-    def _send(self, bar: _BoardBar | None) -> None:
+    def _send(self, update: WorkUpdate | None) -> None:
         with self._lock:
-            if bar is not None and (update := bar.news()) is not None:
+            if update is not None:
                 _put(self._news, update)
             news, self._news = self._news, {}
         # Asked for without a connection, Ray would start a cluster of its own.
@@ -205,49 +211,6 @@ class RayObserver:
             self._actor.receive.remote(list(news.values()))
         except RayError as error:
             logger.debug("the progress board cannot be told: %s", error)
-
-
-class _BoardBar(ProgressBar):
-    def __init__(self, stage: str, total: int | None, description: str, unit: str) -> None:
-        self._stage = stage
-        self._total = total
-        self._description = description
-        self._unit = unit
-        self._work_id = uuid.uuid4().hex
-        self._lock = threading.Lock()
-        self._done = 0
-        self._skipped = 0
-        self._fields: dict[str, Metric] = {}
-        self._is_news = True
-
-    def advance(self, count: int = 1, **fields: Metric) -> None:
-        with self._lock:
-            self._done += count
-            self._fields |= fields
-            self._is_news = True
-
-    def skip(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._skipped += count
-            self._is_news = True
-
-    def news(self) -> WorkUpdate | None:
-        """Return the state if it has changed since the last call."""
-        with self._lock:
-            if not self._is_news:
-                return None
-            self._is_news = False
-            return WorkUpdate(
-                stage=self._stage,
-                work_id=self._work_id,
-                description=self._description,
-                unit=self._unit,
-                done=self._done,
-                skipped=self._skipped,
-                total=self._total,
-                fields=dict(self._fields),
-            )
 
 
 def _put(news: dict[str, Update], update: Update) -> None:

@@ -11,28 +11,24 @@ from pathlib import Path
 import ray
 import torch
 
-from fqgan_dist.chunks import ChunkWork, RunChunks
+from fqgan_dist.chunks import ChunkWork, RunChunks, run_in_processes
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.config import ProcessResources
-from fqgan_dist.orchestration.driver import (
+from fqgan_dist.orchestration.pipeline import (
     finish,
     open_checked_run,
-    run_chunks_here,
     run_stage_here,
     run_stages,
 )
 from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
-from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
-from fqgan_dist.sharding.tasks import ShardWork
 from fqgan_dist.stages.config import RunConfig, StorageConfig
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.placement import training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import Stage
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
@@ -65,46 +61,42 @@ def run_on_cluster(config: RunConfig) -> Summary:
             with board.shown():
                 run_stages(
                     context,
-                    lambda name, context: _run_stage(name, context, root, board),
-                    note_skipped=lambda name: board.finish_stage(name, "skipped"),
+                    lambda stage: _run_stage(stage, root, board),
+                    note_skipped=lambda stage: board.finish_stage(stage.name, "skipped"),
                 )
     return finish(context)
 
 
-def _run_stage(
-    name: StageName, context: RunContext, root: SharedRoot, board: ProgressBoard
-) -> None:
-    board.start_stage(name)
-    observer = board.observer(name)
-    context = replace(context, observer=observer)
+def _run_stage(stage: Stage, root: SharedRoot, board: ProgressBoard) -> None:
+    board.start_stage(stage.name)
+    observer = board.observer(stage.name)
+    stage = type(stage)(replace(stage.context, observer=observer))
+    config = stage.context.config
     state: StageState = "failed"
     try:
-        match name:
-            case "tokenizer" | "autoregressive":
-                launch_training(context.config, name, root=root, observer=observer)
-                context.require(name)
-            case "shards" | "teachers" | "codes" | "samples" | "evaluation":
-                pool = getattr(context.config.ray.pools, name)
-                with open_pool(name, pool, observer=observer, check_node=root.check) as run_chunks:
-                    run_work = partial(_run_chunks, in_pool=run_chunks, observer=observer)
-                    run_stage(build_stage(name, context), context, run_work)
-            case "report":
-                run_stage_here(name, context)
+        match stage.runs_in:
+            case "train_workers":
+                launch_training(config, stage.name, root=root, observer=observer)
+                stage.context.read(stage.output)
+            case "pool":
+                pool = config.ray.pool(stage.pool)
+                with open_pool(
+                    stage.name, pool, observer=observer, check_node=root.check
+                ) as run_chunks:
+                    run_stage(stage, partial(_run_chunks, in_pool=run_chunks, observer=observer))
+            case "driver":
+                run_stage_here(stage)
         state = "done"
     finally:
-        board.finish_stage(name, state)
+        board.finish_stage(stage.name, state)
 
 
 def _run_chunks(work: ChunkWork, *, in_pool: RunChunks, observer: Observer) -> None:
     """Process work in a pool, or in the driver where no other node can read its inputs."""
-    if isinstance(work, ShardWork) and is_attached() and not work.is_source_shared:
-        logger.warning(
-            "%s: the source is on this machine, or was unpacked here, so the driver makes the "
-            "shards alone; with a source in a bucket, or made by `fqgan-data shard` with "
-            "is_shared=true, all nodes would",
-            work.description,
-        )
-        run_chunks_here(work, observer)
+    # A Ray that was started here has all of its processes on this machine.
+    if is_attached() and work.local_reason is not None:
+        logger.warning("%s: the driver does it alone: %s", work.description, work.local_reason)
+        run_in_processes(work, observer=observer)
     else:
         in_pool(work)
 

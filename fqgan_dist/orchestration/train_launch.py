@@ -34,9 +34,8 @@ from fqgan_dist.orchestration.failures import (
 )
 from fqgan_dist.orchestration.shared_root import SharedRoot
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import StageName
+from fqgan_dist.stages.train import train_stage
 from fqgan_dist.telemetry.observer import Observer
-from fqgan_dist.training.run import train_stage
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,7 @@ _RETRY_WAIT_S = 5.0
 """Ray needs some seconds to notice which nodes are gone."""
 
 
-def launch_training(
-    config: RunConfig, stage: StageName, *, root: SharedRoot, observer: Observer
-) -> None:
+def launch_training(config: RunConfig, stage: str, *, root: SharedRoot, observer: Observer) -> None:
     """Train a stage to the end on the cluster's train workers.
 
     Raises:

@@ -10,57 +10,78 @@ import numpy as np
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
 from fqgan_dist.report.page import build_report
-from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.evaluation_work import FIGURES_PATH
+from fqgan_dist.stages.evaluation import Evaluated, EvaluationStage, figure_file
 from fqgan_dist.stages.frozen_networks import describe_random_weights
-from fqgan_dist.stages.manifest import load_record
-from fqgan_dist.stages.names import STAGE_NAMES, StageName
-from fqgan_dist.stages.stage import RunContext, StageOutcome
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
+from fqgan_dist.stages.stage import (
+    RunContext,
+    Stage,
+    StageNotFinishedError,
+    StageOutcome,
+    StageOutput,
+    build_stages,
+)
+from fqgan_dist.stages.stage_record import StageRecord
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
-STAGE: StageName = "report"
+_PAGE = "report.html"
 
 
-class ReportStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class ReportFile(StageOutput):
+    """The report of a run."""
 
-    name: StageName = STAGE
+    stage = "report"
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    report: str
+    """The page, below the storage root."""
+
+
+class ReportStage(Stage):
+    """Writes the report, anew whenever there is something else to show."""
+
+    output = ReportFile
+    inputs = (DatasetIds, Evaluated)
+    runs_in = "driver"
+    uses_device = False
+    records = "newest"
+    can_be_taken = False
 
     def settings(self) -> Mapping[str, Any]:
-        """The title."""
+        """The title, which decides the page and nothing else."""
         return {"name": self.context.config.name}
 
     def upstream(self) -> Mapping[str, Any]:
         """Return everything that is shown: the inputs of the evaluation."""
-        return {"evaluation": self.context.require("evaluation").inputs}
+        self.context.read(Evaluated)
+        return {"evaluation": EvaluationStage(self.context).collect_inputs()}
+
+    def has_output(self) -> bool:
+        """Whether the page is there."""
+        return self.context.storage.exists(_PAGE)
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  one process
         """Write `report.html` and the figures as PNG files."""
         if not self.context.world.is_main:
-            return StageOutcome()
+            return StageOutcome(None)
         storage = self.context.storage
         inputs = collect_inputs(self.context)
         for name, data in render_pngs(inputs).items():
             storage.write_bytes(f"figures/{name}", data)
-        storage.write_bytes("report.html", build_report(inputs).encode())
-        return StageOutcome(outputs={"report": "report.html"})
+        storage.write_bytes(_PAGE, build_report(inputs).encode())
+        return StageOutcome(ReportFile(report=_PAGE))
 
 
 def collect_inputs(context: RunContext) -> ReportInputs:
     """Read what the report shows from a run's storage."""
     storage = context.storage
-    figures = TensorFiles(storage, FIGURES_PATH, "report").read(0)
-    summary = load_summary(storage)
-    summary.pop(STAGE, None)  # it is being written
+    figures = figure_file(context, context.read(Evaluated).figures).read(0)
+    summary = load_summary(context)
+    summary.pop(ReportFile.stage, None)  # it is being written
     return ReportInputs(
         run_name=context.config.name,
         summary=summary,
@@ -72,8 +93,8 @@ def collect_inputs(context: RunContext) -> ReportInputs:
         single_codebook=_group(
             figures, "single/", [book.name for book in context.config.tokenizer.model.codebooks]
         ),
-        samples=_group(figures, "samples/", context.load_dataset("train").classes),
-        notes=_collect_notes(context.config, storage),
+        samples=_group(figures, "samples/", open_dataset(context, "train").index.classes),
+        notes=_collect_notes(context),
     )
 
 
@@ -98,21 +119,32 @@ def _to_pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _collect_notes(config: RunConfig, storage: Storage) -> list[str]:
+def _collect_notes(context: RunContext) -> list[str]:
     """Say what a reader must know before comparing numbers."""
-    notes = describe_random_weights(config)
+    notes = describe_random_weights(context.config)
+    records = {
+        stage.name: _find_record(stage)
+        for stage in build_stages(context)
+        if stage.is_wanted(context.config)
+    }
+    shards = records[DatasetIds.stage]
     problems = [
         f"{split}: {count} images of the source were left out (see index.json)"
         for split in ("train", "val")
-        for record in [load_record(storage, "shards")]
-        if record is not None and (count := record.metrics.get(f"shards/{split}_problems"))
+        if shards and (count := shards.metrics.get(f"{DatasetIds.stage}/{split}_problems"))
     ]
     unfinished = [
         name
-        for name in STAGE_NAMES
-        if name != STAGE
-        and ((found := load_record(storage, name)) is None or found.state != "done")
+        for name, record in records.items()
+        if name != ReportFile.stage and (record is None or not record.is_done)
     ]
     if unfinished:
         problems.append(f"stages that have not finished: {', '.join(unfinished)}")
     return notes + problems
+
+
+def _find_record(stage: Stage) -> StageRecord | None:
+    try:
+        return stage.load_record()
+    except StageNotFinishedError:
+        return None

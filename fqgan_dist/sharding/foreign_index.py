@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fqgan_dist.chunks import ReportProgress, ignore_progress, run_in_processes
+from fqgan_dist.chunks import run_in_processes
 from fqgan_dist.data.index import (
     INDEX_NAME,
     ClassName,
@@ -42,6 +42,7 @@ from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS
 from fqgan_dist.sharding.sources.spool import open_spool_folder
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.observer import SILENT, Observer
 from fqgan_dist.world import World
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -91,6 +92,7 @@ class _ScanWork:
 
     description = "indexing"
     unit = "MiB"
+    local_reason = None
 
     def chunks(self) -> Sequence[int]:
         return range(len(self.files))
@@ -122,7 +124,7 @@ def index_shards(
     classes: Sequence[str] | None = None,
     class_descriptions: Mapping[str, str] | None = None,
     workers: int = 1,
-    progress: ReportProgress = ignore_progress,
+    observer: Observer = SILENT,
 ) -> IndexReport:
     """Write tables of samples and an index beside the shards of a folder.
 
@@ -132,7 +134,7 @@ def index_shards(
         classes: class names in the order of their labels; None: the numbers or names that occur.
         class_descriptions: readable names of classes; None: there are none.
         workers: processes that read shards; they do not change the result.
-        progress: told about MiB.
+        observer: is told how far it is.
 
     Raises:
         DataError: no shards, or compressed, damaged or badly named ones; another index is there;
@@ -143,7 +145,7 @@ def index_shards(
         return IndexReport(True, finished)
     with open_spool_folder() as scratch:
         work = _ScanWork(storage, list(files), list(files.values()), config, Storage(scratch))
-        run_in_processes(work, workers=workers, progress=progress)
+        run_in_processes(work, workers=workers, observer=observer)
         labelling = _choose_labels(storage, config, _survey(storage, work), classes)
         entries, problems = _publish_tables(storage, work, labelling)
     table = write_problems(storage, "", "index", problems)

@@ -39,6 +39,10 @@ from fqgan_dist.world import World
 # Metadata of a table of samples: what a job needs to recognise its own shards.
 _PLAN, _TAR_SHA256, _TAR_BYTES, _PROBLEMS = "plan_sha256", "tar_sha256", "tar_bytes", "problems"
 _ADVICE = "choose another destination, or delete it first"
+_LOCAL_SOURCE = (
+    "the source is on this machine, or was unpacked here; with a source in a bucket, or made by "
+    "`fqgan-data shard` with is_shared=true, all nodes would make the shards"
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ class ShardFolder:
 class _WorkOnShards:
     """Base of work whose chunks are shards of a plan."""
 
+    local_reason: str | None = None
+
     def __init__(
         self,
         description: str,
@@ -218,7 +224,7 @@ class ShardWork(_WorkOnShards):
             log_storage: where processes write log files; None: they write none.
         """
         super().__init__(f"writing {split} shards", folder, shards, log_storage)
-        self.is_source_shared = is_source_shared
+        self.local_reason = None if is_source_shared else _LOCAL_SOURCE
         self._rows = rows
         self._reader = reader
         self._policy = policy

@@ -15,12 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fqgan_dist.chunks import (
-    ProcessLocalCaches,
-    ReportProgress,
-    ignore_progress,
-    run_in_processes,
-)
+from fqgan_dist.chunks import ProcessLocalCaches, run_in_processes
 from fqgan_dist.data.index import (
     INDEX_NAME,
     DatasetIndex,
@@ -47,6 +42,8 @@ from fqgan_dist.sharding.sample_rules import INDEXED
 from fqgan_dist.sharding.sources.spool import open_spool_folder
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.observer import SILENT, Observer
+from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.world import World
 
 _PLAN = re.compile(r"(plan|extension-[0-9]+)\.json")
@@ -91,7 +88,7 @@ def verify_dataset(
     *,
     is_deep: bool,
     workers: int = 1,
-    progress: ReportProgress = ignore_progress,
+    observer: Observer = SILENT,
 ) -> VerifyReport:
     """Check a dataset against its index.
 
@@ -99,7 +96,7 @@ def verify_dataset(
         storage: the dataset's folder.
         is_deep: whether to decode every image and to compare it with its table, too.
         workers: processes that read shards.
-        progress: told about shards and MiB.
+        observer: is told how far it is.
 
     Raises:
         DataError: there is no dataset, or the storage cannot be read.
@@ -115,16 +112,16 @@ def verify_dataset(
     report.dataset_id, report.num_samples = index.dataset_id, index.num_samples
     report.num_shards = len(index.shards)
     planned = _check_companions(storage, index, report)
-    _find_repeats(storage, index, report, is_deep=is_deep, progress=progress)
+    _find_repeats(storage, index, report, is_deep=is_deep, observer=observer)
     if is_deep:
         with open_spool_folder() as scratch:
             work = _ShardChecks(storage, index, planned, Storage(scratch))
-            run_in_processes(work, workers=workers, progress=progress)
+            run_in_processes(work, workers=workers, observer=observer)
             for findings in work.results():
                 report.damages += findings.damages
                 report.num_decoded += findings.num_decoded
     else:
-        _check_hashes(storage, index, report, workers=workers, progress=progress)
+        _check_hashes(storage, index, report, workers=workers, observer=observer)
     report.damages.sort(key=lambda damage: (damage.where, damage.reason))
     return report
 
@@ -140,6 +137,7 @@ class _ShardChecks(ProcessLocalCaches):
 
     description = "verifying"
     unit = "MiB"
+    local_reason = None
 
     def chunks(self) -> Sequence[int]:
         return range(len(self.index.shards))
@@ -201,7 +199,7 @@ def _check_hashes(
     report: VerifyReport,
     *,
     workers: int,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> None:
     def find_fault(entry: ShardEntry) -> str | None:
         reason = None
@@ -214,29 +212,27 @@ def _check_hashes(
                 break
         return reason
 
-    total, done = sum(map(_count_mib, index.shards)), 0
-    progress("verifying", done, total)
     # Threads: hashing lets go of the interpreter lock.
     reasons = load_in_threads(find_fault, index.shards, threads=workers, ahead=workers)
-    for entry, reason in zip(index.shards, reasons, strict=True):
-        if reason is not None:
-            report.damages.append(Damage(entry.file, reason))
-        done += _count_mib(entry)
-        progress("verifying", done, total)
+    with observer.track(sum(map(_count_mib, index.shards)), "verifying", "MiB") as bar:
+        for entry, reason in zip(index.shards, reasons, strict=True):
+            if reason is not None:
+                report.damages.append(Damage(entry.file, reason))
+            bar.advance(_count_mib(entry))
 
 
 def _check_tables(
-    storage: Storage, index: DatasetIndex, report: VerifyReport, progress: ReportProgress
+    storage: Storage, index: DatasetIndex, report: VerifyReport, bar: ProgressBar
 ) -> Iterator[tuple[ShardEntry, SampleTable]]:
     """Yield every table that is whole, with its shard."""
     load = partial(_try_to_load, storage)
     tables = load_in_threads(load, index.shards, threads=_THREADS, ahead=_THREADS)
-    for number, (entry, table) in enumerate(zip(index.shards, tables, strict=True)):
+    for entry, table in zip(index.shards, tables, strict=True):
         if isinstance(table, DataError):
             report.damages.append(Damage(entry.samples_file, str(table)))
         else:
             yield entry, table
-        progress("reading tables", number + 1, len(index.shards))
+        bar.advance()
 
 
 def _try_to_load(storage: Storage, entry: ShardEntry) -> SampleTable | DataError:
@@ -255,32 +251,36 @@ def _find_repeats(
     report: VerifyReport,
     *,
     is_deep: bool,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> None:
     """Check all tables; find keys and, where it is deep, images that occur twice."""
     keys, images = RepeatFinder(), RepeatFinder()
-    for entry, table in _check_tables(storage, index, report, progress):
-        keys.add(table.keys)
-        if is_deep:
-            images.add(map(bytes, table.digests))
-        report.damages += [
-            Damage(
-                f"{entry.samples_file}: {table.keys[row]}",
-                f"label {table.labels[row]}; there are {index.num_classes} classes",
-            )
-            for row in np.flatnonzero(table.labels >= index.num_classes).tolist()
-        ]
+    with observer.track(len(index.shards), "reading tables", "shards") as bar:
+        for entry, table in _check_tables(storage, index, report, bar):
+            keys.add(table.keys)
+            if is_deep:
+                images.add(map(bytes, table.digests))
+            report.damages += [
+                Damage(
+                    f"{entry.samples_file}: {table.keys[row]}",
+                    f"label {table.labels[row]}; there are {index.num_classes} classes",
+                )
+                for row in np.flatnonzero(table.labels >= index.num_classes).tolist()
+            ]
     if not keys.has_suspects and not images.has_suspects:
         return
     places: dict[str, str] = {}
     groups: dict[bytes, list[str]] = {}
-    for entry, table in _check_tables(storage, index, VerifyReport(), progress):
-        for key, digest in zip(table.keys, map(bytes, table.digests), strict=True):
-            if keys.is_suspect(key) and (other := places.setdefault(key, entry.file)) != entry.file:
-                where = f"{entry.samples_file}: {key}"
-                report.damages.append(Damage(where, f"the key occurs in {other} too"))
-            if is_deep and images.is_suspect(digest):
-                groups.setdefault(digest, []).append(f"{entry.file}: {key}")
+    with observer.track(len(index.shards), "reading tables", "shards") as bar:
+        for entry, table in _check_tables(storage, index, VerifyReport(), bar):
+            for key, digest in zip(table.keys, map(bytes, table.digests), strict=True):
+                if keys.is_suspect(key):
+                    other = places.setdefault(key, entry.file)
+                    if other != entry.file:
+                        where = f"{entry.samples_file}: {key}"
+                        report.damages.append(Damage(where, f"the key occurs in {other} too"))
+                if is_deep and images.is_suspect(digest):
+                    groups.setdefault(digest, []).append(f"{entry.file}: {key}")
     repeated = [names for names in groups.values() if len(names) > 1]
     report.num_duplicates = sum(len(names) - 1 for names in repeated)
     report.duplicates = repeated[:_MAX_SHOWN_DUPLICATES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,32 +10,47 @@ import torch
 from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
-from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.loader import CodeBatch, CodeLoader
+from fqgan_dist.data.loader import CodeLoader
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
-from fqgan_dist.stages.codes import code_store, read_all_codes
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, StageOutcome
-from fqgan_dist.stages.training import (
-    load_weights,
-    run_training,
-    trained_outputs,
-    training_settings,
-)
+from fqgan_dist.stages.codes import CodeIds, code_store, read_all_codes
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.shards import DatasetIds, dataset_prefix, open_dataset
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.training import load_weights, training_settings
+from fqgan_dist.stages.training_plan import plan_autoregressive
+from fqgan_dist.stages.training_stage import TrainedWeights, TrainingStage
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
+from fqgan_dist.training.trainer import TrainingResult
 from fqgan_dist.weights.staging import load_initial_weights
 
 
-class AutoregressiveStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class TrainedGenerator(TrainedWeights):
+    """The trained generator."""
 
-    name: StageName = STAGE
+    stage = STAGE
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+
+class AutoregressiveStage(TrainingStage):
+    """Trains FAR."""
+
+    output = TrainedGenerator
+    inputs = (DatasetIds, CodeIds)
+
+    @classmethod
+    def training(cls, config: RunConfig) -> TrainingConfig:
+        """Return the generator's."""
+        return config.autoregressive.training
+
+    @classmethod
+    def plan(cls, config: RunConfig) -> Mapping[str, Any]:
+        """Return sizes, memory and steps."""
+        return plan_autoregressive(config)
 
     def settings(self) -> Mapping[str, Any]:
         """Everything that moves a weight."""
@@ -50,28 +65,23 @@ class AutoregressiveStage:
 
     def upstream(self) -> Mapping[str, Any]:
         """Return the codes."""
-        return {"codes": self.context.require("codes").outputs}
+        return {"codes": self.context.read(CodeIds).model_dump()}
 
-    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
-        """Train to the last step."""
-        context = self.context
-        training = context.config.autoregressive.training
-        task = build_autoregressive_task(context)
-        loader = build_code_loader(context)
+    def build_task(self) -> AutoregressiveTask:
+        """Build the task of this run."""
+        return build_autoregressive_task(self.context)
 
-        def batches(first_step: int) -> Generator[Sequence[CodeBatch], None, None]:
-            micro_batches = [slot.micro_batch for slot in task.slots]
-            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
+    def build_loader(self) -> CodeLoader:
+        """Build the loader of the training codes."""
+        return build_code_loader(self.context)
 
-        result = run_training(context, STAGE, task, batches, loader.take_report, training)
-        return StageOutcome(
-            outputs=trained_outputs(context, STAGE, result),
-            metrics={
-                f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
-                for name, value in result.metrics.items()
-                if name.startswith(f"{STAGE}/validation/")
-            },
-        )
+    def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
+        """Choose what was measured on held-out codes."""
+        return {
+            f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
+            for name, value in result.metrics.items()
+            if name.startswith(f"{STAGE}/validation/")
+        }
 
 
 def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
@@ -81,7 +91,7 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         ConfigError: the dataset has more classes than the model.
     """
     config = context.config.autoregressive
-    index = context.load_dataset("train")
+    index = open_dataset(context, "train").index
     if index.num_classes > config.model.num_classes:
         raise ConfigError(
             f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
@@ -90,18 +100,16 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
     load_initial_weights(model, config.init_from, field="autoregressive.init_from")
-    engine = build_engine(
-        model,
+    groups = decay_groups(model, config.training.optimizer.weight_decay)
+    settings = EngineSettings.of(
         config.training,
         name=STAGE,
-        world=context.world,
+        layout=StepLayout.of(config.training, context.world),
         device=context.device,
-        parameter_groups=[
-            dict(group) for group in decay_groups(model, config.training.optimizer.weight_decay)
-        ],
+        parameter_groups=[dict(group) for group in groups],
     )
     return AutoregressiveTask(
-        engine=engine,
+        engine=build_engine(model, settings),
         training=config.training,
         codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
         evaluate_fn=HeldOutCodes(context).measure_model,
@@ -112,15 +120,15 @@ def build_code_loader(context: RunContext) -> CodeLoader:
     """Build the loader of the training codes."""
     config, training = context.config, context.config.autoregressive.training
     return CodeLoader(
-        context.storage,
-        context.dataset_prefix("train"),
+        context.storage_of(DatasetIds.stage),
+        dataset_prefix(context, "train"),
         codes=code_store(context, "train"),
         seed=config.data.seed,
         micro_batch_size=training.micro_batch_size,
         micro_batches_per_step=training.micro_batches_per_step,
         window_shards=config.data.window_shards,
         loader_workers=config.data.loader_workers,
-        dataset_id=context.require("shards").outputs["train"],
+        dataset_id=context.read(DatasetIds).train,
     )
 
 
@@ -133,7 +141,8 @@ def load_model(context: RunContext) -> FactorizedTransformer:
     """
     config = context.config.autoregressive
     model = FactorizedTransformer(config.model)
-    load_weights(model, context, STAGE, config.training)
+    step = context.read(TrainedGenerator).step
+    load_weights(model, context, STAGE, config.training, step)
     return model.to(context.device).eval().requires_grad_(False)
 
 
@@ -142,10 +151,10 @@ class HeldOutCodes:
 
     def __init__(self, context: RunContext) -> None:
         training = context.config.autoregressive.training
-        index = context.load_dataset("val")
-        count = min(training.evaluation_samples, index.num_samples)
+        dataset = open_dataset(context, "val")
+        count = min(training.evaluation_samples, dataset.index.num_samples)
         self.context = context
-        self.codes, self.labels = read_all_codes(context, "val", index, count)
+        self.codes, self.labels = read_all_codes(context, "val", dataset, count)
         self.batch_size = training.micro_batch_size
         model = context.config.autoregressive.model
         histogram = CodeHistogram(model.num_codebooks, model.codebook_size)

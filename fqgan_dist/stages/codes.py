@@ -7,9 +7,7 @@ crop. A chunk is one shard.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,26 +15,48 @@ import torch
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import ViewConfig
-from fqgan_dist.data.index import DatasetIndex, load_samples
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.records import CodeStore, check_codebook_size
 from fqgan_dist.data.views import CropRecord, num_views
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.fingerprint import fingerprint
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import center_view, read_shard
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, RunWork, StageOutcome
-from fqgan_dist.stages.tokenizer import encode_images, load_tokenizer
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
+from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.tokenizer import TrainedTokenizer, encode_images, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
-STAGE: StageName = "codes"
+
+class CodeIds(StageOutput):
+    """The ids of the codes of both splits."""
+
+    stage = "codes"
+
+    train: str
+    """Fingerprint of the training images' codes."""
+    val: str
+    """Fingerprint of the validation images' codes."""
 
 
-class CodesStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class CodesStage(Stage):
+    """Encodes every crop of every image."""
 
-    name: StageName = STAGE
+    output = CodeIds
+    inputs = (DatasetIds, TrainedTokenizer)
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    @classmethod
+    def find_problems(cls, config: RunConfig) -> Iterator[str]:
+        """Look for codes that cannot be stored and views that cannot be counted."""
+        for check in (
+            lambda: check_codebook_size(config.tokenizer.model.codebook_size),
+            lambda: count_code_views(config.codes.views),
+        ):
+            try:
+                check()
+            except ConfigError as error:
+                yield str(error)
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the codes, besides the tokenizer."""
@@ -45,25 +65,28 @@ class CodesStage:
 
     def upstream(self) -> Mapping[str, Any]:
         """Return the images and the tokenizer's weights."""
-        shards = self.context.require("shards").outputs
-        tokenizer = self.context.require("tokenizer").outputs
+        datasets = self.context.read(DatasetIds)
         return {
-            "train": shards["train"],
-            "val": shards["val"],
-            "tokenizer": tokenizer["weights"],
+            "train": datasets.train,
+            "val": datasets.val,
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
+
+    def has_output(self) -> bool:
+        """Whether any codes are there."""
+        return bool(self.context.storage.list(self.name))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Extract what is missing of both splits."""
         check_codebook_size(self.context.config.tokenizer.model.codebook_size)
-        outputs: dict[str, Any] = {}
+        ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
         for split in ("train", "val"):
             work = CodeWork(self.context, split)
             run_chunks(work)
-            outputs[split] = work.store.fingerprint
-            metrics[f"{STAGE}/{split}_crops"] = sum(work.size(chunk) for chunk in work.chunks())
-        return StageOutcome(outputs=outputs, metrics=metrics)
+            ids[split] = work.store.fingerprint
+            metrics[f"{self.name}/{split}_crops"] = sum(work.size(chunk) for chunk in work.chunks())
+        return StageOutcome(CodeIds(**ids), metrics)
 
 
 class CodeWork(RunWork):
@@ -75,32 +98,31 @@ class CodeWork(RunWork):
         self.context = context
         self.split = split
         self.description = f"{split} codes"
-        self.index = context.load_dataset(split)
+        self.dataset = open_dataset(context, split)
         self.view = context.config.codes.views if split == "train" else center_view(context)
         self.views = range(count_code_views(self.view))
-        self.store = CodeStore(context.storage, STAGE, self._fingerprint())
+        self.store = CodeStore(context.storage, CodeIds.stage, self._fingerprint())
 
     def chunks(self) -> Sequence[int]:
         """All shards."""
-        return range(len(self.index.shards))
+        return range(len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
         """Crops of the shard."""
-        return self.index.shards[chunk].count * len(self.views)
+        return self.dataset.index.shards[chunk].count * len(self.views)
 
     def is_done(self, chunk: int) -> bool:
         """Whether the file is there; it is written whole or not at all."""
-        return self.store.exists(self.index.shards[chunk])
+        return self.store.exists(self.dataset.index.shards[chunk])
 
     def process(self, chunk: int) -> None:
         """Extract one shard."""
-        entry = self.index.shards[chunk]
+        entry = self.dataset.index.shards[chunk]
         keys: list[str] = []
         crops: list[list[CropRecord]] = []
         codes: list[np.ndarray] = []
         for batch in read_shard(
-            self.context.storage,
-            self.context.dataset_prefix(self.split),
+            self.dataset,
             entry,
             self.view,
             self.views,
@@ -122,36 +144,36 @@ class CodeWork(RunWork):
 
     def _fingerprint(self) -> str:
         identity = {
-            "dataset": self.index.dataset_id,
-            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+            "dataset": self.dataset.id,
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
             "views": self.view.model_dump(mode="json"),
             "batch_size": self.context.config.codes.batch_size,
         }
-        text = json.dumps(identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return fingerprint(identity)
 
 
 def code_store(context: RunContext, split: str) -> CodeStore:
     """Open the codes of a finished `codes` stage."""
-    return CodeStore(context.storage, STAGE, context.require(STAGE).outputs[split])
+    storage = context.storage_of(CodeIds.stage)
+    return CodeStore(storage, CodeIds.stage, getattr(context.read(CodeIds), split))
 
 
 def read_all_codes(
-    context: RunContext, split: str, index: DatasetIndex, count: int
+    context: RunContext, split: str, dataset: Dataset, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read view 0 of the first `count` samples.
 
     Returns:
         Codes (n, K, h, w) and labels (n,), both int64.
     """
-    store, prefix = code_store(context, split), context.dataset_prefix(split)
+    store = code_store(context, split)
     codes: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     remaining = count
-    for entry in index.shards:
+    for entry in dataset.index.shards:
         if remaining <= 0:
             break
-        table = load_samples(context.storage, prefix, entry)
+        table = load_samples(dataset.folder, "", entry)
         codes.append(store.read(entry, table.keys)[:remaining, 0].astype(np.int64))
         labels.append(table.labels[:remaining].astype(np.int64))
         remaining -= entry.count

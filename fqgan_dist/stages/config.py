@@ -6,6 +6,7 @@ What follows from other settings, such as the generator's number of codebooks, n
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from fqgan_dist.config import Config
 from fqgan_dist.data.config import DataConfig, ViewConfig
 from fqgan_dist.evaluation.config import EvaluationConfig
 from fqgan_dist.orchestration.config import RayConfig
-from fqgan_dist.stages.names import STAGE_NAMES, StageName
+from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.teachers.config import TeachersConfig
+from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.tokenizer.config import (
     CodebookConfig,
     DiscriminatorConfig,
@@ -113,8 +115,12 @@ class RunConfig(Config):
     """`auto` takes the GPU of this process if there is one."""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
-    stages: tuple[StageName, ...] = STAGE_NAMES
+    stages: tuple[str, ...] = Field(default_factory=stage_names)
     """Stages to run, whatever their order here."""
+    upstream: dict[str, str] = Field(default_factory=dict)
+    """Stages that are not run here but taken from another run that has finished them: stage ->
+    storage root of that run. Their settings here must be those that they were made from."""
+    telemetry: TelemetryConfig = TelemetryConfig()
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerStageConfig
@@ -124,9 +130,32 @@ class RunConfig(Config):
     evaluation: EvaluationConfig
 
     def find_problems(self) -> Iterator[str]:
-        """Find sections that do not go together."""
+        """Find names of no stage, and sections that do not go together."""
+        yield from self._find_unknown_stages()
+        if (
+            "samples" in self.stages
+            and self.samples.export != "none"
+            and "exports" not in self.stages
+        ):
+            yield (
+                f"samples.export: {self.samples.export!r} has no effect without stage 'exports'; "
+                f"add it to stages, or set samples.export: none"
+            )
         yield from self._find_disagreements()
         yield from self._find_teacher_problems()
+
+    def _find_unknown_stages(self) -> Iterator[str]:
+        known = stage_names()
+        for field, names in (
+            ("stages", self.stages),
+            ("upstream", self.upstream),
+            ("ray.pools", self.ray.pools),
+        ):
+            for name in names:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                    yield f"{field}: {name!r} is no stage; {hint}"
 
     def _find_disagreements(self) -> Iterator[str]:
         for each in _DERIVED:

@@ -10,20 +10,22 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.errors import DataError
+from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.evaluation.inception_score import compute_inception_score
 from fqgan_dist.evaluation.moments import Moments, compute_moments, fold_ordered
 from fqgan_dist.evaluation.precision_recall import compute_precision_recall
 from fqgan_dist.evaluation.reference import FidKind, FidScore, ReferenceStatistics, compute_fid
-from fqgan_dist.stages.adm_reference import hash_adm_reference, load_adm_reference
+from fqgan_dist.fingerprint import fingerprint
+from fqgan_dist.stages.adm_reference import describe_missing, hash_adm_reference, load_adm_reference
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.evaluation_work import (
     MANIFOLD_REFERENCE_IMAGES,
     EvaluationModels,
@@ -33,22 +35,41 @@ from fqgan_dist.stages.evaluation_work import (
     SampleFeatureWork,
     build_figures,
 )
-from fqgan_dist.stages.manifest import load_record
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, StageOutcome
+from fqgan_dist.stages.samples import Samples
+from fqgan_dist.stages.shards import DatasetIds
+from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.tokenizer import TrainedTokenizer
+from fqgan_dist.weights.staging import is_missing
 
 logger = logging.getLogger(__name__)
 
-STAGE: StageName = "evaluation"
+FORMER_FIGURES = "evaluation/figures"
+"""Where runs that were begun when evaluation had one record keep its figures."""
 
 
-class EvaluationStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class Evaluated(StageOutput):
+    """What the evaluation of a run leaves beside its metrics."""
 
-    name: StageName = STAGE
+    stage = "evaluation"
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    figures: str = FORMER_FIGURES
+    """Folder of the images of the report, below the storage root."""
+
+
+class EvaluationStage(Stage):
+    """Judges reconstructions and samples."""
+
+    output = Evaluated
+    inputs = (DatasetIds, TrainedTokenizer, Samples)
+    records = "one_per_inputs"
+    can_be_taken = False
+
+    @classmethod
+    def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
+        """Look for ADM's reference file."""
+        reference = config.evaluation.adm_reference
+        if reference is not None and is_missing(reference):
+            yield describe_missing(reference)
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the scores, besides images and weights.
@@ -69,19 +90,24 @@ class EvaluationStage:
             DataError: an earlier stage has not finished, or no longer.
             ConfigError: there is no such reference file.
         """
-        shards = self.context.require("shards").outputs
+        datasets, samples = self.context.read(DatasetIds), self.context.find(Samples)
         return {
-            "train": shards["train"],
-            "val": shards["val"],
-            "tokenizer": self.context.require("tokenizer").outputs["weights"],
-            "samples": self._find_samples(),
+            "train": datasets.train,
+            "val": datasets.val,
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
+            # A tokenizer is judged without a generator, too.
+            "samples": samples.fingerprint if samples else None,
             "adm_reference": self._adm_sha256,
         }
+
+    def has_output(self) -> bool:
+        """Whether any chunk or result is there."""
+        return bool(self.context.storage.list(self.name))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Compute what is missing, then fold."""
         models = EvaluationModels(self.context)
-        has_samples = self._find_samples() is not None
+        has_samples = self.context.find(Samples) is not None
         # Before the features, which take hours: a wrong file is known at once.
         adm = self._load_adm_reference(models) if has_samples else None
         reconstruction = ReconstructionWork(self.context, models)
@@ -93,29 +119,17 @@ class EvaluationStage:
             for work in (reference, samples):
                 run_chunks(work)
             metrics |= self._judge_samples(reference, samples, adm)
-        if self.context.world.is_main:
-            build_figures(self.context, models.tokenizer, with_samples=has_samples)
-        return StageOutcome(metrics=metrics)
+        if not self.context.world.is_main:
+            return StageOutcome(None, metrics)
+        figures = build_figures(self.context, models.tokenizer, with_samples=has_samples)
+        place = f"{self._folder}/figures"
+        figure_file(self.context, place).write(0, figures)
+        return StageOutcome(Evaluated(figures=place), metrics)
 
-    def _find_samples(self) -> str | None:
-        """Name the samples; None where there are none.
-
-        A tokenizer is judged without a generator; samples that come later extend the stage.
-
-        Raises:
-            DataError: samples were judged before, and their stage is at work again.
-        """
-        storage = self.context.storage
-        samples, judged = load_record(storage, "samples"), load_record(storage, STAGE)
-        if samples is not None and samples.state == "done":
-            return samples.outputs["fingerprint"]
-        if judged is not None and judged.inputs.get("upstream.samples") is not None:
-            raise DataError(
-                f"{storage.uri('manifests')}: stage {STAGE!r} has judged samples, but stage "
-                "'samples' is not done (an export that was added has not finished); run `fqgan "
-                "sample` with this config first, or set stages to include samples"
-            )
-        return None
+    @property
+    def _folder(self) -> str:
+        """Where the results of these inputs are."""
+        return f"{self.name}/results/{fingerprint(self.collect_inputs())}"
 
     @functools.cached_property
     def _adm_sha256(self) -> str | None:
@@ -215,22 +229,27 @@ class EvaluationStage:
         )
 
     def _name_split(self, split: str) -> str:
-        return f"{split}:{self.context.require('shards').outputs[split]}"
+        return f"{split}:{getattr(self.context.read(DatasetIds), split)}"
 
     def _write(self, name: str, results: Mapping[str, Any], fid: FidScore, work: ImageWork) -> None:
-        """Write `evaluation/<name>.json`: the numbers with what they are to be compared by."""
+        """Write `<name>.json`: the numbers with what they are to be compared by."""
         if not self.context.world.is_main:
             return
         document = {
             "evaluator": fid.evaluator_id,
             "reference": fid.reference_id,
             "reference_images": fid.num_reference_samples,
-            "tokenizer_weights": self.context.require("tokenizer").outputs["weights"],
+            "tokenizer_weights": self.context.read(TrainedTokenizer).weights,
             "fingerprint": work.files.fingerprint,
             "results": results,
         }
         data = json.dumps(document, indent=1, sort_keys=True).encode()
-        self.context.storage.write_bytes(f"{STAGE}/{name}.json", data)
+        self.context.storage.write_bytes(f"{self._folder}/{name}.json", data)
+
+
+def figure_file(context: RunContext, place: str) -> TensorFiles:
+    """Open the file of the report's images."""
+    return TensorFiles(context.storage, place, "report")
 
 
 def _compute_fid(work: ImageWork, name: str, reference: ReferenceStatistics) -> FidScore:

@@ -7,8 +7,6 @@ padded, so that an image's features do not depend on its neighbours' number.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -17,24 +15,26 @@ import torch
 from torch import Tensor
 
 from fqgan_dist.chunks import ProcessLocalCaches
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
-from fqgan_dist.data.index import DatasetIndex, load_samples
+from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
 from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
+from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.images import center_view, count_chunks, read_rows
 from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.samples import read_samples, sample_files
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import compute_features, load_same_teachers
-from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
+from fqgan_dist.stages.tokenizer import TrainedTokenizer, decode_in_batches, load_tokenizer
 from fqgan_dist.teachers.teacher import Teacher
 from fqgan_dist.tokenizer.losses import info_nce_loss
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.weights.staging import resolve_weights
 
-FIGURES_PATH = "evaluation/figures"
 NUM_FIGURE_IMAGES = 12
 SAMPLES_PER_CLASS = 4
 MAX_FIGURE_CLASSES = 20
@@ -90,8 +90,7 @@ class ImageWork(IdRanges, ABC):
             "chunk_size": chunk_size,
             **self.identity(),
         }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.files = TensorFiles(context.storage, f"evaluation/{name}", digest[:32])
+        self.files = TensorFiles(context.storage, f"evaluation/{name}", fingerprint(identity))
 
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
@@ -128,19 +127,21 @@ class ReconstructionWork(ImageWork):
     """Validation images against their reconstructions."""
 
     def __init__(self, context: RunContext, models: EvaluationModels) -> None:
-        self.index = context.load_dataset("val")
+        self.dataset = open_dataset(context, "val")
         config = context.config
         # Whole InfoNCE groups: a chunk holds a multiple of the micro-batch size.
         group = config.tokenizer.training.micro_batch_size
         chunk_size = -(-config.evaluation.chunk_size // group) * group
-        super().__init__(context, models, "reconstruction", self.index.num_samples, chunk_size)
+        super().__init__(
+            context, models, "reconstruction", self.dataset.index.num_samples, chunk_size
+        )
 
     def identity(self) -> Mapping[str, Any]:
         """Validation images and tokenizer."""
         return {
-            "dataset": self.index.dataset_id,
-            "train": self.context.require("shards").outputs["train"],
-            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+            "dataset": self.dataset.id,
+            "train": self.context.read(DatasetIds).train,
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
             "teachers": {
                 name: teacher.fingerprint for name, teacher in self.models.teachers.items()
             },
@@ -150,13 +151,7 @@ class ReconstructionWork(ImageWork):
     def process(self, chunk: int) -> None:
         """Score one range of images."""
         context = self.context
-        rows = read_rows(
-            context.storage,
-            context.dataset_prefix("val"),
-            self.index,
-            self.ids(chunk),
-            center_view(context),
-        )
+        rows = read_rows(self.dataset, self.ids(chunk), center_view(context))
         images = rows.images
         group = context.config.tokenizer.training.micro_batch_size
         reconstructions, codes = [], []
@@ -201,11 +196,9 @@ class ReconstructionWork(ImageWork):
     @functools.cached_property
     def mean_image(self) -> Tensor:
         """The mean of (up to 1024) training images, (3, H, W) uint8: the baseline of PSNR."""
-        index = self.context.load_dataset("train")
-        prefix = self.context.dataset_prefix("train")
-        rows = range(min(1024, index.num_samples))
-        view = center_view(self.context)
-        images = read_rows(self.context.storage, prefix, index, rows, view).images
+        dataset = open_dataset(self.context, "train")
+        rows = range(min(1024, dataset.index.num_samples))
+        images = read_rows(dataset, rows, center_view(self.context)).images
         return images.double().mean(dim=0).round().to(torch.uint8)
 
 
@@ -213,27 +206,24 @@ class ReferenceWork(ImageWork):
     """Inception features of training images, for gFID, precision and recall."""
 
     def __init__(self, context: RunContext, models: EvaluationModels) -> None:
-        self.index = context.load_dataset("train")
+        self.dataset = open_dataset(context, "train")
         evaluation = context.config.evaluation
-        count = min(evaluation.reference_samples or self.index.num_samples, self.index.num_samples)
+        count = min(
+            evaluation.reference_samples or self.dataset.index.num_samples,
+            self.dataset.index.num_samples,
+        )
         if evaluation.adm_reference is not None:  # gFID needs none of them
             count = min(count, MANIFOLD_REFERENCE_IMAGES)
         super().__init__(context, models, "reference", count, evaluation.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
         """Training images."""
-        return {"dataset": self.index.dataset_id}
+        return {"dataset": self.dataset.id}
 
     def process(self, chunk: int) -> None:
         """Extract one range of images."""
         context = self.context
-        images = read_rows(
-            context.storage,
-            context.dataset_prefix("train"),
-            self.index,
-            self.ids(chunk),
-            center_view(context),
-        ).images
+        images = read_rows(self.dataset, self.ids(chunk), center_view(context)).images
         features, _ = self.extract(images)
         self.files.write(chunk, {"features": features})
 
@@ -250,7 +240,7 @@ class SampleFeatureWork(ImageWork):
         """Samples and the tokenizer that decodes them."""
         return {
             "samples": self.samples.fingerprint,
-            "tokenizer": self.context.require("tokenizer").outputs["weights"],
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
 
     def process(self, chunk: int) -> None:
@@ -265,16 +255,17 @@ class SampleFeatureWork(ImageWork):
 @torch.inference_mode()
 def build_figures(
     context: RunContext, tokenizer: FactorizedTokenizer, *, with_samples: bool
-) -> None:
-    """Store the images of the report: originals, reconstructions, single codebooks, samples."""
-    index = context.load_dataset("val")
-    prefix = context.dataset_prefix("val")
+) -> dict[str, Tensor]:
+    """Make the images of the report: originals, reconstructions, single codebooks, samples.
+
+    Returns:
+        By name, (n, 3, H, W) uint8.
+    """
+    dataset, view = open_dataset(context, "val"), center_view(context)
     images = torch.cat(
         [
-            read_rows(
-                context.storage, prefix, index, range(row, row + 1), center_view(context)
-            ).images
-            for row in _choose_figure_rows(context, index)
+            read_rows(dataset, range(row, row + 1), view).images
+            for row in _choose_figure_rows(dataset)
         ]
     )
     codes = tokenizer.encode_codes(to_float(images.to(context.device)))
@@ -286,16 +277,15 @@ def build_figures(
         figures[f"single/{book.name}"] = decode(keep=[position])
     if with_samples:
         figures |= _sample_figures(context, tokenizer)
-    TensorFiles(context.storage, FIGURES_PATH, "report").write(0, figures)
+    return figures
 
 
-def _choose_figure_rows(context: RunContext, index: DatasetIndex) -> list[int]:
+def _choose_figure_rows(dataset: Dataset) -> list[int]:
     """Choose validation images to show: the first of each class, then the first of all."""
     labels: list[int] = []
-    for entry in index.shards:
-        table = load_samples(context.storage, context.dataset_prefix("val"), entry)
-        labels += table.labels.tolist()
-        if len(set(labels)) >= min(NUM_FIGURE_IMAGES, index.num_classes):
+    for entry in dataset.index.shards:
+        labels += load_samples(dataset.folder, "", entry).labels.tolist()
+        if len(set(labels)) >= min(NUM_FIGURE_IMAGES, dataset.index.num_classes):
             break
     first_of_class = [row for row, label in enumerate(labels) if label not in labels[:row]]
     others = [row for row in range(len(labels)) if row not in set(first_of_class)]
@@ -305,7 +295,7 @@ def _choose_figure_rows(context: RunContext, index: DatasetIndex) -> list[int]:
 def _sample_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> dict[str, Tensor]:
     files = sample_files(context)
     settings = context.config.samples
-    index = context.load_dataset("train")
+    index = open_dataset(context, "train").index
     wanted: dict[int, list[Tensor]] = {
         label: [] for label in range(min(MAX_FIGURE_CLASSES, index.num_classes))
     }

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fqgan_dist.training.checkpoint_files import Fragment
-from fqgan_dist.training.micro_batches import Slot
+from fqgan_dist.training.step_layout import Slot, build_step_layout
 from fqgan_dist.world import World
 
 META = torch.device("meta")
@@ -87,7 +87,7 @@ class MeasuringEngine:
             others: modules whose parameters its passes use too.
         """
         self.module = module
-        self.world = World()
+        self.layout = build_step_layout(1, World())
         self.device = META
         self.saved_bytes = 0
         """Most bytes kept for the backward pass of one micro-batch."""

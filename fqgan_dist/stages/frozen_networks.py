@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.teachers.config import TeacherConfig
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.weights.config import WeightsConfig
@@ -19,7 +18,7 @@ class NeededWeights:
     field: str
     """Where they stand in the config."""
     weights: WeightsConfig
-    readers: frozenset[StageName]
+    readers: frozenset[str]
     """The stages that read them."""
 
 
@@ -42,7 +41,7 @@ class FrozenNetwork(NeededWeights):
 def frozen_networks(config: RunConfig) -> list[FrozenNetwork]:
     """List the frozen networks of a run."""
     # The evaluation measures InfoNCE, for which it runs the teachers on validation images.
-    trainer: StageName = "teachers" if config.teachers.precompute else "tokenizer"
+    trainer = "teachers" if config.teachers.precompute else "tokenizer"
     perceptual, inception = config.tokenizer.perceptual, config.evaluation.inception
     return [
         *(
@@ -77,7 +76,7 @@ def frozen_networks(config: RunConfig) -> list[FrozenNetwork]:
 
 def needed_weights(config: RunConfig) -> list[NeededWeights]:
     """List the weights of frozen networks and those that a training starts from."""
-    given: dict[StageName, WeightsConfig | None] = {
+    given: dict[str, WeightsConfig | None] = {
         "tokenizer": config.tokenizer.init_from,
         "autoregressive": config.autoregressive.init_from,
     }

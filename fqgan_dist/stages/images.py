@@ -11,16 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
-from fqgan_dist.data.index import DatasetIndex, SampleTable, ShardEntry, load_samples
+from fqgan_dist.data.index import SampleTable, ShardEntry, load_samples
 from fqgan_dist.data.loader import iterate_shard
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.view_loading import load_views
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.reconstruction import compute_psnr
+from fqgan_dist.stages.shards import open_dataset
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
 
@@ -39,8 +40,7 @@ class CroppedImages:
 
 
 def read_shard(
-    storage: Storage,
-    prefix: str,
+    dataset: Dataset,
     entry: ShardEntry,
     view: ViewConfig,
     views: Sequence[int],
@@ -55,7 +55,7 @@ def read_shard(
     """
     samples_per_batch = max(1, batch_size // len(views))
     pending: list[tuple[str, int, bytes]] = []
-    for sample in iterate_shard(storage, prefix, entry):
+    for sample in iterate_shard(dataset.folder, "", entry):
         pending.append(sample)
         if len(pending) == samples_per_batch:
             yield _crop_all(pending, entry, view, views, seed)
@@ -64,9 +64,7 @@ def read_shard(
         yield _crop_all(pending, entry, view, views, seed)
 
 
-def read_rows(
-    storage: Storage, prefix: str, index: DatasetIndex, rows: range, view: ViewConfig
-) -> CroppedImages:
+def read_rows(dataset: Dataset, rows: range, view: ViewConfig) -> CroppedImages:
     """Read view 0 of a range of samples of a dataset, by their offsets in the tars.
 
     Raises:
@@ -75,13 +73,13 @@ def read_rows(
     tables: dict[int, SampleTable] = {}
     pairs: list[tuple[int, int]] = []
     first = 0
-    for shard, entry in enumerate(index.shards):
+    for shard, entry in enumerate(dataset.index.shards):
         wanted = range(max(rows.start - first, 0), min(rows.stop - first, entry.count))
         if wanted:
-            tables[shard] = load_samples(storage, prefix, entry)
+            tables[shard] = load_samples(dataset.folder, "", entry)
             pairs += [(shard, row) for row in wanted]
         first += entry.count
-    reader = SampleReader(storage.child(prefix), index, load_table=tables.__getitem__, cache=None)
+    reader = SampleReader(dataset.folder, dataset.index, load_table=tables.__getitem__, cache=None)
     samples: list[tuple[str, int, bytes]] = []
     for (shard, row), data in zip(pairs, reader.read(pairs), strict=True):
         if isinstance(data, DataError):
@@ -106,15 +104,12 @@ class HeldOutImages:
     def __init__(self, context: RunContext, count: int, batch_size: int) -> None:
         """Read this rank's share: batch b belongs to rank b mod N."""
         self.context = context
-        index = context.load_dataset("val")
-        total = min(count, index.num_samples)
+        dataset = open_dataset(context, "val")
+        total = min(count, dataset.index.num_samples)
         view = center_view(context)
-        prefix = context.dataset_prefix("val")
         world = context.world
         self.batches = {
-            chunk: read_rows(
-                context.storage, prefix, index, chunk_range(chunk, batch_size, total), view
-            ).images
+            chunk: read_rows(dataset, chunk_range(chunk, batch_size, total), view).images
             for chunk in range(world.rank, count_chunks(total, batch_size), world.world_size)
         }
 

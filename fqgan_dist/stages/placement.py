@@ -6,9 +6,8 @@ from typing import Any
 
 from fqgan_dist.orchestration.config import PoolConfig, ProcessResources
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import StageName
-
-TRAINING_STAGES: tuple[StageName, ...] = ("tokenizer", "autoregressive")
+from fqgan_dist.stages.stage import find_stages
+from fqgan_dist.stages.training_stage import TrainingStage
 
 
 def planned_world_size(config: RunConfig) -> int:
@@ -16,26 +15,17 @@ def planned_world_size(config: RunConfig) -> int:
     return config.ray.train.num_workers if config.execution == "ray" else 1
 
 
-def training_stages(config: RunConfig) -> tuple[StageName, ...]:
+def training_stages(config: RunConfig) -> list[type[TrainingStage]]:
     """Return the stages of a run that train."""
-    return tuple(stage for stage in TRAINING_STAGES if stage in config.stages)
+    return [stage for stage in find_stages(config) if issubclass(stage, TrainingStage)]
 
 
-def used_pools(config: RunConfig) -> dict[StageName, PoolConfig]:
+def used_pools(config: RunConfig) -> dict[str, PoolConfig]:
     """Return the actor pools that a run on a cluster starts, by stage."""
-    pools = config.ray.pools
-    by_stage: dict[StageName, PoolConfig] = {
-        "shards": pools.shards,
-        "teachers": pools.teachers,
-        "codes": pools.codes,
-        "samples": pools.samples,
-        "evaluation": pools.evaluation,
-    }
-    has_features = bool(config.teachers.networks) and config.teachers.precompute
     return {
-        stage: pool
-        for stage, pool in by_stage.items()
-        if stage in config.stages and (stage != "teachers" or has_features)
+        stage.name: config.ray.pool(stage.pool)
+        for stage in find_stages(config)
+        if stage.uses_pool(config)
     }
 
 
@@ -95,9 +85,9 @@ def find_device_conflicts(config: RunConfig) -> list[str]:
     if config.execution != "ray" or config.device == "auto":
         return []
     reserved = {
-        f"ray.pools.{stage}": pool.gpus
-        for stage, pool in used_pools(config).items()
-        if stage != "shards"  # it knows no device
+        f"ray.pools.{stage.pool}": config.ray.pool(stage.pool).gpus
+        for stage in find_stages(config)
+        if stage.uses_pool(config) and stage.uses_device
     }
     if training_stages(config):
         reserved["ray.train"] = config.ray.train.gpus

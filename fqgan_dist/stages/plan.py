@@ -6,42 +6,18 @@ nothing is downloaded, trained or written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import nn
-
-from fqgan_dist.autoregressive.transformer import FactorizedTransformer
-from fqgan_dist.data.batches import CodeBatch, ImageBatch
-from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.footprint import META, MeasuringEngine, imitated_gpu
 from fqgan_dist.stages.frozen_networks import describe_random_weights
-from fqgan_dist.stages.manifest import load_record
-from fqgan_dist.stages.model_states import (
-    FP32_BYTES,
-    chosen_zero_stage,
-    compute_state_sizes,
-    name_engine,
-)
-from fqgan_dist.stages.names import STAGE_NAMES, StageName
 from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
-from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
+from fqgan_dist.stages.shards import ShardsStage
+from fqgan_dist.stages.stage import find_stages
+from fqgan_dist.stages.stage_record import load_record, record_path
+from fqgan_dist.stages.teachers import stores_features
+from fqgan_dist.stages.training_plan import IMAGENET_IMAGES, Plan, plan_training
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
-from fqgan_dist.tokenizer.model import FactorizedTokenizer
-from fqgan_dist.tokenizer.perceptual import build_unfilled_perceptual_loss
-from fqgan_dist.training.config import TrainingConfig
-from fqgan_dist.world import World
 
-Plan = dict[str, Any]
-"""JSON-able."""
-
-IMAGENET_IMAGES = 1_281_167
-"""Training images of ImageNet-1k, the paper's dataset."""
 _HALF_BYTES = 2
 """Of a float16 feature value and of a uint16 code."""
 
@@ -57,212 +33,19 @@ def plan_run(config: RunConfig) -> Plan:
     return {
         "name": config.name,
         "storage_root": config.storage.root,
-        "stages": [name for name in STAGE_NAMES if name in config.stages],
+        "stages": [stage.name for stage in find_stages(config)],
         "placement": plan_placement(config),
         "dataset": {"training_images": num_images, "known_from": images_source},
-        **{stage: _PLANS[stage](config) for stage in training_stages(config)},
+        **{stage.name: stage.plan(config) for stage in training_stages(config)},
         "stored": _plan_stored(config, num_images),
         "notes": _collect_notes(config),
-    }
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Count a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _plan_tokenizer(config: RunConfig) -> Plan:
-    stage, ranks = config.tokenizer, planned_world_size(config)
-    with META:
-        tokenizer = FactorizedTokenizer(stage.model)
-        discriminator = DiscriminatorPasses(PatchDiscriminator(stage.discriminator))
-    perceptual = build_unfilled_perceptual_loss(stage.perceptual).to(META)
-    engine = MeasuringEngine(tokenizer, others=[perceptual, discriminator])
-    discriminator_engine = MeasuringEngine(discriminator)
-    task = TokenizerTask(
-        engine=engine,
-        discriminator_engine=discriminator_engine,
-        perceptual=perceptual,
-        teachers=None,
-        losses=stage.losses,
-        training=_one_pass(stage.training),
-        evaluate_fn=lambda _: {},
-    )
-    size, pixels = stage.training.images_per_pass, stage.model.image_size
-    batch = ImageBatch(
-        images=torch.empty(size, 3, pixels, pixels, dtype=torch.uint8, device=META),
-        labels=torch.empty(size, dtype=torch.int64, device=META),
-        keys=[],
-        views=[],
-        features={
-            book.teacher: torch.empty(size, book.feature_dim or 0, device=META)
-            for book in stage.model.codebooks
-            if book.teacher
-        },
-        micro_batch=0,
-    )
-    with imitated_gpu(bf16=stage.training.precision == "bf16"):
-        task.train_step([batch], stage.training.steps)  # the last step has a discriminator
-    heads = count_parameters(tokenizer.feature_heads)
-    counts = {
-        "tokenizer": count_parameters(tokenizer),
-        "tokenizer_without_feature_heads": count_parameters(tokenizer) - heads,
-        "discriminator": count_parameters(discriminator),
-        "perceptual_network": count_parameters(perceptual),
-    }
-    return {
-        "parameters": counts,
-        "training": _plan_training(stage.training, ranks),
-        "memory": _plan_memory(
-            stage.training,
-            ranks,
-            trained=counts["tokenizer"] + counts["discriminator"],
-            averaged=counts["tokenizer"],
-            frozen=counts["perceptual_network"],
-            activations={
-                "tokenizer_pass": engine.saved_bytes,
-                "discriminator_pass": discriminator_engine.saved_bytes,
-            },
-            zero_stages=(1, 2),
-        ),
-    }
-
-
-def _plan_autoregressive(config: RunConfig) -> Plan:
-    stage, ranks = config.autoregressive, planned_world_size(config)
-    with META:
-        model = FactorizedTransformer(stage.model)
-    engine = MeasuringEngine(model)
-    task = AutoregressiveTask(
-        engine=engine,
-        training=_one_pass(stage.training),
-        codebook_names=[book.name for book in config.tokenizer.model.codebooks],
-        evaluate_fn=lambda _: {},
-    )
-    size, grid = stage.training.images_per_pass, stage.model.grid_size
-    shape = (size, stage.model.num_codebooks, grid, grid)
-    batch = CodeBatch(
-        codes=torch.empty(shape, dtype=torch.int64, device=META),
-        labels=torch.empty(size, dtype=torch.int64, device=META),
-        keys=[],
-        views=[],
-        micro_batch=0,
-    )
-    with imitated_gpu(bf16=stage.training.precision == "bf16"):
-        task.train_step([batch], stage.training.steps)
-    total = count_parameters(model)
-    counts = {
-        "autoregressive": total,
-        # The paper's 415M and 898M leave the aggregation layer out (fqgan.md 2.7).
-        "autoregressive_without_aggregation": total - count_parameters(model.aggregation),
-    }
-    return {
-        "parameters": counts,
-        "training": _plan_training(stage.training, ranks),
-        "memory": _plan_memory(
-            stage.training,
-            ranks,
-            trained=total,
-            averaged=total,
-            frozen=0,
-            activations={"pass": engine.saved_bytes},
-            zero_stages=(1, 2, 3),
-        ),
-    }
-
-
-_PLANS: dict[StageName, Callable[[RunConfig], Plan]] = {
-    "tokenizer": _plan_tokenizer,
-    "autoregressive": _plan_autoregressive,
-}
-
-
-def _one_pass(training: TrainingConfig) -> TrainingConfig:
-    """Describe the pass of one rank: a member's images of one micro-batch."""
-    return training.model_copy(
-        update={
-            "global_batch_size": training.images_per_pass,
-            "micro_batch_size": training.images_per_pass,
-            "ranks_per_micro_batch": 1,
-            # Autocast is imitated from outside: the meta device has none.
-            "precision": "fp32",
-        }
-    )
-
-
-def _plan_training(training: TrainingConfig, ranks: int) -> Plan:
-    images_seen = training.steps * training.global_batch_size
-    passes = training.gradient_accumulation_steps(World(world_size=ranks))
-    groups = ranks // training.ranks_per_micro_batch
-    return {
-        "steps": training.steps,
-        "global_batch_size": training.global_batch_size,
-        "micro_batch_size": training.micro_batch_size,
-        "micro_batches_per_step": training.micro_batches_per_step,
-        "largest_world_size": training.global_batch_size,
-        "ranks": ranks,
-        "ranks_per_micro_batch": training.ranks_per_micro_batch,
-        "images_per_pass": training.images_per_pass,
-        "passes_per_step": passes,
-        "idle_passes_per_step": passes * groups - training.micro_batches_per_step,
-        "precision": training.precision,
-        "images_seen": images_seen,
-        "epochs_of_imagenet": round(images_seen / IMAGENET_IMAGES, 2),
-        "evaluations": -(-training.steps // training.evaluate_every),
-        "checkpoints": -(-training.steps // training.checkpoint.every),
-    }
-
-
-def _plan_memory(
-    training: TrainingConfig,
-    ranks: int,
-    *,
-    trained: int,
-    averaged: int,
-    frozen: int,
-    activations: dict[str, int],
-    zero_stages: tuple[int, ...],
-) -> Plan:
-    """Give the bytes per GPU with the configured engine, and of the states with the others.
-
-    Args:
-        training: its engine and sizes.
-        ranks: planned world size.
-        trained: number of trained parameters.
-        averaged: those that have an average if the config asks for one.
-        frozen: number of frozen parameters.
-        activations: bytes kept for the backward pass, by kind of pass.
-        zero_stages: stages of ZeRO that can train this.
-    """
-    averaged = averaged if training.ema_decay else 0
-    zero_stage = chosen_zero_stage(training)
-    sizes = compute_state_sizes(trained, zero_stage=zero_stage, ranks=ranks, averaged=averaged)
-    # One process has nobody to share with: show what the most ranks of one GPU per micro-batch do.
-    others = ranks if ranks > 1 else training.micro_batches_per_step
-    states = {**vars(sizes), "total": sizes.total}
-    return {
-        "engine": {"name": training.engine, "zero_stage": zero_stage, "ranks": ranks},
-        "states_bytes": states,
-        "frozen_bytes": frozen * FP32_BYTES,
-        "saved_activations_bytes": activations,
-        "per_gpu_bytes": sizes.total + frozen * FP32_BYTES + max(activations.values()),
-        "other_engines": {
-            "ranks": others,
-            "states_bytes": {
-                name_engine(stage): compute_state_sizes(
-                    trained, zero_stage=stage, ranks=others, averaged=averaged
-                ).total
-                for stage in (None, *zero_stages)
-            },
-        },
-        "checkpoint_bytes": (3 * trained + averaged) * FP32_BYTES,
     }
 
 
 def _plan_stored(config: RunConfig, num_images: int) -> Plan:
     model = config.tokenizer.model
     features = 0
-    if config.teachers.networks and config.teachers.precompute:
+    if stores_features(config):
         values = sum(book.feature_dim or 0 for book in model.codebooks)
         features = num_images * (config.data.num_views or 0) * values * _HALF_BYTES
     crops = count_code_views(config.codes.views)
@@ -279,8 +62,9 @@ def _count_images(config: RunConfig) -> tuple[int, str]:
     """Return the number of training images, and how it is known."""
     storage = Storage(config.storage.root)
     # Only on a disk: a dry run asks nothing of a network.
-    record = load_record(storage, "shards") if storage.is_local else None
-    if record is not None and record.state == "done":
+    path = record_path(ShardsStage.name)
+    record = load_record(storage, path) if storage.is_local else None
+    if record is not None and record.is_done:
         return int(record.metrics["shards/train_images"]), "the run's shards"
     return IMAGENET_IMAGES, "assumed: ImageNet-1k; the shards are not written yet"
 
@@ -297,22 +81,21 @@ def _collect_notes(config: RunConfig) -> list[str]:
     if config.tokenizer.losses.discriminator_start_step > config.tokenizer.training.steps:
         notes.append("The discriminator never starts: its start step is after the last step.")
     notes += _describe_idle_passes(config)
-    notes += [f"Not here yet: {problem}." for _, problem in find_missing_files(config)]
+    missing = [
+        problem for stage in find_stages(config) for problem in find_missing_files(stage, config)
+    ]
+    notes += [f"Not here yet: {problem}." for problem in dict.fromkeys(missing)]
     return notes
 
 
 def _describe_idle_passes(config: RunConfig) -> list[str]:
-    trainings = {
-        "tokenizer": config.tokenizer.training,
-        "autoregressive": config.autoregressive.training,
-    }
     notes: list[str] = []
     for stage in training_stages(config):
-        plan = _plan_training(trainings[stage], planned_world_size(config))
+        plan = plan_training(stage.training(config), planned_world_size(config))
         idle, num = plan["idle_passes_per_step"], plan["micro_batches_per_step"]
         if idle:
             notes.append(
-                f"{stage}: {idle} of {num + idle} passes per step have no weight, as {num} "
+                f"{stage.name}: {idle} of {num + idle} passes per step have no weight, as {num} "
                 f"micro-batches do not divide evenly among the groups of ranks."
             )
     return notes

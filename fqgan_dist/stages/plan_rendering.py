@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fqgan_dist.stages.model_states import name_engine
-from fqgan_dist.stages.placement import TRAINING_STAGES
 
 _WIDTH = 100
 
@@ -21,7 +20,7 @@ def render_plan(plan: dict[str, Any]) -> str:
     output = io.StringIO()
     console = Console(file=output, width=_WIDTH, color_system=None)
     console.print(_run_table(plan))
-    for stage in TRAINING_STAGES:
+    for stage in plan["stages"]:
         if stage in plan:
             console.print(_stage_table(stage, plan[stage]))
     for note in plan["notes"]:

@@ -16,10 +16,17 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
+from fqgan_dist.devices import select_device
+from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, load_record, save_record
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, Stage, configure_torch, select_device
+from fqgan_dist.stages.stage import RunContext, Stage, configure_torch
+from fqgan_dist.stages.stage_record import (
+    StageRecord,
+    check_inputs,
+    flatten,
+    has_inputs,
+    record_path,
+)
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment
@@ -68,56 +75,66 @@ def open_run(
     )
 
 
-def check_static_inputs(stage: Stage, context: RunContext) -> None:
+def check_static_inputs(stage: Stage) -> None:
     """Compare a stage's settings with its record, before any work starts.
 
     Raises:
-        DataError: the stage was made from other settings.
+        DataError: the stage was made from other settings, or is to be taken from a run that has
+            not finished it.
     """
-    _find_record(stage, context, _static_inputs(stage))
+    if stage.name in stage.context.config.upstream:
+        _check_taken(stage)
+    elif stage.records == "one":
+        _find_record(stage, flatten({"settings": stage.settings()}))
 
 
-def is_stage_done(stage: Stage, context: RunContext) -> bool:
+def is_stage_done(stage: Stage) -> bool:
     """Whether a stage was finished from the inputs of now.
 
     Raises:
         DataError: an earlier stage has not finished, or this one was made from other inputs.
     """
-    record = _find_record(stage, context, _all_inputs(stage))
-    return record is not None and record.state == "done"
+    if stage.name in stage.context.config.upstream:
+        return True  # `check_static_inputs` has looked
+    record = _find_record(stage, stage.collect_inputs())
+    return record is not None and record.is_done
 
 
-def run_stage(stage: Stage, context: RunContext, run_chunks: RunChunks) -> None:
+def run_stage(stage: Stage, run_chunks: RunChunks) -> None:
     """Run a stage unless it is done, and write its record last.
 
     Raises:
         DataError: an earlier stage has not finished, or this one was made from other inputs.
     """
-    storage, world = context.storage, context.world
-    inputs = _all_inputs(stage)
-    record = _find_record(stage, context, inputs)
+    world = stage.context.world
+    inputs = stage.collect_inputs()
+    record = _find_record(stage, inputs)
     # The main rank changes the record below: all must have read the same one before.
     wait_for_ranks(world)
-    if record is not None and record.state == "done":
+    if record is not None and record.is_done:
         logger.info("%s: already done from the same inputs, skipped", stage.name)
         return
     logger.info("%s: %s", stage.name, "continues" if record else "starts")
+    history = record.history if record else {}
     if (record is None or record.inputs != inputs) and world.is_main:
-        save_record(storage, StageRecord(stage=stage.name, state="started", inputs=inputs))
+        stage.save_record(
+            StageRecord(stage=stage.name, state="started", inputs=inputs, history=history)
+        )
     start = time.perf_counter()
     outcome = stage.run(run_chunks)
     seconds = time.perf_counter() - start
     if world.is_main:
-        save_record(
-            storage,
+        assert outcome.output is not None, "the main rank's outcome has an output"
+        stage.save_record(
             StageRecord(
                 stage=stage.name,
                 state="done",
                 inputs=inputs,
-                outputs=dict(outcome.outputs),
+                outputs=outcome.output.model_dump(mode="json"),
                 metrics=dict(outcome.metrics),
                 seconds=seconds,
-            ),
+                history=history,
+            )
         )
     # Nobody reports success, or goes on to a stage that reads the record, before it is there.
     wait_for_ranks(world)
@@ -149,44 +166,43 @@ def write_run_files(context: RunContext) -> None:
     storage.write_bytes("environment.json", environment.encode())
 
 
-def write_summary(storage: Storage) -> None:
+def write_summary(context: RunContext) -> None:
     """Write `summary.json` from the stages' records."""
-    storage.write_bytes("summary.json", json.dumps(load_summary(storage), indent=1).encode())
+    summary = json.dumps(load_summary(context), indent=1)
+    context.storage.write_bytes("summary.json", summary.encode())
 
 
-def _find_record(
-    stage: Stage, context: RunContext, inputs: Mapping[str, Any]
-) -> StageRecord | None:
-    """Read a stage's record and compare inputs with it.
+def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
+    """Read a stage's record and compare inputs with it, as its kind of record asks.
 
     A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
     and goes on.
+
+    Raises:
+        DataError: it has one record, of other inputs.
     """
-    record = load_record(context.storage, stage.name)
-    if record is None or (record.state == "started" and not _has_output(stage.name, context)):
+    record = stage.load_record()
+    if record is None or (not record.is_done and not stage.has_output()):
         return None
-    return check_inputs(context.storage, stage.name, inputs)
+    match stage.records:
+        case "one":
+            source = stage.context.storage.uri(record_path(stage.name))
+            return check_inputs(record, inputs, source=source, growing=stage.growing)
+        case "one_per_inputs":
+            return record
+        case "newest":
+            return record if has_inputs(record, inputs) else None
 
 
-def _has_output(stage: StageName, context: RunContext) -> bool:
-    match stage:
-        case "shards":
-            return bool(context.storage.list(f"data/{context.config.data.name}"))
-        case "teachers":
-            return bool(context.storage.list("features"))
-        case "tokenizer" | "autoregressive":
-            # A log of attempts alone is no checkpoint.
-            names = context.storage.list(f"{stage}/checkpoints")
-            return any(name.startswith("step-") for name in names)
-        case "codes" | "samples" | "evaluation":
-            return bool(context.storage.list(stage))
-        case "report":
-            return context.storage.exists("report.html")
-
-
-def _all_inputs(stage: Stage) -> dict[str, Any]:
-    return _static_inputs(stage) | flatten({"upstream": stage.upstream()})
-
-
-def _static_inputs(stage: Stage) -> dict[str, Any]:
-    return flatten({"settings": stage.settings()})
+def _check_taken(stage: Stage) -> None:
+    """Check that another run has what this one takes, made from this one's settings."""
+    storage = stage.context.storage_of(stage.name)
+    record = stage.load_record()
+    if record is None or not record.is_done:
+        raise DataError(
+            f"upstream.{stage.name}: {storage.root}: stage {stage.name!r} has not finished there; "
+            f"expected a run that has; finish it, or name another"
+        )
+    source = f"upstream.{stage.name}: {storage.uri(record_path(stage.name))}"
+    settings = flatten({"settings": stage.settings()})
+    check_inputs(record, settings, source=source)

@@ -7,9 +7,6 @@ and decode to the same image whenever one is wanted. A chunk is a range of sampl
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,65 +18,54 @@ from fqgan_dist.autoregressive.sampling import draw_uniforms, generate_codes
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.randomness import numpy_generator
-from fqgan_dist.stages.autoregressive import load_model
+from fqgan_dist.stages.autoregressive import TrainedGenerator, load_model
 from fqgan_dist.stages.id_ranges import IdRanges
-from fqgan_dist.stages.manifest import load_record
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
-from fqgan_dist.stages.stage import RunContext, StageOutcome
-
-logger = logging.getLogger(__name__)
-
-STAGE: StageName = "samples"
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
+from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 
 
-class SamplesStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class Samples(StageOutput):
+    """The samples of a run."""
 
-    name: StageName = STAGE
+    stage = "samples"
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    fingerprint: str
+    """Names what decides them."""
+
+
+class SamplesStage(Stage):
+    """Draws samples from the generator."""
+
+    output = Samples
+    inputs = (DatasetIds, TrainedGenerator)
+    records = "one_per_inputs"
+    can_be_taken = False
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the samples, besides the generator."""
         return self.context.config.samples.identity()
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the generator's weights, the dataset for its classes, and the exports."""
+        """Return the generator's weights, and the dataset for its classes."""
         return {
-            "autoregressive": self.context.require("autoregressive").outputs["weights"],
-            "train": self.context.require("shards").outputs["train"],
-            "exports": dict.fromkeys(self._export_formats(), True),
+            "autoregressive": self.context.read(TrainedGenerator).weights,
+            "train": self.context.read(DatasetIds).train,
         }
+
+    def has_output(self) -> bool:
+        """Whether any samples are there."""
+        return bool(self.context.storage.list(self.name))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Draw the samples that are missing, and export them where that is asked for."""
+        """Draw the samples that are missing."""
         work = SampleWork(self.context)
         run_chunks(work)
-        exports = {
-            name: export_samples(self.context, work.files, name, run_chunks)
-            for name in self._export_formats()
-        }
-        for name, path in exports.items():
-            logger.info("samples as %s: %s", name, self.context.storage.uri(path))
         return StageOutcome(
-            outputs={"fingerprint": work.files.fingerprint, "exports": exports},
-            metrics={f"{STAGE}/count": self.context.config.samples.count},
+            Samples(fingerprint=work.files.fingerprint),
+            metrics={f"{self.name}/count": self.context.config.samples.count},
         )
-
-    def _export_formats(self) -> list[ExportFormat]:
-        """List the format that is asked for and those of the record.
-
-        So asking for another one extends a finished stage, and asking for none changes nothing.
-        """
-        record = load_record(self.context.storage, STAGE)
-        known = record.inputs if record else {}
-        wanted = self.context.config.samples.export
-        return [
-            name for name in EXPORT_FORMATS if name == wanted or f"upstream.exports.{name}" in known
-        ]
 
 
 class SampleWork(IdRanges):
@@ -91,7 +77,7 @@ class SampleWork(IdRanges):
     def __init__(self, context: RunContext) -> None:
         super().__init__(context.config.samples.count, context.config.samples.chunk_size)
         self.context = context
-        self.num_classes = context.load_dataset("train").num_classes
+        self.num_classes = open_dataset(context, "train").index.num_classes
         self.files = sample_files(context)
 
     def is_done(self, chunk: int) -> bool:
@@ -137,12 +123,11 @@ def choose_labels(ids: Sequence[int], settings: SamplesConfig, num_classes: int)
 def sample_files(context: RunContext) -> TensorFiles:
     """Open the chunks of samples of a run whose generator has finished."""
     identity = {
-        "weights": context.require("autoregressive").outputs["weights"],
+        "weights": context.read(TrainedGenerator).weights,
         "samples": context.config.samples.identity(),
-        "num_classes": context.load_dataset("train").num_classes,
+        "num_classes": open_dataset(context, "train").index.num_classes,
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return TensorFiles(context.storage, STAGE, fingerprint)
+    return TensorFiles(context.storage, Samples.stage, fingerprint(identity))
 
 
 def read_samples(files: TensorFiles, chunk: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
-from fqgan_dist.data.index import DatasetIndex
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import DatasetIndex, load_pinned_index
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
@@ -20,24 +21,32 @@ from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, StageOutcome
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 
 logger = logging.getLogger(__name__)
 
-STAGE: StageName = "shards"
 SPLITS = ("train", "val")
 PHOTOGRAPHS_VAL_SHARE = 4
 """Validation crops per photograph are the training crops' number divided by this."""
 
 
-class ShardsStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class DatasetIds(StageOutput):
+    """The ids of the datasets of a run."""
 
-    name: StageName = STAGE
+    stage = "shards"
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    train: str
+    """Id of the training images."""
+    val: str
+    """Id of the validation images."""
+
+
+class ShardsStage(Stage):
+    """Makes the shards of both splits."""
+
+    output = DatasetIds
+    uses_device = False
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the bytes of the shards."""
@@ -54,6 +63,23 @@ class ShardsStage:
         """Nothing: this is the first stage."""
         return {}
 
+    def has_output(self) -> bool:
+        """Whether anything of the datasets is there."""
+        return bool(self.context.storage.list(f"data/{self.context.config.data.name}"))
+
+    @classmethod
+    def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
+        """Look for local sources."""
+        for field in ("source", "validation_source"):
+            source = getattr(config.data, field)
+            if source in (None, BUILTIN_PHOTOGRAPHS) or "://" in source:
+                continue
+            if not source_exists(source):
+                yield (
+                    f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
+                    f"folders, a tar, zip, shards, parquet, a manifest or {BUILTIN_PHOTOGRAPHS}"
+                )
+
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Write both splits; the class list is the training split's."""
         ids: dict[str, str] = {}
@@ -64,10 +90,10 @@ class ShardsStage:
                 index, report = self._build(source, split, classes, run_chunks)
             classes = index.classes
             ids[split] = index.dataset_id
-            metrics[f"{STAGE}/{split}_images"] = index.num_samples
-            metrics[f"{STAGE}/{split}_problems"] = len(report.problems)
-        metrics[f"{STAGE}/classes"] = len(classes or [])
-        return StageOutcome(outputs=ids, metrics=metrics)
+            metrics[f"{self.name}/{split}_images"] = index.num_samples
+            metrics[f"{self.name}/{split}_problems"] = len(report.problems)
+        metrics[f"{self.name}/classes"] = len(classes or [])
+        return StageOutcome(DatasetIds(**ids), metrics)
 
     def _build(
         self,
@@ -88,12 +114,28 @@ class ShardsStage:
         return build_dataset(
             source,
             self.context.storage,
-            self.context.dataset_prefix(split),
+            dataset_prefix(self.context, split),
             config,
             classes=classes,
             run_chunks=run_chunks,
             log_storage=self.context.storage,
         )
+
+
+def dataset_prefix(context: RunContext, split: str) -> str:
+    """Where a split's shards are, below the root."""
+    return f"data/{context.config.data.name}/{split}"
+
+
+def open_dataset(context: RunContext, split: str) -> Dataset:
+    """Open a split of a run's finished dataset.
+
+    Raises:
+        DataError: the stage has not finished, or the dataset is another one by now.
+    """
+    dataset_id = getattr(context.read(DatasetIds), split)
+    folder = context.storage_of(DatasetIds.stage).child(dataset_prefix(context, split))
+    return Dataset(folder, load_pinned_index(folder, "", dataset_id))
 
 
 @contextmanager

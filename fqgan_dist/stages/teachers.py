@@ -6,8 +6,6 @@ One file per shard and view holds all teachers' features; a chunk is one such fi
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,25 +16,38 @@ from torch import Tensor
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.views import CropRecord
+from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.network_ids import NetworkIds
-from fqgan_dist.stages.stage import RunContext, RunWork, StageOutcome
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
+from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
 from fqgan_dist.teachers.teacher import Teacher, build_teacher
 from fqgan_dist.weights.staging import resolve_weights
 
-STAGE: StageName = "teachers"
+_FOLDER = "features"
 
 
-class TeachersStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class FeatureIds(StageOutput):
+    """The id of the stored features."""
 
-    name: StageName = STAGE
+    stage = "teachers"
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+    fingerprint: str
+    """Names what decides them; empty where none are stored."""
+
+
+class TeachersStage(Stage):
+    """Stores the features of every training view."""
+
+    output = FeatureIds
+    inputs = (DatasetIds,)
+
+    @classmethod
+    def uses_pool(cls, config: RunConfig) -> bool:
+        """Only where features are stored."""
+        return super().uses_pool(config) and stores_features(config)
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the features."""
@@ -55,21 +66,25 @@ class TeachersStage:
 
     def upstream(self) -> Mapping[str, Any]:
         """Return the training images."""
-        return {"train": self.context.require("shards").outputs["train"]}
+        return {"train": self.context.read(DatasetIds).train}
+
+    def has_output(self) -> bool:
+        """Whether any features are there."""
+        return bool(self.context.storage.list("features"))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Compute the features that are missing."""
-        config = self.context.config.teachers
-        if not config.networks or not config.precompute:
-            return StageOutcome(outputs={"fingerprint": ""})
+        if not stores_features(self.context.config):
+            return StageOutcome(FeatureIds(fingerprint=""))
         work = TeacherWork(self.context)
         run_chunks(work)
         return StageOutcome(
-            outputs={"fingerprint": work.store.fingerprint},
+            FeatureIds(fingerprint=work.store.fingerprint),
             metrics={
-                f"{STAGE}/features": sum(work.size(chunk) for chunk in work.chunks()),
-                f"{STAGE}/weights": {
-                    teacher.name: teacher.weights.source for teacher in config.networks
+                f"{self.name}/features": sum(work.size(chunk) for chunk in work.chunks()),
+                f"{self.name}/weights": {
+                    teacher.name: teacher.weights.source
+                    for teacher in self.context.config.teachers.networks
                 },
             },
         )
@@ -84,14 +99,14 @@ class TeacherWork(RunWork):
     def __init__(self, context: RunContext) -> None:
         self.context = context
         self.network_ids = NetworkIds()
-        self.index = context.load_dataset("train")
-        self.store = FeatureStore(context.storage, "features", self._fingerprint())
+        self.dataset = open_dataset(context, "train")
+        self.store = FeatureStore(context.storage, _FOLDER, self._fingerprint())
 
     def chunks(self) -> Sequence[int]:
         """All shards of view 0, then of view 1 ..."""
         num_views = self.context.config.data.num_views
         assert num_views is not None, "RunConfig requires num_views with precomputed features"
-        return range(num_views * len(self.index.shards))
+        return range(num_views * len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
         """Images of the shard."""
@@ -110,8 +125,7 @@ class TeacherWork(RunWork):
         crops: list[CropRecord] = []
         features: dict[str, list[np.ndarray]] = {name: [] for name in self._teachers}
         for batch in read_shard(
-            self.context.storage,
-            self.context.dataset_prefix("train"),
+            self.dataset,
             entry,
             config.data.views,
             (view,),
@@ -133,18 +147,22 @@ class TeacherWork(RunWork):
     def _fingerprint(self) -> str:
         config = self.context.config
         identity = {
-            "dataset": self.index.dataset_id,
+            "dataset": self.dataset.id,
             "teachers": {name: teacher.fingerprint for name, teacher in self._teachers.items()},
             "views": config.data.views.model_dump(mode="json"),
             "seed": config.data.seed,
             "batch_size": config.teachers.batch_size,
         }
-        text = json.dumps(identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return fingerprint(identity)
 
     def _locate(self, chunk: int) -> tuple[int, Any]:
-        view, shard = divmod(chunk, len(self.index.shards))
-        return view, self.index.shards[shard]
+        view, shard = divmod(chunk, len(self.dataset.index.shards))
+        return view, self.dataset.index.shards[shard]
+
+
+def stores_features(config: RunConfig) -> bool:
+    """Whether a run's features are computed beforehand and stored."""
+    return bool(config.teachers.networks) and config.teachers.precompute
 
 
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
@@ -186,5 +204,6 @@ def build_online_teachers(context: RunContext) -> TeacherFeatures:
 
 def feature_store(context: RunContext) -> FeatureStore | None:
     """Open the stored features of a finished `teachers` stage; None if there are none."""
-    fingerprint = context.require(STAGE).outputs["fingerprint"]
-    return FeatureStore(context.storage, "features", fingerprint) if fingerprint else None
+    features = context.read(FeatureIds).fingerprint
+    storage = context.storage_of(FeatureIds.stage)
+    return FeatureStore(storage, _FOLDER, features) if features else None

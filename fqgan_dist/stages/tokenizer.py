@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.decoding import to_float, to_uint8
-from fqgan_dist.data.loader import ImageBatch, ImageLoader
+from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import HeldOutImages
-from fqgan_dist.stages.names import StageName
-from fqgan_dist.stages.stage import RunContext, StageOutcome
-from fqgan_dist.stages.teachers import build_online_teachers, feature_store
+from fqgan_dist.stages.shards import DatasetIds, dataset_prefix
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.teachers import FeatureIds, build_online_teachers, feature_store
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
 from fqgan_dist.stages.training import (
     load_weights,
-    run_training,
-    trained_outputs,
     training_settings,
 )
+from fqgan_dist.stages.training_plan import plan_tokenizer
+from fqgan_dist.stages.training_stage import TrainedWeights, TrainingStage
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
+from fqgan_dist.training.step_layout import StepLayout
+from fqgan_dist.training.trainer import TrainingResult
 from fqgan_dist.weights.staging import load_initial_weights, resolve_weights
 
 
-class TokenizerStage:
-    """Implements `fqgan_dist.stages.stage.Stage`."""
+class TrainedTokenizer(TrainedWeights):
+    """The trained tokenizer."""
 
-    name: StageName = STAGE
+    stage = STAGE
 
-    def __init__(self, context: RunContext) -> None:
-        self.context = context
+
+class TokenizerStage(TrainingStage):
+    """Trains FQGAN."""
+
+    output = TrainedTokenizer
+    inputs = (DatasetIds, FeatureIds)
+
+    @classmethod
+    def training(cls, config: RunConfig) -> TrainingConfig:
+        """Return the tokenizer's."""
+        return config.tokenizer.training
+
+    @classmethod
+    def plan(cls, config: RunConfig) -> Mapping[str, Any]:
+        """Return sizes, memory and steps."""
+        return plan_tokenizer(config)
 
     def settings(self) -> Mapping[str, Any]:
         """Everything that moves a weight."""
@@ -58,33 +76,29 @@ class TokenizerStage:
 
     def upstream(self) -> Mapping[str, Any]:
         """Return the datasets and the teachers' features."""
-        shards = self.context.require("shards").outputs
-        ids = {"train": shards["train"], "val": shards["val"]}
+        datasets = self.context.read(DatasetIds)
+        ids = {"train": datasets.train, "val": datasets.val}
         if self.context.config.teachers.networks:
-            teachers = self.context.require("teachers").outputs
-            ids |= {f"features/{name}": value for name, value in teachers.items()}
+            ids["features/fingerprint"] = self.context.read(FeatureIds).fingerprint
         return ids
 
-    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
-        """Train to the last step."""
-        context = self.context
-        task = build_tokenizer_task(context)
-        loader = build_image_loader(context)
+    def build_task(self) -> TokenizerTask:
+        """Build the task of this run."""
+        return build_tokenizer_task(self.context)
 
-        def batches(first_step: int) -> Generator[Sequence[ImageBatch], None, None]:
-            micro_batches = [slot.micro_batch for slot in task.slots]
-            return loader.batches(first_step, micro_batches, loss_group=task.loss_group)
+    def build_loader(self) -> ImageLoader:
+        """Build the loader of the training images."""
+        return build_image_loader(self.context)
 
-        training = context.config.tokenizer.training
-        result = run_training(context, STAGE, task, batches, loader.take_report, training)
-        metrics = {
+    def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
+        """Choose the discriminator's loss and the use of the codebooks."""
+        return {
             f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
             f"{STAGE}/training_usage": {
                 book.name: result.metrics[f"{STAGE}/codebook_usage/{book.name}"]
-                for book in context.config.tokenizer.model.codebooks
+                for book in self.context.config.tokenizer.model.codebooks
             },
         }
-        return StageOutcome(outputs=trained_outputs(context, STAGE, result), metrics=metrics)
 
 
 def build_tokenizer_task(context: RunContext) -> TokenizerTask:
@@ -99,9 +113,8 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
         tokenizer = FactorizedTokenizer(config.model)
         discriminator = PatchDiscriminator(config.discriminator)
     load_initial_weights(tokenizer, config.init_from, field="tokenizer.init_from")
-    build = functools.partial(
-        build_engine, training=training, world=context.world, device=context.device
-    )
+    layout = StepLayout.of(training, context.world)
+    settings = functools.partial(EngineSettings.of, training, layout=layout, device=context.device)
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
         teachers = build_online_teachers(context)
@@ -109,8 +122,10 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
     perceptual = build_perceptual_loss(config.perceptual, weights_path=weights_path)
     val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
     return TokenizerTask(
-        engine=build(tokenizer, name="tokenizer"),
-        discriminator_engine=build(DiscriminatorPasses(discriminator), name="discriminator"),
+        engine=build_engine(tokenizer, settings(name="tokenizer")),
+        discriminator_engine=build_engine(
+            DiscriminatorPasses(discriminator), settings(name="discriminator")
+        ),
         perceptual=perceptual.to(context.device),
         teachers=teachers,
         losses=config.losses,
@@ -124,8 +139,8 @@ def build_image_loader(context: RunContext) -> ImageLoader:
     config = context.config
     training = config.tokenizer.training
     return ImageLoader(
-        context.storage,
-        context.dataset_prefix("train"),
+        context.storage_of(DatasetIds.stage),
+        dataset_prefix(context, "train"),
         seed=config.data.seed,
         window_shards=config.data.window_shards,
         view=config.data.views,
@@ -136,7 +151,7 @@ def build_image_loader(context: RunContext) -> ImageLoader:
         loader_workers=config.data.loader_workers,
         max_damaged_in_a_row=config.data.damage_limit,
         cache=config.data.cache,
-        dataset_id=context.require("shards").outputs["train"],
+        dataset_id=context.read(DatasetIds).train,
     )
 
 
@@ -149,7 +164,8 @@ def load_tokenizer(context: RunContext) -> FactorizedTokenizer:
     """
     config = context.config.tokenizer
     tokenizer = FactorizedTokenizer(config.model)
-    load_weights(tokenizer, context, STAGE, config.training)
+    step = context.read(TrainedTokenizer).step
+    load_weights(tokenizer, context, STAGE, config.training, step)
     return tokenizer.to(context.device).eval().requires_grad_(False)
 
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from fqgan_dist.data.batches import LoadReport
-from fqgan_dist.stages.names import StageName
+from fqgan_dist.loss_group import LossGroup
 from fqgan_dist.stages.run import wait_for_ranks
+from fqgan_dist.stages.shards import DatasetIds
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.json_lines import JsonLinesWriter
-from fqgan_dist.telemetry.metrics import MetricsWriter
-from fqgan_dist.telemetry.observer import LocalObserver, Observer
+from fqgan_dist.stages.training_task import TrainingTask
+from fqgan_dist.telemetry.metrics import MetricsFile
+from fqgan_dist.telemetry.observer import LocalObserver, ObserverSink
+from fqgan_dist.telemetry.published import PublishedRecords
+from fqgan_dist.telemetry.sinks.optional import build_sinks
+from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.hooks import AccountForLoading, ShowProgress, WriteMetrics
 from fqgan_dist.training.named_tensors import copy_named_tensors
-from fqgan_dist.training.task import Task
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.weights.tensors import hash_tensors
 
 BatchT = TypeVar("BatchT")
+BatchT_co = TypeVar("BatchT_co", covariant=True)
 
 UNDECISIVE = {
     "log_every",
@@ -50,78 +51,92 @@ def training_settings(training: TrainingConfig) -> dict[str, Any]:
 def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) -> CheckpointStore:
     """Open a stage's checkpoints."""
     return CheckpointStore(
-        context.storage,
+        context.storage_of(stage),
         f"{stage}/checkpoints",
         retention=training.checkpoint.retention,
     )
 
 
+class Loader(Protocol[BatchT_co]):
+    """Gives a rank its micro-batches of every step."""
+
+    def batches(
+        self, start_step: int, micro_batches: Sequence[int], *, loss_group: LossGroup
+    ) -> Generator[Sequence[BatchT_co], None, None]:
+        """Yield some micro-batches of every step from `start_step` on."""
+        ...
+
+    def take_report(self) -> LoadReport:
+        """Tell what was done for the batches handed out since the last call."""
+        ...
+
+
 def run_training(
-    context: RunContext,
-    stage: str,
-    task: Task[BatchT],
-    batches: Callable[[int], Generator[Sequence[BatchT], None, None]],
-    take_report: Callable[[], LoadReport],
-    training: TrainingConfig,
+    context: RunContext, task: TrainingTask[Any, BatchT], loader: Loader[BatchT]
 ) -> TrainingResult:
     """Train a task from its newest checkpoint to the end; every rank calls it."""
+    stage, training, layout, world = task.stage, task.training, task.layout, context.world
+
+    def batches(first_step: int) -> Generator[Sequence[BatchT], None, None]:
+        return loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
+
+    ledger = PublishedRecords(context.storage, f"{stage}/damaged_samples.jsonl")
+    loading = AccountForLoading(
+        loader.take_report,
+        ledger if world.is_main else None,
+        world=world,
+        global_batch_size=training.global_batch_size,
+    )
     # One rank speaks for all; the other ranks' progress goes to their log files.
-    observer = context.observer if context.world.is_main else LocalObserver(has_bar=False)
+    observer = context.observer if world.is_main else LocalObserver(has_bar=False)
+    sinks = _build_sinks(context, stage) if world.is_main else []
     with (
         _deterministic_kernels(training.deterministic),
-        MetricsFile(context.storage, stage, observer) as metrics,
-        LedgerFile(context.storage, f"{stage}/damaged_samples.jsonl") as ledger,
         observer.track(training.steps, f"training the {stage}", "steps") as bar,
     ):
-
-        def publish_files() -> None:
-            metrics.publish()
-            ledger.publish()
-
         trainer = Trainer(
             task,
             batches,
             training,
             store=checkpoint_store(context, stage, training),
-            dataset_id=context.require("shards").outputs["train"],
-            world=context.world,
-            take_report=take_report,
-            open_metrics=metrics.open if context.world.is_main else None,
-            open_ledger=ledger.open if context.world.is_main else None,
-            publish_files=publish_files,
-            progress=bar,
+            dataset_id=context.read(DatasetIds).train,
+            world=world,
+            hooks=[ShowProgress(bar), loading, WriteMetrics(sinks)],
         )
         result = trainer.fit()
     # The main rank returns when its last checkpoint is committed, and all ranks read that next.
-    wait_for_ranks(context.world)
+    wait_for_ranks(world)
     return result
 
 
-def trained_outputs(context: RunContext, stage: str, result: TrainingResult) -> dict[str, Any]:
-    """Name what a finished training hands on: a digest of the weights, equal for equal runs.
+def _build_sinks(context: RunContext, stage: str) -> list[MetricSink]:
+    """List what takes the metrics: the file first, then whoever may fail."""
+    run = TrackedRun(storage=context.storage, stage=stage, name=context.config.name)
+    return [
+        MetricsFile(context.storage, f"{stage}/metrics.jsonl"),
+        ObserverSink(context.observer, stage),
+        *build_sinks(context.config.telemetry.sinks, run),
+    ]
 
-    A checkpoint's own id is of no use here: it names the attempt, which differs between runs. Only
-    the main rank, which writes the record, reads the checkpoint.
+
+def hash_weights(context: RunContext, stage: str, training: TrainingConfig, step: int) -> str:
+    """Digest the weights that a finished training hands on, equal for equal runs.
+
+    A checkpoint's own id is of no use here: it names the attempt, which differs between runs.
     """
-    if not context.world.is_main:
-        return {}
-    training = getattr(context.config, stage).training
-    loaded = checkpoint_store(context, stage, training).load_latest(step=result.step)
+    loaded = checkpoint_store(context, stage, training).load_latest(step=step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
-    tensors = loaded.read(_weights_part(stage, training))
-    return {"step": result.step, "weights": hash_tensors(tensors)}
+    return hash_tensors(loaded.read(_weights_part(stage, training)))
 
 
 def load_weights(
-    module: nn.Module, context: RunContext, stage: StageName, training: TrainingConfig
+    module: nn.Module, context: RunContext, stage: str, training: TrainingConfig, step: int
 ) -> None:
     """Copy a finished stage's weights into a module: the averaged ones if there are any.
 
     Raises:
-        DataError: the stage has not finished.
-        CheckpointError: its checkpoint is damaged or of another architecture.
+        CheckpointError: the checkpoint is damaged or of another architecture.
     """
-    step = context.require(stage).outputs["step"]
     loaded = checkpoint_store(context, stage, training).load_latest(step=step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
     part = _weights_part(stage, training)
@@ -142,70 +157,3 @@ def _deterministic_kernels(is_wanted: bool) -> Iterator[None]:
 
 def _weights_part(stage: str, training: TrainingConfig) -> str:
     return f"{stage}_ema" if training.ema_decay else stage
-
-
-class _PublishedFile(ExitStack):
-    """A file that is appended to locally and published to the run's storage."""
-
-    def __init__(self, storage: Storage, path: str) -> None:
-        super().__init__()
-        self.storage = storage
-        self.path = path
-        local = storage.local_path(path)
-        self._is_remote = local is None
-        if local is None:
-            local = (
-                Path(self.enter_context(tempfile.TemporaryDirectory())) / PurePosixPath(path).name
-            )
-        self.local = local
-        self._writer: JsonLinesWriter | MetricsWriter | None = None
-
-    def fetch(self) -> None:
-        """Bring what a former session published; its writer removes what is not of this run."""
-        if self._is_remote and self.storage.exists(self.path):
-            self.local.write_bytes(self.storage.read_bytes(self.path))
-
-    def publish(self) -> None:
-        """Bring what was written to the disk, and to the storage where that is elsewhere."""
-        if self._writer is not None:
-            self._writer.flush()  # TensorBoard's events wait for two minutes otherwise
-        if not self._is_remote:
-            return
-        folder = PurePosixPath(self.path).parent
-        for file in sorted(self.local.parent.rglob("*")):
-            if file.is_file():
-                name = file.relative_to(self.local.parent).as_posix()
-                self.storage.write_bytes(f"{folder}/{name}", file.read_bytes())
-
-
-class LedgerFile(_PublishedFile):
-    """The ledger of damaged samples: a line for each slot whose sample was replaced."""
-
-    def open(self, resumed_step: int) -> JsonLinesWriter:
-        """Open the file as it was after a step."""
-        self.fetch()
-        self._writer = JsonLinesWriter(self.local, resumed_step=resumed_step)
-        return self._writer
-
-
-class MetricsFile(_PublishedFile):
-    """The metrics of a stage, and TensorBoard's files beside it."""
-
-    def __init__(self, storage: Storage, stage: str, observer: Observer) -> None:
-        """Choose the place of the file.
-
-        Args:
-            storage: the run's storage.
-            stage: the stage that trains.
-            observer: is told every record.
-        """
-        super().__init__(storage, f"{stage}/metrics.jsonl")
-        self.on_write = partial(observer.record_metrics, stage)
-
-    def open(self, resumed_step: int) -> MetricsWriter:
-        """Open the file as it was after a step."""
-        self.fetch()
-        self._writer = MetricsWriter(
-            self.local, resumed_step=resumed_step, tensorboard=True, on_write=self.on_write
-        )
-        return self._writer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,8 +46,24 @@ class Observer(Protocol):
         ...
 
 
+class SilentObserver:
+    """Show nothing, for callers who do not want to know."""
+
+    def track(
+        self, total: int | None, description: str, unit: str
+    ) -> AbstractContextManager[ProgressBar]:
+        """Count units that nobody reads, see `Observer`."""
+        return nullcontext(ProgressBar(total, description, unit))
+
+    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: in one process the metrics file is at hand."""
+
+
+SILENT = SilentObserver()
+
+
 @dataclass(frozen=True)
-class LocalObserver:
+class LocalObserver(SilentObserver):
     """Show progress in this process: a live bar on a terminal, else log lines."""
 
     has_bar: bool = True
@@ -62,3 +78,24 @@ class LocalObserver:
 
     def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Do nothing: in one process the metrics file is at hand."""
+
+
+class ObserverSink:
+    """Passes a training's metrics on to an observer; a `MetricSink` (sinks/sink.py)."""
+
+    def __init__(self, observer: Observer, stage: str) -> None:
+        self._observer = observer
+        self._stage = stage
+
+    def open(self, resumed_step: int) -> None:
+        """Do nothing: an observer has no history."""
+
+    def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:  # noqa: ARG002  part of MetricSink
+        """Pass a record on."""
+        self._observer.record_metrics(self._stage, step, numbers)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

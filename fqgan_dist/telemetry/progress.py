@@ -7,25 +7,19 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.live import Live
+from rich.progress_bar import ProgressBar as BarGraphic
+from rich.table import Column, Table
 from rich.text import Text
 
 from fqgan_dist.telemetry.summary import (
@@ -37,24 +31,15 @@ from fqgan_dist.telemetry.summary import (
 
 LINE_INTERVAL_S = 10.0
 
+_REFRESHES_PER_S = 4.0
+_BAR_WIDTH = 20
+
 logger = logging.getLogger(__name__)
 
 
-class ProgressBar(ABC):
-    """What the body of `track` advances."""
-
-    @abstractmethod
-    def advance(self, count: int = 1, **fields: Metric) -> None:
-        """Add finished units and show the newest values of some fields, for example `loss=0.31`."""
-
-    @abstractmethod
-    def skip(self, count: int) -> None:
-        """Count units that were finished before: they move the bar, but are no throughput."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class WorkProgress:
-    """How far a piece of work is."""
+class WorkState:
+    """How much of a piece of work is done."""
 
     description: str
     """What is being done."""
@@ -62,14 +47,22 @@ class WorkProgress:
     """What is counted, in the plural."""
     done: int
     """Finished units, those of earlier sessions included."""
+    skipped: int
+    """Of these, units of earlier sessions, which are no throughput."""
     total: int | None
     """None when it is not known."""
-    rate: float | None
-    """Units per second; None before there is any."""
-    elapsed_s: float
-    """Seconds since the work began."""
     fields: Mapping[str, Metric] = field(default_factory=dict)
     """Newest values of what the work measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkProgress(WorkState):
+    """How far a piece of work is, and how fast."""
+
+    rate: float | None
+    """Units per second of this session; None before there is any."""
+    elapsed_s: float
+    """Seconds since the work began."""
 
     @property
     def is_complete(self) -> bool:
@@ -85,6 +78,10 @@ class WorkProgress:
 
     def describe(self) -> str:
         """Write it on one line."""
+        return f"{self.description}: {self.describe_amounts()}"
+
+    def describe_amounts(self) -> str:
+        """Write how much is done, how fast, and what the work measures."""
         of_total = "" if self.total is None else f"/{self.total}"
         parts = [f"{self.done}{of_total} {self.unit}", f"{self.rate or 0:.1f} {self.unit}/s"]
         if self.left_s is not None:
@@ -93,7 +90,73 @@ class WorkProgress:
             parts.append(format_seconds(self.elapsed_s))
         if self.fields:
             parts.append(format_fields(self.fields))
-        return f"{self.description}: {', '.join(parts)}"
+        return ", ".join(parts)
+
+
+class ProgressBar:
+    """Counts the finished units of a piece of work; whoever shows them reads `state` or `progress`.
+
+    It shows nothing itself. One thread may advance it while others read.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        description: str,
+        unit: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin the work.
+
+        Args:
+            total: number of units; None when it is not known.
+            description: what is being done.
+            unit: what is counted, in the plural.
+            clock: source of seconds.
+        """
+        self._total = total
+        self._description = description
+        self._unit = unit
+        self._clock = clock
+        self._start = clock()
+        self._lock = threading.Lock()
+        self._done = self._skipped = 0
+        self._fields: dict[str, Metric] = {}
+
+    def advance(self, count: int = 1, **fields: Metric) -> None:
+        """Add finished units and keep the newest values of some fields, for example `loss=0.31`."""
+        with self._lock:
+            self._done += count
+            self._fields |= fields
+
+    def advance_to(self, done: int) -> None:
+        """Say how many units are finished in all."""
+        self.advance(done - self._done)
+
+    def skip(self, count: int) -> None:
+        """Count units that were finished before: they move the bar, but are no throughput."""
+        with self._lock:
+            self._done += count
+            self._skipped += count
+
+    def state(self) -> WorkState:
+        """Tell how much is done."""
+        with self._lock:
+            return WorkState(
+                description=self._description,
+                unit=self._unit,
+                done=self._done,
+                skipped=self._skipped,
+                total=self._total,
+                fields=dict(self._fields),
+            )
+
+    def progress(self) -> WorkProgress:
+        """Tell how far the work is, at its mean rate."""
+        state, elapsed_s = self.state(), self._clock() - self._start
+        rate = (state.done - state.skipped) / elapsed_s if elapsed_s > 0 else None
+        return WorkProgress(**vars(state), rate=rate, elapsed_s=elapsed_s)
 
 
 class RateMeter:
@@ -112,8 +175,10 @@ class RateMeter:
         """
         if self._readings and count < self._readings[-1][1]:
             self._readings.clear()
-        self._readings.append((now, count))
-        # The reading before the window stays: work may finish less than one unit in a window.
+        # Only what changes is noted, and the reading before the window stays: work may finish less
+        # than one unit in a window, however often it is looked at.
+        if not self._readings or count > self._readings[-1][1]:
+            self._readings.append((now, count))
         while len(self._readings) > 2 and now - self._readings[1][0] >= self._window_s:
             self._readings.popleft()
         (start, first), (end, last) = self._readings[0], self._readings[-1]
@@ -124,7 +189,7 @@ class RateMeter:
 def track(
     total: int | None,
     description: str,
-    unit: str = "it",
+    unit: str,
     *,
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -139,21 +204,22 @@ def track(
         clock: source of seconds for the log lines' interval and rate.
     """
     console = console or Console(stderr=True)
+    if total == 0:
+        yield ProgressBar(total, description, unit)  # nothing to do is no news
+        return
     if not console.is_terminal:
-        lines = _LineProgress(total, description, unit, clock)
+        lines = _LoggedBar(total, description, unit, clock=clock)
         yield lines
         lines.finish()
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield _LiveProgress(progress, total, description, unit)
+    bar, meter = ProgressBar(total, description, unit, clock=clock), RateMeter()
+
+    def draw() -> Table:
+        now = bar.progress()
+        return _draw(replace(now, rate=meter.add(clock(), now.done - now.skipped)))
+
+    with Live(console=console, get_renderable=draw, refresh_per_second=_REFRESHES_PER_S):
+        yield bar
 
 
 def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
@@ -178,65 +244,42 @@ def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
     return "\n".join(lines).strip("\n")
 
 
-class _LiveProgress(ProgressBar):
-    def __init__(self, progress: Progress, total: int | None, description: str, unit: str) -> None:
-        self._progress = progress
-        self._unit = unit
-        self._task = progress.add_task(description, total=total, detail=unit)
+class _LoggedBar(ProgressBar):
+    """Writes a log line every ten seconds, and one at the end."""
 
-    def advance(self, count: int = 1, **fields: Metric) -> None:
-        if fields:
-            self._progress.update(self._task, detail=f"{self._unit}  {format_fields(fields)}")
-        self._progress.advance(self._task, count)
-
-    def skip(self, count: int) -> None:
-        # A reset forgets the samples that the speed is computed from.
-        (task,) = self._progress.tasks
-        self._progress.reset(self._task, completed=int(task.completed) + count)
-
-
-class _LineProgress(ProgressBar):
     def __init__(
-        self, total: int | None, description: str, unit: str, clock: Callable[[], float]
+        self, total: int | None, description: str, unit: str, *, clock: Callable[[], float]
     ) -> None:
-        self._total = total
-        self._description = description
-        self._unit = unit
-        self._clock = clock
-        self._start = self._last_line = clock()
-        self._count = 0
-        self._skipped = 0
-        self._count_of_last_line: int | None = None
-        self._fields: dict[str, Metric] = {}
+        super().__init__(total, description, unit, clock=clock)
+        self._last_line = self._start
+        self._done_of_last_line: int | None = None
 
     def advance(self, count: int = 1, **fields: Metric) -> None:
-        self._count += count
-        self._fields |= fields
+        super().advance(count, **fields)
         if self._clock() - self._last_line >= LINE_INTERVAL_S:
             self._write_line()
 
-    def skip(self, count: int) -> None:
-        self._count += count
-        self._skipped += count
-
     def finish(self) -> None:
-        if self._count != self._count_of_last_line:
+        if self._done != self._done_of_last_line:
             self._write_line()
 
     def _write_line(self) -> None:
         self._last_line = self._clock()
-        self._count_of_last_line = self._count
-        elapsed_s = self._last_line - self._start
-        state = WorkProgress(
-            description=self._description,
-            unit=self._unit,
-            done=self._count,
-            total=self._total,
-            rate=(self._count - self._skipped) / elapsed_s if elapsed_s > 0 else None,
-            elapsed_s=elapsed_s,
-            fields=self._fields,
-        )
-        logger.info("%s", state.describe())
+        self._done_of_last_line = self._done
+        logger.info("%s", self.progress().describe())
+
+
+def _draw(work: WorkProgress) -> Table:
+    table = Table.grid(
+        Column(no_wrap=True), Column(), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1)
+    )
+    # Text, not str: rich would read [brackets] as markup.
+    table.add_row(
+        Text(work.description),
+        BarGraphic(total=work.total, completed=work.done, width=_BAR_WIDTH),
+        Text(work.describe_amounts(), style="dim"),
+    )
+    return table
 
 
 def format_fields(fields: Mapping[str, Metric]) -> str:

@@ -28,6 +28,7 @@ from fqgan_dist.telemetry.progress import (
     LINE_INTERVAL_S,
     RateMeter,
     WorkProgress,
+    WorkState,
     format_fields,
 )
 from fqgan_dist.telemetry.summary import Metric, format_seconds
@@ -49,23 +50,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkUpdate:
+class WorkUpdate(WorkState):
     """A message: the state of one piece of work, as the process that does it knows it."""
 
     stage: str
     work_id: str
     """Differs between pieces of work, and between attempts at one."""
-    description: str
-    unit: str
-    """What is counted, in the plural."""
-    done: int
-    """Finished units, those of earlier sessions included."""
-    skipped: int
-    """Of these, units of earlier sessions."""
-    total: int | None
-    """None when it is not known."""
-    fields: Mapping[str, Metric] = field(default_factory=dict)
-    """Newest values of what the work measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +227,7 @@ class _StageEntry:
             description=work.description,
             unit=work.unit,
             done=work.done,
+            skipped=work.skipped,
             total=work.total,
             rate=self.rate,
             elapsed_s=end - self.work_started,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fqgan_dist.training.checkpoint_files import Fragment
-from fqgan_dist.training.micro_batches import Slot, gather_in_order
-from fqgan_dist.world import World
+from fqgan_dist.training.step_layout import Slot, StepLayout
 
 BatchT = TypeVar("BatchT")
 
@@ -25,8 +24,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def world(self) -> World:
-        """Rank geometry."""
+    def layout(self) -> StepLayout:
+        """This rank's part in every step."""
         ...
 
     @property
@@ -130,33 +129,25 @@ class Engine(Protocol):
 
 def accumulate(
     engine: Engine,
-    slots: Sequence[Slot],
     micro_batches: Sequence[BatchT],
     loss_fn: Callable[[Slot, BatchT], tuple[Tensor, Tensor]],
-    *,
-    num_micro_batches: int,
-    ranks_per_micro_batch: int = 1,
 ) -> Tensor:
     """Run all passes of a step and sum the gradients.
 
     Args:
         engine: whose gradients are summed.
-        slots: this rank's passes.
-        micro_batches: the batch of each slot.
+        micro_batches: the batch of each slot of its layout.
         loss_fn: maps slot and batch to a scalar loss and metrics (n,) without gradient.
-        num_micro_batches: M.
-        ranks_per_micro_batch: g; a micro-batch's metrics are the mean over these members.
 
     Returns:
-        Metrics of all micro-batches in order, (M, n), the same on every rank.
+        Metrics of all micro-batches in order, (M, n), the same on every rank: the mean over the
+        members of each loss group.
     """
     rows = []
+    slots = engine.layout.slots
     for position, (slot, batch) in enumerate(zip(slots, micro_batches, strict=True)):
         with engine.micro_batch(is_last=position == len(slots) - 1):
             loss, metrics = loss_fn(slot, batch)
             engine.backward(loss, slot)
         rows.append(metrics)
-    gathered = gather_in_order(
-        torch.stack(rows), num_micro_batches, engine.world, ranks_per_micro_batch
-    )
-    return gathered.mean(dim=1)
+    return engine.layout.gather_in_order(torch.stack(rows)).mean(dim=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fqgan_dist.errors import NumericsError
 from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.config import OptimizerConfig
+from fqgan_dist.training.engine_settings import EngineSettings, ParameterGroups
 from fqgan_dist.training.named_tensors import copy_named_tensors, require_same_layout
 from fqgan_dist.training.optimizer_state import (
     load_named_optimizer_state,
@@ -19,54 +19,29 @@ from fqgan_dist.training.optimizer_state import (
     reset_optimizer_state,
 )
 from fqgan_dist.training.parameter_pieces import Pieces, share_pieces, whole_pieces
-from fqgan_dist.world import World
-
-ParameterGroups = Sequence[dict[str, Any]]
-"""Torch optimizer groups: `params` and, where it differs, `weight_decay`."""
+from fqgan_dist.training.step_layout import Slot
 
 
 class EngineBase:
     """A module on its device, its optimizer, and what is the same in every engine."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: OptimizerConfig,
-        *,
-        name: str,
-        world: World,
-        num_micro_batches: int,
-        device: torch.device,
-        ranks_per_micro_batch: int = 1,
-        parameter_groups: ParameterGroups | None = None,
-    ) -> None:
-        """Move the module to the device and build its optimizer.
-
-        Args:
-            module: the model.
-            config: optimizer settings.
-            name: what error messages call the model.
-            world: rank geometry; with several ranks the process group must be initialised.
-            num_micro_batches: M.
-            device: where the model lives.
-            ranks_per_micro_batch: g; the loss of a micro-batch is the mean of its ranks'.
-            parameter_groups: optimizer groups; all parameters in one group when None.
-        """
-        self.module = module.to(device)
-        self.world = world
-        self.device = device
-        self.config = config
-        self.name = name
-        self._slot_weight = 1 / (num_micro_batches * ranks_per_micro_batch)
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        """Move the module to the device and build its optimizer."""
+        self.module = module.to(settings.device)
+        self.layout = settings.layout
+        self.world = settings.layout.world
+        self.device = settings.device
+        self.config = settings.optimizer
+        self.name = settings.name
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = _build_optimizer(
-            parameter_groups or [{"params": self._parameters}], config
+            settings.parameter_groups or [{"params": self._parameters}], self.config
         )
         self._pieces: Pieces = whole_pieces(self.module, self.optimizer)
         self._has_partitions = False
         # A flag on the device: once set, every later step is refused until somebody looks. The
         # fused kernels skip the update on the device while found_inf is 1: no wait, no damage.
-        self._is_not_finite = torch.zeros((), device=device)
+        self._is_not_finite = torch.zeros((), device=self.device)
         self.optimizer.found_inf = self._is_not_finite  # pyright: ignore[reportAttributeAccessIssue] GradScaler's contract with fused optimizers
 
     @contextmanager
@@ -168,8 +143,8 @@ class EngineBase:
         state = self.module.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self._pieces}
 
-    def _weigh(self, loss: Tensor, is_idle: bool) -> Tensor:
-        return loss * (0.0 if is_idle else self._slot_weight)
+    def _weigh(self, loss: Tensor, slot: Slot) -> Tensor:
+        return loss * self.layout.weight(slot)
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.training.checkpoint_files import Fragment
-from fqgan_dist.training.config import OptimizerConfig
-from fqgan_dist.training.engine_base import EngineBase, ParameterGroups
-from fqgan_dist.training.micro_batches import Slot
+from fqgan_dist.training.engine_base import EngineBase
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.parameter_pieces import Piece, share_pieces
+from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.world import World
 
 _MAX_BUCKET_ELEMENTS = 50_000_000
@@ -44,63 +44,33 @@ _known_world: dist.ProcessGroup | None = None
 class DeepSpeedEngine(EngineBase):
     """Train one module with ZeRO; implements `fqgan_dist.training.engine.Engine`."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: OptimizerConfig,
-        *,
-        name: str,
-        world: World,
-        num_micro_batches: int,
-        device: torch.device,
-        zero_stage: int,
-        precision: Literal["fp32", "bf16"],
-        ranks_per_micro_batch: int = 1,
-        parameter_groups: ParameterGroups | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         """Build the optimizer as `EngineBase` does, and hand both to DeepSpeed.
 
         Args:
             module: the model, whose forward returns tensors, dataclasses or nests of them; under
                 ZeRO-3 tensors or tuples of them, and all of its parameters are trained.
-            config: optimizer settings.
-            name: what error messages call the model.
-            world: rank geometry; the process group must be initialised, for one rank too.
-            num_micro_batches: M.
-            device: where the model lives.
-            zero_stage: what is partitioned, 0 to 3.
-            precision: autocast dtype; parameters stay fp32.
-            ranks_per_micro_batch: g.
-            parameter_groups: optimizer groups; all parameters in one group when None.
+            settings: for one rank, too, the process group must be initialised.
 
         Raises:
             ClusterError: there is no process group.
             ConfigError: ZeRO-3 and a parameter that is not trained.
         """
-        super().__init__(
-            module,
-            config,
-            name=name,
-            world=world,
-            num_micro_batches=num_micro_batches,
-            device=device,
-            ranks_per_micro_batch=ranks_per_micro_batch,
-            parameter_groups=parameter_groups,
-        )
-        self.zero_stage = zero_stage
-        self._has_partitions = zero_stage > 0
-        self._whole_norm = torch.zeros((), device=device)
-        if zero_stage == 0:
+        super().__init__(module, settings)
+        self.zero_stage = settings.zero_stage
+        self._has_partitions = self.zero_stage > 0
+        self._whole_norm = torch.zeros((), device=self.device)
+        if self.zero_stage == 0:
             # DeepSpeed clips here too, but says neither the norm nor whether it is finite.
             self.optimizer.register_step_pre_hook(lambda *_: self._clip_whole())
-        if zero_stage == 3:
-            _require_all_trained(module, name)
+        if self.zero_stage == 3:
+            _require_all_trained(module, self.name)
             self._skeleton = _copy_without_storage(module)
-        _prepare_deepspeed(world, device)
+        _prepare_deepspeed(self.world, self.device)
         self._deepspeed: Any = deepspeed.initialize(
             model=_Passes(module),
             optimizer=self.optimizer,
-            config=self._deepspeed_config(precision),
+            config=self._deepspeed_config(settings.precision),
             dist_init_required=False,
         )[0]
         if self._has_partitions:
@@ -116,7 +86,7 @@ class DeepSpeedEngine(EngineBase):
 
     def backward(self, loss: Tensor, slot: Slot) -> None:
         """Add the slot's share of the loss's gradient."""
-        self._deepspeed.backward(self._weigh(loss, slot.is_idle), scale_wrt_gas=False)
+        self._deepspeed.backward(self._weigh(loss, slot), scale_wrt_gas=False)
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
         """Clip, check and apply the gradients, then clear them."""

@@ -12,41 +12,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fqgan_dist.training.config import OptimizerConfig
-from fqgan_dist.training.engine_base import EngineBase, ParameterGroups
-from fqgan_dist.training.micro_batches import Slot
-from fqgan_dist.world import World
+from fqgan_dist.training.engine_base import EngineBase
+from fqgan_dist.training.engine_settings import EngineSettings
+from fqgan_dist.training.step_layout import Slot
 
 
 class PlainEngine(EngineBase):
     """Train one module; implements `fqgan_dist.training.engine.Engine`."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: OptimizerConfig,
-        *,
-        name: str,
-        world: World,
-        num_micro_batches: int,
-        device: torch.device,
-        ranks_per_micro_batch: int = 1,
-        parameter_groups: ParameterGroups | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         """Build the optimizer as `EngineBase` does, and join the other ranks."""
-        super().__init__(
-            module,
-            config,
-            name=name,
-            world=world,
-            num_micro_batches=num_micro_batches,
-            device=device,
-            ranks_per_micro_batch=ranks_per_micro_batch,
-            parameter_groups=parameter_groups,
-        )
+        super().__init__(module, settings)
         self._wrapped: nn.Module = self.module
-        if world.world_size > 1:
-            self._wrapped = _wrap(self.module, device)
+        if self.world.world_size > 1:
+            self._wrapped = _wrap(self.module, self.device)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Run the model for training."""
@@ -64,7 +43,7 @@ class PlainEngine(EngineBase):
 
     def backward(self, loss: Tensor, slot: Slot) -> None:
         """Add the slot's share of the loss's gradient."""
-        self._weigh(loss, slot.is_idle).backward()
+        self._weigh(loss, slot).backward()
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
         """Clip, check and apply the gradients, then clear them."""

@@ -12,30 +12,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-
-from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, FqganError
-from fqgan_dist.loss_group import RANK_TIMEOUT
-from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.preflight import check_run
-from fqgan_dist.stages.run import (
-    check_static_inputs,
-    open_run,
-    run_stage,
-    write_run_files,
-    write_summary,
-)
-from fqgan_dist.stages.stage import RunContext, Stage, select_device
-from fqgan_dist.stages.tokenizer import TokenizerStage
+from fqgan_dist.stages.stage import all_stages
+from fqgan_dist.stages.train import join_ranks, train_stage
+from fqgan_dist.stages.training_stage import TrainingStage
 from fqgan_dist.telemetry.logging import configure_logging
-from fqgan_dist.telemetry.observer import LocalObserver, Observer
+from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
@@ -51,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(world, None)
     try:
         config, stage_name = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        run_training_stage(config, stage_name, world)
+        with join_ranks(config, world):
+            train_stage(config, stage_name, world, observer=LocalObserver())
     except ConfigError as error:
         logger.error("ConfigError: %s", error)
         return WRONG_USAGE
@@ -71,77 +58,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     rest = [text for text in arguments if not text.startswith("stage=")]
     if not rest or "=" in rest[0]:
         raise ConfigError(f"arguments {list(arguments)!r} name no config file; {USAGE}")
-    if len(stages) != 1 or stages[0] not in ("tokenizer", "autoregressive"):
+    known = [stage.name for stage in all_stages() if issubclass(stage, TrainingStage)]
+    if len(stages) != 1 or stages[0] not in known:
         raise ConfigError(f"stage: {stages!r}: exactly one must be named; {USAGE}")
     config = load_config(rest[0], rest[1:], RunConfig)
     return config.model_copy(update={"stages": (stages[0],)}), stages[0]
-
-
-def run_training_stage(config: RunConfig, stage_name: str, world: World) -> None:
-    """Train one stage of a run to the end, as one rank of a world.
-
-    Raises:
-        FqganError: an earlier stage has not finished, or the training failed.
-    """
-    with process_group(config, world):
-        train_stage(config, stage_name, world, observer=LocalObserver())
-
-
-def train_stage(config: RunConfig, stage_name: str, world: World, *, observer: Observer) -> None:
-    """Train one stage to the end, as one rank; several have joined their process group before.
-
-    Raises:
-        FqganError: an earlier stage has not finished, or the training failed.
-    """
-    context = open_run(config, world, process=stage_name, observer=observer)
-    check_run(context)
-    stage = build_training_stage(stage_name, context)
-    check_static_inputs(stage, context)
-    if world.is_main:
-        write_run_files(context)
-    run_stage(stage, context, _refuse_chunks)
-    if world.is_main:
-        write_summary(context.storage)
-
-
-def build_training_stage(name: str, context: RunContext) -> Stage:
-    """Build one of the two stages that train."""
-    return TokenizerStage(context) if name == "tokenizer" else AutoregressiveStage(context)
-
-
-@contextmanager
-def process_group(config: RunConfig, world: World) -> Iterator[None]:
-    """Join the other ranks for a block: NCCL between GPUs, gloo between CPUs.
-
-    One process needs no group, unless DeepSpeed trains it. Where a block of several ranks fails,
-    its group stays until the process ends.
-    """
-    trainings = (config.tokenizer.training, config.autoregressive.training)
-    if world.world_size == 1 and all(training.engine == "plain" for training in trainings):
-        yield
-        return
-    device = select_device(config.device, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.world_size == 1:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] the documented name
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=RANK_TIMEOUT)
-    try:
-        yield
-    except BaseException:
-        # NCCL destroys a group with all of its ranks. After an error the others wait in another
-        # collective: this one would wait for them, instead of ending and so ending them.
-        if world.world_size == 1:
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
-
-
-def _refuse_chunks(work: ChunkWork) -> None:
-    raise AssertionError(f"a training stage has no chunks, but asked for {work.description!r}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Task(Protocol, Generic[BatchT]):
         """Run one optimizer step.
 
         Args:
-            micro_batches: this rank's micro-batches, one per slot of `assign_slots`.
+            micro_batches: this rank's micro-batches, one per slot of the step layout.
             step: number of the step, from 1.
 
         Returns:

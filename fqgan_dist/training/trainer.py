@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from fqgan_dist.data.batches import LoadReport, merge_reports
 from fqgan_dist.errors import CheckpointError, NumericsError
-from fqgan_dist.telemetry.json_lines import JsonLinesWriter
-from fqgan_dist.telemetry.metrics import MetricsWriter
-from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.checkpoint_attempt import Attempt
+from fqgan_dist.training.clock import TrainingClock
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.hooks import TrainerHook
 from fqgan_dist.training.task import Task
 from fqgan_dist.world import World
 
@@ -54,11 +51,7 @@ class Trainer(Generic[BatchT]):
         store: CheckpointStore,
         dataset_id: str,
         world: World,
-        take_report: Callable[[], LoadReport],
-        open_metrics: Callable[[int], MetricsWriter] | None,
-        open_ledger: Callable[[int], JsonLinesWriter] | None,
-        publish_files: Callable[[], None],
-        progress: ProgressBar,
+        hooks: Sequence[TrainerHook],
     ) -> None:
         """Hold what the loop needs.
 
@@ -69,13 +62,7 @@ class Trainer(Generic[BatchT]):
             store: where checkpoints are committed; every rank writes what it owns.
             dataset_id: named in every checkpoint.
             world: rank geometry.
-            take_report: tells what this rank's loader did since the last call.
-            open_metrics: on the main rank, opens the metrics file as it was after a step; None on
-                the others.
-            open_ledger: likewise the ledger of damaged samples, one line for each that was
-                replaced.
-            publish_files: brings both files to the run's storage, before every checkpoint.
-            progress: bar that is advanced once a step.
+            hooks: what happens beside the training on this rank.
         """
         self.task = task
         self.batches = batches
@@ -83,13 +70,7 @@ class Trainer(Generic[BatchT]):
         self.store = store
         self.dataset_id = dataset_id
         self.world = world
-        self.take_report = take_report
-        self.open_metrics = open_metrics
-        self.open_ledger = open_ledger
-        self.publish_files = publish_files
-        self.metrics: MetricsWriter | None = None
-        self.ledger: JsonLinesWriter | None = None
-        self.progress = progress
+        self.hooks = hooks
 
     def fit(self) -> TrainingResult:
         """Train to the last step and return its evaluation.
@@ -106,13 +87,11 @@ class Trainer(Generic[BatchT]):
                 attempt.continue_from(loaded.number)
             if loaded and first_step >= self.config.steps:
                 return TrainingResult(step=first_step, metrics=loaded.metrics)
-            with ExitStack() as files:
-                if self.open_metrics:
-                    self.metrics = files.enter_context(self.open_metrics(first_step))
-                if self.open_ledger:
-                    self.ledger = files.enter_context(self.open_ledger(first_step))
-                batches = files.enter_context(closing(self.batches(first_step)))
-                self.progress.skip(first_step)
+            with ExitStack() as started:
+                for hook in self.hooks:
+                    started.callback(hook.end)
+                    hook.start(first_step)
+                batches = started.enter_context(closing(self.batches(first_step)))
                 return self._run_steps(first_step, batches, attempt)
 
     def _begin_attempt(self) -> Attempt:
@@ -129,7 +108,7 @@ class Trainer(Generic[BatchT]):
     def _run_steps(
         self, first_step: int, batches: Iterator[Sequence[BatchT]], attempt: Attempt
     ) -> TrainingResult:
-        clock = _Clock()
+        clock = TrainingClock()
         results: dict[str, float] = {}
         for step in range(first_step + 1, self.config.steps + 1):
             # A save that failed, or a newer attempt that took over, ends this one now.
@@ -137,13 +116,15 @@ class Trainer(Generic[BatchT]):
             with clock.waiting():
                 micro_batches = next(batches)
             values = self.task.train_step(micro_batches, step)
-            self.progress.advance()
+            for hook in self.hooks:
+                hook.step(step)
             results = {}  # a checkpoint names the metrics of its own step only
             is_last = step == self.config.steps
             is_logged = is_last or step % self.config.log_every == 0
             is_saved = is_last or step % self.config.checkpoint.every == 0
             if is_logged or is_saved:
-                clock.loaded = merge_reports([clock.loaded, self._record_loading()])
+                for hook in self.hooks:
+                    hook.collect(step)
             if is_logged:
                 results |= self._log(step, values, clock)
             with clock.aside():
@@ -184,34 +165,23 @@ class Trainer(Generic[BatchT]):
         logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
         return loaded.step
 
-    def _record_loading(self) -> LoadReport:
-        """Add up all ranks' reports since the last call, and enter the damaged samples."""
-        report = self.take_report()
-        if self.world.world_size > 1:
-            reports = [report] * self.world.world_size
-            dist.all_gather_object(reports, report)
-            report = merge_reports(reports)
-        if self.ledger:
-            for replacement in report.replacements:
-                step = replacement.slot // self.config.global_batch_size + 1
-                self.ledger.write({"step": step} | asdict(replacement))
-        return report
-
-    def _log(self, step: int, values: Mapping[str, Tensor], clock: _Clock) -> dict[str, float]:
+    def _log(
+        self, step: int, values: Mapping[str, Tensor], clock: TrainingClock
+    ) -> dict[str, float]:
         self.task.raise_if_not_finite()
         numbers = {name: value.item() for name, value in values.items()}
         bad = [name for name, number in numbers.items() if not math.isfinite(number)]
         if bad:
             raise NumericsError(f"step {step}: {', '.join(bad)} is not finite")
-        rates = clock.rates(step, self.config.global_batch_size)
-        if self.ledger and self.ledger.num_records:
-            rates["train/damaged_samples"] = self.ledger.num_records
-        self._write(step, numbers | rates)
+        elapsed_s, rates = clock.measure(step, self.config.global_batch_size)
+        for hook in self.hooks:
+            rates |= hook.measure(elapsed_s)
+        self._record(step, numbers | rates)
         return numbers
 
     def _evaluate(self, step: int) -> dict[str, float]:
         values = self.task.evaluate(step)
-        self._write(step, values)
+        self._record(step, values)
         if self.world.is_main:
             shown = ", ".join(
                 f"{name.split('/', 1)[-1]} {value:.4g}" for name, value in values.items()
@@ -219,10 +189,9 @@ class Trainer(Generic[BatchT]):
             logger.info("step %d: %s", step, shown)
         return values
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self.metrics:
-            images_seen = step * self.config.global_batch_size
-            self.metrics.write(step, numbers, images_seen=images_seen)
+    def _record(self, step: int, numbers: Mapping[str, float]) -> None:
+        for hook in self.hooks:
+            hook.record(step, numbers, images_seen=step * self.config.global_batch_size)
 
     def _save(self, attempt: Attempt, step: int, metrics: Mapping[str, float]) -> None:
         self.task.raise_if_not_finite()
@@ -232,8 +201,8 @@ class Trainer(Generic[BatchT]):
             "seed": self.config.seed,
         }
         # Before the commit: no checkpoint then has records missing that led to it.
-        if self.world.is_main:
-            self.publish_files()
+        for hook in self.hooks:
+            hook.save(step)
         attempt.save(
             step,
             tensors=self.task.state_dict(),
@@ -242,47 +211,3 @@ class Trainer(Generic[BatchT]):
             config=self.task.architecture.model_dump(mode="json"),
             dataset_id=self.dataset_id,
         )
-
-
-class _Clock:
-    """Throughput and loader stall since the last record."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._last_step: int | None = None
-        self._waited_s = 0.0
-        self._aside_s = 0.0
-        self.loaded = LoadReport()
-        """What all ranks' loaders did since the last record."""
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count a block as time in which the loader kept training waiting."""
-        start = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - start
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leave a block (evaluation, saving) out of the throughput."""
-        start = time.perf_counter()
-        yield
-        self._aside_s += time.perf_counter() - start
-
-    def rates(self, step: int, global_batch_size: int) -> dict[str, float]:
-        """Compute the rates since the last call and start anew."""
-        now = time.perf_counter()
-        elapsed = now - self._since - self._aside_s
-        rates = {"train/loader_wait_fraction": self._waited_s / elapsed}
-        if self._last_step is not None:
-            rates["train/images_per_s"] = (step - self._last_step) * global_batch_size / elapsed
-        loaded = self.loaded
-        if loaded.samples_read:
-            rates["train/read_bytes_per_s"] = loaded.bytes_read / elapsed
-            rates["train/cache_hit_fraction"] = loaded.cached_samples / loaded.samples_read
-        if loaded.retries:
-            rates["train/storage_retries"] = loaded.retries
-        self._since, self._last_step = now, step
-        self._waited_s = self._aside_s = 0.0
-        self.loaded = LoadReport()
-        return rates

@@ -72,6 +72,11 @@ def describe_missing_file(field: str, source: str) -> str:
     )
 
 
+def is_missing(source: str) -> bool:
+    """Whether a path is not there; objects in buckets are left to their readers."""
+    return "://" not in source and not Path(source).exists()
+
+
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fqgan_dist" / "weights"

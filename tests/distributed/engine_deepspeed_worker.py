@@ -7,10 +7,9 @@ World size 1 comes first: it writes the state that all engines in all worlds sta
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ from support.tiny_tasks import (
     draw_images,
     load_tiny,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.engine import Engine
 from fqgan_dist.training.engine_deepspeed import DeepSpeedEngine
 from fqgan_dist.training.engine_plain import PlainEngine
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.world import World
 
 # Four micro-batches leave idle slots to three ranks, three of the generator to two.
@@ -61,17 +62,17 @@ class Comparison:
     zero_stages: tuple[int, ...]
 
     def new_task(self, world: World, engine: str, *overrides: str) -> Any:
-        engine_type = (
-            PlainEngine
-            if engine == "plain"
-            else functools.partial(DeepSpeedEngine, zero_stage=int(engine[-1]), precision="fp32")
-        )
-        return self.build(load_tiny(*OVERRIDES, *overrides), world, engine_type=engine_type)
+        def build_engine(module: nn.Module, settings: EngineSettings) -> Engine:
+            if engine == "plain":
+                return PlainEngine(module, settings)
+            return DeepSpeedEngine(module, replace(settings, zero_stage=int(engine[-1])))
+
+        return self.build(load_tiny(*OVERRIDES, *overrides), world, engine_type=build_engine)
 
     def run(self, task: Any, steps: range) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
         for step in steps:
-            indices = [slot.micro_batch for slot in task.slots]
+            indices = task.layout.micro_batches
             metrics = task.train_step(self.draw(load_tiny(*OVERRIDES), step, indices), step)
         return metrics
 

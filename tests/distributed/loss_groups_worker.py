@@ -54,8 +54,8 @@ class GroupComparison(Comparison):
 
     def run(self, task: Any, steps: range) -> None:
         for step in steps:
-            whole = self.draw(self.config, step, [slot.micro_batch for slot in task.slots])
-            task.train_step(share_of(whole, task.loss_group), step)
+            whole = self.draw(self.config, step, task.layout.micro_batches)
+            task.train_step(share_of(whole, task.layout.loss_group), step)
 
 
 def share_of(batches: Sequence[Any], loss_group: LossGroup) -> list[Any]:

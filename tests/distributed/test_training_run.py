@@ -31,12 +31,12 @@ import sys
 import torch.distributed as dist
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.training.run import process_group
+from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.world import World
 
 world = World.from_environment()
 try:
-    with process_group(load_config(sys.argv[1], ["device=cpu"], RunConfig), world):
+    with join_ranks(load_config(sys.argv[1], ["device=cpu"], RunConfig), world):
         dist.barrier()
         if world.rank == 1:
             raise RuntimeError("rank 1 fails")

@@ -84,7 +84,7 @@ class Comparison:
 
     def run(self, task: Any, steps: range) -> None:
         for step in steps:
-            indices = [slot.micro_batch for slot in task.slots]
+            indices = task.layout.micro_batches
             task.train_step(self.draw(self.config, step, indices), step)
 
     def record_step(self, task: Any, step: int) -> Results:

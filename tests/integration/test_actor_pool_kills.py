@@ -18,18 +18,17 @@ import pytest
 import ray
 from ray import cloudpickle
 from support import pool_work
-from support.pool_work import TINY, Leash, LeashedWork, RecordingObserver, list_files, wait_until
+from support.observers import RecordingObserver
+from support.pool_work import TINY, Leash, LeashedWork, list_files, wait_until
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.config import PoolConfig
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.orchestration.pools import open_pool
-from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.run import open_run, run_stage
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import RunContext, find_stage
 from fqgan_dist.stages.teachers import TeacherWork
 from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.world import World
@@ -42,14 +41,14 @@ pytestmark = [
     ),
 ]
 
-OUTPUTS: dict[StageName, str] = {
+OUTPUTS: dict[str, str] = {
     "teachers": "features",
     "codes": "codes",
     "samples": "samples",
     "evaluation": "evaluation",
 }
 """Folder of each stage that works on chunks."""
-KILLS: dict[StageName, int] = {"teachers": 4, "codes": 3, "evaluation": 3}
+KILLS: dict[str, int] = {"teachers": 4, "codes": 3, "evaluation": 3}
 POOL = PoolConfig(min_actors=2, max_actors=2, max_failures_per_chunk=10)
 MANY_CHUNKS = "data.samples_per_shard=4"
 ACTOR_TITLE = "ray::PoolActor"
@@ -85,7 +84,8 @@ def context(unbroken_root: Path, tmp_path: Path) -> RunContext:
     shutil.copytree(unbroken_root, root)
     for stage, folder in OUTPUTS.items():
         shutil.rmtree(root / folder)
-        (root / "manifests" / f"{stage}.json").unlink()
+        records = root / "manifests" / stage
+        shutil.rmtree(records) if records.is_dir() else records.with_suffix(".json").unlink()
     return open_run(load(root), World())
 
 
@@ -98,9 +98,9 @@ class Killer:
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
-        self.victims: list[tuple[StageName, int]] = []
+        self.victims: list[tuple[str, int]] = []
 
-    def haunt(self, stage: StageName, leash: Leash, num_files: int) -> None:
+    def haunt(self, stage: str, leash: Leash, num_files: int) -> None:
         """Kill the stage's share of actors, of a pool that will write so many files."""
         # At most half of the files: there is something left to do for the actors that follow.
         dues = [self._random.randrange(1 + num_files // 2) for _ in range(KILLS.get(stage, 0))]
@@ -112,7 +112,7 @@ class Killer:
         finally:
             leash.set_limit(sys.maxsize)
 
-    def _kill_one(self, stage: StageName) -> bool:
+    def _kill_one(self, stage: str) -> bool:
         time.sleep(self._random.uniform(0.0, 0.3))
         actors = find_actors()
         if not actors:
@@ -148,7 +148,7 @@ def read_outputs(root: Path) -> dict[str, bytes]:
     }
 
 
-def run_haunted(context: RunContext, stage: StageName, killer: Killer, num_files: int) -> None:
+def run_haunted(context: RunContext, stage: str, killer: Killer, num_files: int) -> None:
     root = Path(context.storage.root)
     leash = Leash(root.with_name("leash"), root / OUTPUTS[stage])
 
@@ -157,9 +157,7 @@ def run_haunted(context: RunContext, stage: StageName, killer: Killer, num_files
         open_pool(stage, POOL, observer=RecordingObserver()) as run_chunks,
     ):
         haunting = thread.submit(killer.haunt, stage, leash, num_files)
-        run_stage(
-            build_stage(stage, context), context, lambda work: run_chunks(LeashedWork(work, leash))
-        )
+        run_stage(find_stage(stage)(context), lambda work: run_chunks(LeashedWork(work, leash)))
         haunting.result()
 
 

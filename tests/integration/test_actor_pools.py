@@ -19,12 +19,12 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from support import pool_work
+from support.observers import RecordingObserver
 from support.pool_work import (
     BallastWork,
     DeadlyWork,
     FileWork,
     GatedWork,
-    RecordingObserver,
     UnpicklableError,
     WrongWork,
     wait_until,
@@ -90,7 +90,9 @@ def test_chunk_committed_by_an_actor_that_died_is_not_made_again(
     assert [len(work.tries(chunk)) for chunk in work.chunks()] == [0, 1, 1]
     # Every chunk is counted once: the one that was done, the one with the lost answer, the last.
     (bar,) = observer.bars
-    assert (bar.total, bar.skipped, bar.advanced) == (6, 1, [2, 3])
+    state = bar.state()
+    assert (state.total, state.skipped, bar.advanced) == (6, 1, [2, 3])
+    assert state.fields == {"actors": 1}
 
 
 def test_chunk_that_kills_its_actors_ends_the_pool_by_its_name(
@@ -217,13 +219,13 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
     program = (
         "import ray, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from support import pool_work\n"
+        "from support import observers, pool_work\n"
         "from fqgan_dist.orchestration.pools import open_pool\n"
         "from fqgan_dist.orchestration.config import PoolConfig\n"
         "ray.cloudpickle.register_pickle_by_value(pool_work)\n"
         "ray.init(address=sys.argv[2])\n"
         "work = pool_work.GatedWork(Path(sys.argv[3]), 1)\n"
-        "observer = pool_work.RecordingObserver()\n"
+        "observer = observers.RecordingObserver()\n"
         "with open_pool('files', PoolConfig(), observer=observer) as run_chunks:\n"
         "    run_chunks(work)\n"
     )

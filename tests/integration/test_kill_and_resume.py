@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from fqgan_dist.stages.config import STAGE_NAMES
+from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import read_metrics
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
@@ -44,7 +44,8 @@ KILL_POINTS = {
     "tokenizer": ("/tokenizer/checkpoints/commits/", 3),
     "codes": ("/codes/", 2),
     "autoregressive": ("/autoregressive/checkpoints/commits/", 3),
-    "samples": ("/samples/", 2),
+    "samples": ("/samples/", 3),  # its record, a chunk, and the second of three
+    "exports": ("/samples/exports/", 7),  # in the second chunk of four images and their labels
     "evaluation": ("/evaluation/reference/", 2),
     "report": ("/figures/", 2),
 }
@@ -59,7 +60,7 @@ class Runs:
 
 
 def command(root: Path) -> list[str]:
-    return ["run", str(CONFIG), f"storage.root={root}"]
+    return ["run", str(CONFIG), f"storage.root={root}", "samples.export=png"]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -118,9 +119,9 @@ def newest(root: Path, stage: str) -> LoadedCheckpoint:
 
 
 def test_the_command_that_was_killed_in_every_stage_is_done_with_all_of_them(runs: Runs) -> None:
-    assert list(KILL_POINTS) == list(STAGE_NAMES)
+    assert tuple(KILL_POINTS) == stage_names()
     states = {name: stage["state"] for name, stage in summary(runs.killed).items()}
-    assert states == dict.fromkeys(STAGE_NAMES, "done")
+    assert states == dict.fromkeys(stage_names(), "done")
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -175,12 +176,15 @@ def test_the_metrics_file_is_that_of_an_unbroken_run(runs: Runs, stage: str) -> 
     assert len(records[0]) == 9  # six steps, three evaluations
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+def read_record(root: Path, stage: str) -> dict[str, Any]:
+    folder = root / "manifests"
+    (path,) = [*folder.glob(f"{stage}.json"), *folder.glob(f"{stage}/*.json")]
+    return json.loads(path.read_text()) | {"name": path.name}
+
+
+@pytest.mark.parametrize("stage", stage_names())
 def test_the_records_of_the_stages_are_equal(runs: Runs, stage: str) -> None:
-    first, second = (
-        json.loads((root / "manifests" / f"{stage}.json").read_text())
-        for root in (runs.unbroken, runs.killed)
-    )
+    first, second = (read_record(root, stage) for root in (runs.unbroken, runs.killed))
     assert first.pop("seconds") > 0
     assert second.pop("seconds") > 0
     assert first == second

@@ -9,20 +9,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ray
 
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.config import load_config
+from fqgan_dist.devices import select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, RunWork, select_device
+from fqgan_dist.stages.stage import RunContext, RunWork
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.progress import ProgressBar
-from fqgan_dist.telemetry.summary import Metric
 from fqgan_dist.world import World
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -182,6 +180,7 @@ class LeashedWork:
     def __init__(self, work: ChunkWork, leash: Leash) -> None:
         self.work, self.leash = work, leash
         self.description, self.unit = work.description, work.unit
+        self.local_reason = work.local_reason
 
     def chunks(self) -> Sequence[int]:
         return self.work.chunks()
@@ -215,32 +214,3 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"not within {timeout_s:g} s")
         time.sleep(_POLL_S)
-
-
-class RecordingObserver:
-    """Keeps what it is told of the progress."""
-
-    def __init__(self) -> None:
-        self.bars: list[RecordedBar] = []
-
-    @contextmanager
-    def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
-        bar = RecordedBar(total)
-        self.bars.append(bar)
-        yield bar
-
-    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        raise AssertionError("no pool measures anything")
-
-
-class RecordedBar(ProgressBar):
-    def __init__(self, total: int | None) -> None:
-        self.total = total
-        self.skipped = 0
-        self.advanced: list[int] = []
-
-    def advance(self, count: int = 1, **fields: Metric) -> None:
-        self.advanced.append(count)
-
-    def skip(self, count: int) -> None:
-        self.skipped += count

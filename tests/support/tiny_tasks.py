@@ -25,12 +25,15 @@ from fqgan_dist.stages.tokenizer_task import (
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
+from fqgan_dist.training.engine import Engine
 from fqgan_dist.training.engine_plain import PlainEngine
+from fqgan_dist.training.engine_settings import EngineSettings
+from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.world import World
 
 TINY_CONFIG = Path(__file__).with_name("tiny.yaml")
 CPU = torch.device("cpu")
-BuildEngine = Callable[..., PlainEngine]
+BuildEngine = Callable[[torch.nn.Module, EngineSettings], Engine]
 
 
 def load_tiny(*overrides: str) -> RunConfig:
@@ -53,17 +56,11 @@ def build_tokenizer_task(
         discriminator = DiscriminatorPasses(PatchDiscriminator(settings.discriminator))
     prepare(tokenizer)
     prepare(discriminator)
-    build_engine = functools.partial(
-        engine_type,
-        config=settings.training.optimizer,
-        world=world or World(),
-        num_micro_batches=settings.training.micro_batches_per_step,
-        ranks_per_micro_batch=settings.training.ranks_per_micro_batch,
-        device=CPU,
-    )
+    layout = StepLayout.of(settings.training, world or World())
+    engine = functools.partial(EngineSettings.of, settings.training, layout=layout, device=CPU)
     return TokenizerTask(
-        engine=build_engine(tokenizer, name="tokenizer"),
-        discriminator_engine=build_engine(discriminator, name="discriminator"),
+        engine=engine_type(tokenizer, engine(name="tokenizer")),
+        discriminator_engine=engine_type(discriminator, engine(name="discriminator")),
         perceptual=build_perceptual_loss(settings.perceptual),
         teachers=teachers,
         losses=settings.losses,
@@ -84,20 +81,16 @@ def build_autoregressive_task(
     with keyed_torch_rng(settings.training.seed, "tiny generator", device=CPU):
         model = FactorizedTransformer(settings.model)
     prepare(model)
-    engine = engine_type(
-        model,
-        settings.training.optimizer,
+    groups = decay_groups(model, settings.training.optimizer.weight_decay)
+    engine = EngineSettings.of(
+        settings.training,
         name="autoregressive",
-        world=world or World(),
-        num_micro_batches=settings.training.micro_batches_per_step,
-        ranks_per_micro_batch=settings.training.ranks_per_micro_batch,
+        layout=StepLayout.of(settings.training, world or World()),
         device=CPU,
-        parameter_groups=[
-            dict(group) for group in decay_groups(model, settings.training.optimizer.weight_decay)
-        ],
+        parameter_groups=[dict(group) for group in groups],
     )
     return AutoregressiveTask(
-        engine=engine,
+        engine=engine_type(model, engine),
         training=settings.training,
         codebook_names=[book.name for book in config.tokenizer.model.codebooks],
         evaluate_fn=lambda model: {"autoregressive/validation/training": float(model.training)},

@@ -11,7 +11,8 @@ from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.footprint import META
-from fqgan_dist.stages.plan import count_parameters, plan_run
+from fqgan_dist.stages.plan import plan_run
+from fqgan_dist.stages.training_plan import count_parameters
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.telemetry.progress import ProgressBar
 
-_REPORT_EVERY = 1000
 
-
-def list_folder(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+def list_folder(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
     """List the files `class/name.ext` below a folder.
 
     Raises:
@@ -23,21 +22,25 @@ def list_folder(uri: str, options: SourceOptions, progress: ReportProgress) -> S
     subfolder = options.subfolder.strip("/")
     storage = Storage(uri).child(subfolder)
     builder = ListingBuilder(f"{uri.rstrip('/')}/{subfolder}" if subfolder else uri)
-    if storage.is_local:
-        _list_directory(storage.root, builder, progress)
-    else:
-        for name, size in storage.walk():
-            if name.startswith("./"):  # an object of that very name, unlike in a tar
-                builder.refuse(name, "a name with a '.' part")
-                continue
-            builder.add(name, Place(name, 0, size))
-            if len(builder) % _REPORT_EVERY == 0:
-                progress("listing", len(builder), 0)
+    with observer.track(None, "listing", "files") as bar:
+        if storage.is_local:
+            _list_directory(storage.root, builder, bar)
+        else:
+            _list_bucket(storage, builder, bar)
     is_shared = options.is_shared or not storage.is_local
     return builder.build("folder", FileReader(storage), is_shared_by_nodes=is_shared)
 
 
-def _list_directory(folder: str, builder: ListingBuilder, progress: ReportProgress) -> None:
+def _list_bucket(storage: Storage, builder: ListingBuilder, bar: ProgressBar) -> None:
+    for name, size in storage.walk():
+        if name.startswith("./"):  # an object of that very name, unlike in a tar
+            builder.refuse(name, "a name with a '.' part")
+        else:
+            builder.add(name, Place(name, 0, size))
+        bar.advance()
+
+
+def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> None:
     # Not `Storage.walk`, which gives files only: here empty folders and broken links are reported.
     for entry in _scan(folder):
         if not entry.is_dir():
@@ -49,7 +52,7 @@ def _list_directory(folder: str, builder: ListingBuilder, progress: ReportProgre
             _add_file(f"{entry.name}/{file.name}", file, builder)
         if not files:
             builder.skip(entry.name, "an empty class folder")
-        progress("listing", len(builder), 0)
+        bar.advance(len(files))
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:

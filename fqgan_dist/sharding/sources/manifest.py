@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     IMAGE_SUFFIXES,
@@ -31,6 +30,8 @@ from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.telemetry.progress import ProgressBar
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -38,12 +39,11 @@ _PATH_COLUMNS = ("path", "file", "file_name", "filename", "image")
 _CLASS_COLUMNS = ("class", "label", "class_name", "cls")
 _KEY_COLUMNS = ("key",)
 _MAX_LINE_BYTES = 2**20
-_REPORT_EVERY = 1000
 
 Row = Mapping[str, Any]
 
 
-def list_manifest(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+def list_manifest(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
     """List the files that a manifest names.
 
     Raises:
@@ -53,10 +53,14 @@ def list_manifest(uri: str, options: SourceOptions, progress: ReportProgress) ->
     manifest_storage, name, _ = locate_existing_file(uri)
     storage = manifest_storage if options.root is None else Storage(options.root)
     builder = ListingBuilder(uri, expected="rows with the path and class of an image")
-    with manifest_storage.open_read(name) as file:
+    with (
+        manifest_storage.open_read(name) as file,
+        observer.track(None, "reading rows", "rows") as bar,
+    ):
         rows = _read_rows(file, uri)
-        wanted = _check_rows(rows, uri, options, builder, progress)
-    sizes = _measure(storage, [path for _, path, _ in wanted], progress)
+        wanted = _check_rows(rows, uri, options, builder, bar)
+    with observer.track(len(wanted), "looking for files", "files") as bar:
+        sizes = _measure(storage, [path for _, path, _ in wanted], bar)
     for class_name, path, key in wanted:
         size = sizes.get(path)
         if size is None:
@@ -123,7 +127,7 @@ def _check_rows(
     uri: str,
     options: SourceOptions,
     builder: ListingBuilder,
-    progress: ReportProgress,
+    bar: ProgressBar,
 ) -> list[tuple[str, str, str | None]]:
     """Give class, path and key of the rows that may be read."""
     first = next(rows, None)
@@ -144,8 +148,7 @@ def _check_rows(
             builder.skip(path, f"row {number}: no key, as other rows have")
         else:
             wanted.append((class_name, _normalize(path), key))
-        if number % _REPORT_EVERY == 0:
-            progress("reading rows", number, 0)
+        bar.advance()
     return wanted
 
 
@@ -204,30 +207,26 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
         yield row
 
 
-def _measure(storage: Storage, paths: Sequence[str], progress: ReportProgress) -> Mapping[str, int]:
+def _measure(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> Mapping[str, int]:
     """Find the sizes of the files that are there."""
     if storage.is_local:
-        return _measure_files(storage, paths, progress)
+        return _measure_files(storage, paths, bar)
     # One request lists a thousand objects; one request each would take hours for a million.
     wanted = set(paths)
     folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted]) if wanted else ""
     sizes: dict[str, int] = {}
     prefix = f"{folder}/" if folder else ""
-    for number, (name, size) in enumerate(storage.child(folder).walk(), 1):
+    for name, size in storage.child(folder).walk():
         if prefix + name in wanted:
             sizes[prefix + name] = size
-        if number % _REPORT_EVERY == 0:
-            progress("looking for files", len(sizes), len(wanted))
+            bar.advance()
     return sizes
 
 
-def _measure_files(
-    storage: Storage, paths: Sequence[str], progress: ReportProgress
-) -> dict[str, int]:
+def _measure_files(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for number, path in enumerate(paths, 1):
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
             sizes[path] = storage.size(path)
-        if number % _REPORT_EVERY == 0:
-            progress("looking for files", number, len(paths))
+        bar.advance()
     return sizes

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fqgan_dist.chunks import ReportProgress, ignore_progress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import INDEX_NAME
@@ -42,12 +41,13 @@ from fqgan_dist.sharding.sources.tar_archive import (
 from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
 from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import SILENT, Observer
 
 _EXAMINED_MEMBERS = 32
 _EXAMINED_NAMES = 20
 _SHOWN_NAMES = 3
 
-_LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, ReportProgress], SourceListing]] = {
+_LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, Observer], SourceListing]] = {
     "folder": list_folder,
     "zip": list_zip,
     "webdataset": list_shards,
@@ -61,7 +61,7 @@ def open_source(
     *,
     split: str = "train",
     photographs: PhotographsConfig | None = None,
-    progress: ReportProgress = ignore_progress,
+    observer: Observer = SILENT,
     **options: Any,
 ) -> Iterator[SourceListing]:
     """List the images of a source, and keep what was unpacked of it for reading.
@@ -70,7 +70,7 @@ def open_source(
         uri: a path, an s3:// URI, or `builtin:photographs`.
         split: part of the photographs, `train` or `val`; no meaning for other sources.
         photographs: how the photographs are cropped; None for other sources.
-        progress: told about what is listed and unpacked.
+        observer: is told how far listing and unpacking are.
         options: fields of `SourceOptions`.
 
     Raises:
@@ -88,13 +88,13 @@ def open_source(
     kind = find_format(uri, chosen) if chosen.format == "auto" else chosen.format
     check_effect(uri, chosen, kind)
     if kind == "tar":
-        with open_tar(uri, chosen, progress) as listing:
+        with open_tar(uri, chosen, observer) as listing:
             yield listing
     elif kind == "parquet":
-        with open_parquet(uri, chosen, progress) as listing:
+        with open_parquet(uri, chosen, observer) as listing:
             yield listing
     else:
-        yield _LISTERS[kind](uri, chosen, progress)
+        yield _LISTERS[kind](uri, chosen, observer)
 
 
 def find_format(uri: str, options: SourceOptions) -> SourceFormat:

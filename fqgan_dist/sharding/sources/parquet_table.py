@@ -11,14 +11,12 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,
@@ -36,6 +34,8 @@ from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, Sour
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.telemetry.progress import ProgressBar
 
 PARQUET_SUFFIX = ".parquet"
 
@@ -44,7 +44,6 @@ _CLASS_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
 # More at once would be faster by a tenth, but a value that stands in a dictionary once, so that a
 # file of 2 kB expands to one page of 64 MiB, would be in memory as often as it is in a batch.
 _BATCH_ROWS = 1
-_REPORT_EVERY = 1000
 _BUFFER_BYTES = 2**20
 # A row group's page is expanded in memory; no honest one of images is as large, or expands so much.
 _MAX_ROW_GROUP_BYTES = 16 * 2**30
@@ -54,9 +53,7 @@ _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "we
 
 
 @contextmanager
-def open_parquet(
-    uri: str, options: SourceOptions, progress: ReportProgress
-) -> Iterator[SourceListing]:
+def open_parquet(uri: str, options: SourceOptions, observer: Observer) -> Iterator[SourceListing]:
     """List the images of a parquet file, or of all in a folder.
 
     A row's name is its class and the file name that is stored with its image, where all rows have
@@ -71,8 +68,9 @@ def open_parquet(
     rows = _Rows()
     with open_spool_folder() as folder:
         for file in files:
-            reader = partial(_iterate_images, storage, file, columns, rows, progress)
-            write_spool_file(folder / _spool_name(file), reader(), uri=uri)
+            with observer.track(_count_rows(storage, file), "reading rows", "rows") as bar:
+                images = _iterate_images(storage, file, columns, rows, bar)
+                write_spool_file(folder / _spool_name(file), images, uri=uri)
         builder = ListingBuilder(uri, expected="rows with an image and a class")
         _add_rows(rows, builder, has_keys=columns.key is not None)
         yield builder.build(
@@ -146,6 +144,11 @@ def _read_schema(storage: Storage, name: str) -> pa.Schema:
         return file.schema_arrow
 
 
+def _count_rows(storage: Storage, name: str) -> int:
+    with _open_file(storage, name) as file:
+        return file.metadata.num_rows
+
+
 def _choose_columns(uri: str, schema: pa.Schema, options: SourceOptions) -> _Columns:
     """Tell which columns hold images, classes and keys.
 
@@ -212,7 +215,7 @@ def _read_class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None,
 
 
 def _iterate_images(
-    storage: Storage, name: str, columns: _Columns, rows: _Rows, progress: ReportProgress
+    storage: Storage, name: str, columns: _Columns, rows: _Rows, bar: ProgressBar
 ) -> Iterator[bytes]:
     """Yield the images of a file, and note the rows."""
     wanted = [column for column in (columns.image, columns.label, columns.key) if column]
@@ -221,7 +224,6 @@ def _iterate_images(
         _check_row_groups(file.metadata, storage.uri(name))
         if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
             raise DataError(f"{storage.uri(name)}: has no columns {missing}, unlike the first file")
-        total = file.metadata.num_rows
         limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * storage.size(name))
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
             values = {column: batch.column(column)[0].as_py() for column in batch.schema.names}
@@ -236,8 +238,7 @@ def _iterate_images(
                         "not use it"
                     )
                 yield data
-            if number % _REPORT_EVERY == 0 or number == total:
-                progress("reading rows", number, total)
+            bar.advance()
 
 
 def _check_row_groups(metadata: pq.FileMetaData, uri: str) -> None:

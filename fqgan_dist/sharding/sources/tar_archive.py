@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
@@ -35,13 +34,14 @@ from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.telemetry.progress import ProgressBar
 
 PLAIN_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _BLOCK_BYTES = 4 * 2**20
-_REPORT_EVERY = 1000
 # Images do not become smaller: a real dataset of this size expands by less than two.
 _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**30
@@ -50,7 +50,7 @@ _MAX_HEADER_BYTES = 2**20
 
 
 @contextmanager
-def open_tar(uri: str, options: SourceOptions, progress: ReportProgress) -> Iterator[SourceListing]:
+def open_tar(uri: str, options: SourceOptions, observer: Observer) -> Iterator[SourceListing]:
     """List the images of a tar.
 
     A plain tar is read in place, in a bucket too. A compressed one can only be read in order, but
@@ -64,7 +64,7 @@ def open_tar(uri: str, options: SourceOptions, progress: ReportProgress) -> Iter
     storage, name, size = locate_existing_file(uri)
     if not uri.endswith(COMPRESSED_SUFFIXES):
         is_shared = options.is_shared or not storage.is_local
-        yield _list_tar(uri, storage, name, size, options, progress, is_shared=is_shared)
+        yield _list_tar(uri, storage, name, size, options, observer, is_shared=is_shared)
         return
     if options.is_shared:
         raise ConfigError(
@@ -73,9 +73,10 @@ def open_tar(uri: str, options: SourceOptions, progress: ReportProgress) -> Iter
         )
     with open_spool_folder() as folder:
         plain = folder / "plain.tar"
-        _decompress(uri, storage, name, size, plain, progress)
+        with observer.track(size, "unpacking", "bytes") as bar:
+            _decompress(uri, storage, name, plain, bar)
         spool, plain_size = Storage(folder), plain.stat().st_size
-        yield _list_tar(uri, spool, plain.name, plain_size, options, progress, is_shared=False)
+        yield _list_tar(uri, spool, plain.name, plain_size, options, observer, is_shared=False)
 
 
 def first_members(uri: str, count: int) -> list[str]:
@@ -111,20 +112,20 @@ def _list_tar(
     name: str,
     size: int,
     options: SourceOptions,
-    progress: ReportProgress,
+    observer: Observer,
     *,
     is_shared: bool,
 ) -> SourceListing:
     builder = ListingBuilder(uri, options.subfolder)
     inner: list[_ClassTar] = []
-    with storage.open_read(name) as file:
+    with storage.open_read(name) as file, observer.track(size, "scanning", "bytes") as bar:
         section = _Section(file, 0, size)
-        for number, member in enumerate(_iterate_members(section, uri), 1):
+        for member in _iterate_members(section, uri):
             _add_member(member, name, builder, inner)
-            if number % _REPORT_EVERY == 0:
-                progress("scanning", section.tell(), size)
-        progress("scanning", size, size)
-    _scan_class_tars(uri, storage, name, inner, progress)
+            bar.advance_to(section.tell())
+        bar.advance_to(size)
+    with observer.track(len(inner), "listing classes", "classes") as bar:
+        _scan_class_tars(uri, storage, name, inner, bar)
     for class_tar in inner:
         _add_class_tar(class_tar, name, builder)
     return builder.build("tar", RangeReader(storage), is_shared_by_nodes=is_shared)
@@ -164,12 +165,12 @@ def _class_of_tar(name: str, subfolder: str) -> str | None:
 
 
 def _scan_class_tars(
-    uri: str, storage: Storage, name: str, inner: Sequence[_ClassTar], progress: ReportProgress
+    uri: str, storage: Storage, name: str, inner: Sequence[_ClassTar], bar: ProgressBar
 ) -> None:
     def scan(class_tar: _ClassTar) -> None:
         _scan_class_tar(uri, storage, name, class_tar)
 
-    for _ in map_in_order(storage, scan, inner, "listing classes", progress):
+    for _ in map_in_order(storage, scan, inner, bar):
         pass  # each fills its own entry
 
 
@@ -253,23 +254,12 @@ class _Section(io.RawIOBase):
         return self._file.read(max(0, min(size, self._end - self._file.tell())))
 
 
-def _decompress(
-    uri: str, storage: Storage, name: str, size: int, target: Path, progress: ReportProgress
-) -> None:
+def _decompress(uri: str, storage: Storage, name: str, target: Path, bar: ProgressBar) -> None:
     with storage.open_read(name) as packed:
-        blocks = _report(_decompressed_blocks(uri, packed), packed, size, progress)
-        write_spool_file(target, blocks, uri=uri)
+        write_spool_file(target, _decompressed_blocks(uri, packed, bar), uri=uri)
 
 
-def _report(
-    blocks: Iterator[bytes], packed: BinaryIO, size: int, progress: ReportProgress
-) -> Iterator[bytes]:
-    for block in blocks:
-        yield block
-        progress("unpacking", packed.tell(), size)
-
-
-def _decompressed_blocks(uri: str, packed: BinaryIO) -> Iterator[bytes]:
+def _decompressed_blocks(uri: str, packed: BinaryIO, bar: ProgressBar) -> Iterator[bytes]:
     num_bytes = 0
     try:
         with _open_decompressor(uri, packed) as stream:
@@ -281,6 +271,7 @@ def _decompressed_blocks(uri: str, packed: BinaryIO) -> Iterator[bytes]:
                         f"more than {num_bytes}; images expand very little: do not use it"
                     )
                 yield block
+                bar.advance_to(packed.tell())
     except _DECOMPRESSION_ERRORS as error:
         raise DataError(f"{uri}: damaged or cut off ({error}); copy or make it again") from error
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.index import (
     INDEX_NAME,
@@ -30,6 +29,7 @@ from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 SHARD_SUFFIX = ".tar"
 
@@ -41,13 +41,13 @@ _SHOWN_NAMES = 3
 _COMPANIONS = re.compile(r".*\.(json|jsonl|parquet|csv|txt|md|idx|yaml)|README|LICENSE|\..*")
 
 
-def list_shards(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
     """List the samples of shards.
 
     Args:
         uri: a folder of shards, one shard, or a pattern such as `shard-{000000..000146}.tar`.
         options: how they are read.
-        progress: told about shards.
+        observer: is told how far it is.
 
     Raises:
         ConfigError: the pattern is wrong.
@@ -60,12 +60,12 @@ def list_shards(uri: str, options: SourceOptions, progress: ReportProgress) -> S
         # What lies beside a dataset, as the shards of an interrupted extension, is not part of it.
         strays = sorted(set(shards) - {entry.file for entry in index.shards})
         builder = ListingBuilder(uri, check_bytes=16, expected=_EXPECTED)
-        _list_by_tables(storage, index, shards, builder, options, progress)
+        _list_by_tables(storage, index, shards, builder, options, observer)
         classes = index.classes
     else:
         strays = []
         builder = ListingBuilder(uri, expected=_EXPECTED)
-        _list_by_scans(storage, shards, builder, options, progress)
+        _list_by_scans(storage, shards, builder, options, observer)
         classes = builder.class_numbers()
     for name in odd:
         builder.skip(name, "not a shard: a plain .tar")
@@ -147,14 +147,15 @@ def _list_by_tables(
     shards: Sequence[str],
     builder: ListingBuilder,
     options: SourceOptions,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> None:
     wanted = set(shards)
     entries = [entry for entry in index.shards if entry.file in wanted]
     load = partial(load_samples, storage, "")
-    tables = map_in_order(storage, load, entries, "reading tables", progress)
-    for entry, table in zip(entries, tables, strict=True):
-        _add_table(entry, table, index.classes, builder, options)
+    with observer.track(len(entries), "reading tables", "shards") as bar:
+        tables = map_in_order(storage, load, entries, bar)
+        for entry, table in zip(entries, tables, strict=True):
+            _add_table(entry, table, index.classes, builder, options)
 
 
 def _add_table(
@@ -212,20 +213,19 @@ def _list_by_scans(
     shards: Sequence[str],
     builder: ListingBuilder,
     options: SourceOptions,
-    progress: ReportProgress,
+    observer: Observer,
 ) -> None:
     rules = _make_rules(options)
     suffixes: set[str] = set()
-    contents = map_in_order(
-        storage, partial(_scan_shard, storage, rules), shards, "reading shards", progress
-    )
-    for shard, content in zip(shards, contents, strict=True):
-        suffixes |= content.suffixes
-        for class_name, key, offset, size in content.samples:
-            _add_sample(builder, class_name, shard, key, Place(shard, offset, size), options)
-        for name, reason, is_dangerous in content.odd:
-            note = builder.refuse if is_dangerous else builder.skip
-            note(f"{shard}/{name}", reason)
+    with observer.track(len(shards), "reading shards", "shards") as bar:
+        contents = map_in_order(storage, partial(_scan_shard, storage, rules), shards, bar)
+        for shard, content in zip(shards, contents, strict=True):
+            suffixes |= content.suffixes
+            for class_name, key, offset, size in content.samples:
+                _add_sample(builder, class_name, shard, key, Place(shard, offset, size), options)
+            for name, reason, is_dangerous in content.odd:
+                note = builder.refuse if is_dangerous else builder.skip
+                note(f"{shard}/{name}", reason)
     if not len(builder) and suffixes and options.class_key is None:
         raise DataError(
             f"{builder.uri}: no sample has an image and a .cls member; the members are "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fqgan_dist.chunks import ReportProgress
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.locations import locate_existing_file
@@ -21,10 +20,10 @@ from fqgan_dist.sharding.sources.zip_directory import (
     iterate_members,
 )
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.observer import Observer
 
 ZIP_SUFFIX = ".zip"
 
-_REPORT_EVERY = 1000
 # Images do not become smaller; what expands so much is no image, or a single colour.
 _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**20
@@ -33,7 +32,7 @@ _HARMLESS_BYTES = 2**20
 _READ_AHEAD_BYTES = 68
 
 
-def list_zip(uri: str, options: SourceOptions, progress: ReportProgress) -> SourceListing:
+def list_zip(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
     """List the images of a zip.
 
     Raises:
@@ -42,11 +41,13 @@ def list_zip(uri: str, options: SourceOptions, progress: ReportProgress) -> Sour
     storage, name, size = locate_existing_file(uri)
     directory = find_directory(storage, name, size)
     builder = ListingBuilder(uri, options.subfolder, check_bytes=4)
-    with storage.open_read(name) as file:
-        for number, member in enumerate(iterate_members(file, directory, uri=uri), 1):
+    with (
+        storage.open_read(name) as file,
+        observer.track(directory.num_members, "listing", "files") as bar,
+    ):
+        for member in iterate_members(file, directory, uri=uri):
             _add_member(member, name, builder)
-            if number % _REPORT_EVERY == 0 or number == directory.num_members:
-                progress("listing", number, directory.num_members)
+            bar.advance()
     is_shared = options.is_shared or not storage.is_local
     listing = builder.build("zip", ZipReader(storage), is_shared_by_nodes=is_shared)
     _check_overlaps(listing)

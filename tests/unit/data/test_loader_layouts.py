@@ -23,7 +23,7 @@ from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.micro_batches import BatchPlan, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.micro_batches import assign_slots
+from fqgan_dist.training.step_layout import assign_slots
 from fqgan_dist.world import World
 
 VIEW = ViewConfig(policy="random_crop_flip", image_size=SIDE)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_shard_makes_a_dataset_and_says_so(images: Path, tmp_path: Path, capsys)
     assert "12 images of 2 classes in 1 shards (1 written" in output
     assert index.dataset_id in output
     assert "a/notes.txt: skipped" in output
+
+
+def test_progress_is_logged_bar_after_bar_and_keeps_out_of_the_result(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys
+):
+    arguments = ["shard", str(images), str(tmp_path / "out"), "name=x", "split=val", "workers=1"]
+    with caplog.at_level(logging.INFO, "fqgan_dist.telemetry.progress"):
+        code, _ = run_json(capsys, *arguments)
+    assert code == 0
+    lines = [record.getMessage().partition(",")[0] for record in caplog.records]
+    assert lines == ["listing: 12 files", "writing val shards: 12/12 images"]
 
 
 def test_shard_again_does_nothing_and_says_so(images: Path, dataset: Path, capsys):

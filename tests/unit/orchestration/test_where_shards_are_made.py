@@ -1,4 +1,4 @@
-"""Shards on a cluster: by actors, or by the driver where only that can read the source."""
+"""Work on a cluster: by actors, or by the driver where only that can read the inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.pool_work import RecordingObserver
+from support.observers import RecordingObserver
 
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.orchestration.ray_driver import _run_chunks
@@ -43,6 +43,7 @@ def test_shards_of_a_source_that_other_nodes_do_not_see_are_made_by_the_driver(
     address: str | None,
     is_shared: bool,
     given: list[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address is not None:
@@ -60,4 +61,5 @@ def test_shards_of_a_source_that_other_nodes_do_not_see_are_made_by_the_driver(
         )
     assert index.num_samples == 1
     assert pool.given == given
-    assert len(observer.bars) == 1 - len(given)
+    assert observer.lines() == ["writing train shards: 1/1 images"][len(given) :]
+    assert ("is_shared=true, all nodes would" in caplog.text) is (not given)

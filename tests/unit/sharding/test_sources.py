@@ -6,11 +6,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support.source_files import png, special_member, write_files, write_tar
+from support.observers import RecordingObserver
+from support.source_files import png, special_member, tar_bytes, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.photographs import PhotographsConfig
@@ -187,13 +190,71 @@ def test_a_source_without_files_is_an_error(tmp_path: Path):
         pass
 
 
+def write_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in TWO_IMAGES:
+            file.writestr(name, data)
+    return path
+
+
+def write_manifest(path: Path) -> Path:
+    write_files(path.parent, TWO_IMAGES)
+    path.write_text("path,class\nb/2.png,b\na/1.JPEG,a\n")
+    return path
+
+
+def write_class_tars(path: Path) -> Path:
+    return write_tar(path, [(f"{name}.tar", tar_bytes([("1.png", png())])) for name in "ab"])
+
+
+def write_shard(path: Path) -> Path:
+    return write_tar(path, [("1.png", png()), ("1.cls", b"0")])
+
+
+def write_parquet(folder: Path) -> Path:
+    folder.mkdir()
+    for name, count in (("a", 1), ("b", 2)):
+        table = pa.table({"image": [png()] * count, "label": [0] * count})
+        pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "lines"),
+    [
+        (lambda folder: write_files(folder, TWO_IMAGES), "images", ["listing: 2/None files"]),
+        (write_zip, "x.zip", ["listing: 2/2 files"]),
+        (
+            write_manifest,
+            "x.csv",
+            ["reading rows: 2/None rows", "looking for files: 2/2 files"],
+        ),
+        (write_class_tars, "x.tar", ["scanning: SIZE/SIZE bytes", "listing classes: 2/2 classes"]),
+        (write_shard, "x-0.tar", ["reading shards: 1/1 shards"]),
+        (write_parquet, "tables", ["reading rows: 1/1 rows", "reading rows: 2/2 rows"]),
+    ],
+)
+def test_it_is_told_how_far_the_listing_is(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, lines: list[str]
+):
+    path = write(tmp_path / name)
+    observer = RecordingObserver()
+    with open_source(str(path), observer=observer):
+        pass
+    size = str(path.stat().st_size)
+    # A tar without class tars has none to be listed.
+    assert [one for one in observer.lines() if "0/0" not in one] == [
+        line.replace("SIZE", size) for line in lines
+    ]
+
+
 def test_unpacking_is_reported_to_its_end(tmp_path: Path):
     path = write_tar(tmp_path / "x.tar.gz", TWO_IMAGES)
-    calls: list[tuple[str, int, int]] = []
-    with open_source(str(path), progress=lambda *call: calls.append(call)):
+    observer = RecordingObserver()
+    with open_source(str(path), observer=observer):
         pass
     size = path.stat().st_size
-    assert [call for call in calls if call[0] == "unpacking"][-1] == ("unpacking", size, size)
+    assert observer.lines()[0] == f"unpacking: {size}/{size} bytes"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 from PIL import Image
+from support.observers import RecordingObserver
 from support.source_files import write_files
 from support.synthetic_shards import pack
 
@@ -325,6 +326,13 @@ def test_an_extension_of_indexed_shards_is_verified_by_our_rules(
         extend_dataset(source, foreign, "", ExtensionConfig())
     report = verify(foreign)
     assert (report.damages, report.num_decoded, report.unlisted_files) == ([], 5, [])
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_it_is_told_how_far_the_tables_and_the_shards_are(foreign: Storage, is_deep: bool) -> None:
+    observer = RecordingObserver()
+    verify_dataset(foreign, is_deep=is_deep, observer=observer)
+    assert observer.lines() == ["reading tables: 2/2 shards", "verifying: 2/2 MiB"]
 
 
 def test_a_damaged_table_of_problems_is_damage(foreign: Storage) -> None:

@@ -12,7 +12,7 @@ from fqgan_dist.errors import CheckpointError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import AutoregressiveTask
 from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import Slot
+from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.training.task import Parts
 
 CONFIG = load_tiny("autoregressive.training.ema_decay=0.5")

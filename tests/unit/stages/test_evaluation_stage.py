@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.stage_records import DATASETS, WEIGHTS, save_stage
 
 from fqgan_dist.config import load_config
-from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.evaluation import EvaluationStage
-from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
+from fqgan_dist.stages.evaluation import Evaluated, EvaluationStage
 from fqgan_dist.stages.preflight import check_run
+from fqgan_dist.stages.run import is_stage_done
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage_record import StageRecord, record_path, save_record
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
@@ -30,66 +31,59 @@ def open_context(root: Path, *overrides: str) -> RunContext:
     )
 
 
-def finish(context: RunContext, stage: str, outputs: dict[str, Any], state: str = "done") -> None:
-    values = {"stage": stage, "state": state, "inputs": {}, "outputs": outputs}
-    save_record(context.storage, StageRecord.model_validate(values))
-
-
-def collect_inputs(context: RunContext) -> dict[str, Any]:
-    stage = EvaluationStage(context)
-    return flatten({"settings": stage.settings(), "upstream": stage.upstream()})
-
-
 @pytest.fixture
 def context(tmp_path: Path) -> RunContext:
     """A run whose tokenizer has finished."""
-    context = open_context(tmp_path)
-    finish(context, "shards", {"train": "d", "val": "v"})
-    finish(context, "tokenizer", {"weights": "t"})
+    return finish_tokenizer(open_context(tmp_path))
+
+
+def finish_tokenizer(context: RunContext) -> RunContext:
+    save_stage(context, "shards", DATASETS)
+    save_stage(context, "tokenizer", WEIGHTS)
     return context
 
 
-def save_inputs(context: RunContext) -> None:
-    inputs = collect_inputs(context)
-    save_record(context.storage, StageRecord(stage="evaluation", state="done", inputs=inputs))
+def test_a_tokenizer_is_judged_before_there_are_samples_and_again_with_them(
+    context: RunContext,
+) -> None:
+    stage = EvaluationStage(context)
+    assert stage.upstream()["samples"] is None
+    save_stage(context, "evaluation", {})
+    assert is_stage_done(stage)
+    save_stage(context, "autoregressive", WEIGHTS)
+    assert is_stage_done(stage)
+    save_stage(context, "samples", {"fingerprint": "s"}, state="started")
+    assert is_stage_done(stage)  # samples that are being drawn are none yet
+    save_stage(context, "samples", {"fingerprint": "s"})
+    assert stage.upstream()["samples"] == "s"
+    assert not is_stage_done(stage)
 
 
-def test_samples_that_come_later_extend_the_evaluation(context: RunContext) -> None:
-    save_inputs(context)
-    finish(context, "samples", {"fingerprint": "s"})
-    record = check_inputs(context.storage, "evaluation", collect_inputs(context))
-    assert record is not None
-    assert record.state == "started"
+def test_a_record_of_a_run_that_had_but_one_is_found(context: RunContext) -> None:
+    stage = EvaluationStage(context)
+    record = StageRecord(stage="evaluation", state="done", inputs=stage.collect_inputs())
+    save_record(context.storage, record_path("evaluation"), record)
+    assert is_stage_done(stage)
+    assert context.read(Evaluated).figures == "evaluation/figures"
+    other = open_context(Path(context.storage.root), "evaluation.reference_samples=3")
+    assert not is_stage_done(EvaluationStage(other))
 
 
-def test_samples_that_are_being_extended_are_to_be_finished_first(context: RunContext) -> None:
-    finish(context, "samples", {"fingerprint": "s"})
-    save_inputs(context)
-    finish(context, "samples", {}, state="started")
-    with pytest.raises(DataError, match="run `fqgan sample` with this config first"):
-        EvaluationStage(context).upstream()
-
-
-def test_samples_that_were_never_judged_may_be_unfinished(context: RunContext) -> None:
-    save_inputs(context)
-    finish(context, "samples", {}, state="started")
-    assert EvaluationStage(context).upstream()["samples"] is None
-
-
-def test_adm_reference_counts_by_its_content(context: RunContext, tmp_path: Path) -> None:
+def test_adm_reference_counts_by_its_content(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("first.npz", "moved.npz", "other.npz")]
     for path, scale in zip(paths, (1, 1, 2), strict=True):
         np.savez(path, mu=np.zeros(2), sigma=scale * np.eye(2))
-    save_inputs(context)
-    with_reference = [
-        open_context(tmp_path, PUBLISHED, f"evaluation.adm_reference={path}") for path in paths
-    ]
-    with pytest.raises(DataError, match="has_adm_reference: was False, now True"):
-        check_inputs(context.storage, "evaluation", collect_inputs(with_reference[0]))
-    save_inputs(with_reference[0])
-    assert check_inputs(context.storage, "evaluation", collect_inputs(with_reference[1]))
-    with pytest.raises(DataError, match=r"upstream\.adm_reference: was"):
-        check_inputs(context.storage, "evaluation", collect_inputs(with_reference[2]))
+    finish_tokenizer(open_context(tmp_path))
+    without = EvaluationStage(open_context(tmp_path, PUBLISHED))
+    first, moved, other = (
+        EvaluationStage(open_context(tmp_path, PUBLISHED, f"evaluation.adm_reference={path}"))
+        for path in paths
+    )
+    save_stage(first.context, "evaluation", {})
+    assert is_stage_done(first)
+    assert is_stage_done(moved)
+    assert not is_stage_done(other)
+    assert not is_stage_done(without)
 
 
 def test_pending_evaluation_needs_teachers_inception_and_reference(tmp_path: Path) -> None:
@@ -101,10 +95,12 @@ def test_pending_evaluation_needs_teachers_inception_and_reference(tmp_path: Pat
     ]
     context = open_context(tmp_path, *overrides)
     # The features are stored, so that only the evaluation still runs the teachers.
-    finish(context, "teachers", {"fingerprint": "f"})
+    finish_tokenizer(context)
+    save_stage(context, "teachers", {"fingerprint": "f"})
     with pytest.raises(ConfigError) as caught:
         check_run(context)
     for file in files:
         assert str(caught.value).count(file) == 1
-    finish(context, "evaluation", {})
+    np.savez(files[2], mu=np.zeros(2), sigma=np.eye(2))  # its content is an input
+    save_stage(context, "evaluation", {})
     check_run(context)

@@ -14,7 +14,7 @@ from fqgan_dist.stages.autoregressive import build_autoregressive_task
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.run import open_run
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.tokenizer import build_tokenizer_task
+from fqgan_dist.stages.tokenizer import TrainedTokenizer, build_tokenizer_task
 from fqgan_dist.weights.files import load_safetensors_checked
 from fqgan_dist.world import World
 
@@ -82,7 +82,7 @@ def test_where_a_training_started_is_part_of_its_record(
 def test_a_run_that_starts_from_weights_trains_from_step_0(root: Path, tmp_path: Path) -> None:
     stages = "stages=[shards, teachers, tokenizer]"
     assert run(tmp_path, init_from(root, "tokenizer"), stages) == DONE
-    started = open_with(tmp_path, init_from(root, "tokenizer")).require("tokenizer").outputs
-    drawn = open_with(root).require("tokenizer").outputs
-    assert started["step"] == drawn["step"] == 6
-    assert started["weights"] != drawn["weights"]
+    started = open_with(tmp_path, init_from(root, "tokenizer")).read(TrainedTokenizer)
+    drawn = open_with(root).read(TrainedTokenizer)
+    assert started.step == drawn.step == 6
+    assert started.weights != drawn.weights

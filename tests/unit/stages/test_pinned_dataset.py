@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.datasets import build_photographs
+from support.stage_records import save_stage
 
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import DatasetIndex
@@ -13,7 +14,6 @@ from fqgan_dist.data.loader import CodeLoader, ImageLoader
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.autoregressive import build_code_loader
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import StageRecord, save_record
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.tokenizer import build_image_loader
 from fqgan_dist.storage.storage import Storage
@@ -32,14 +32,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, DatasetI
 def open_context(storage: Storage, dataset_id: str) -> RunContext:
     """Open a run whose shards stage made the dataset of this id."""
     config = load_config(TINY, [f"storage.root={storage.root}"], RunConfig)
-    shards = {"train": dataset_id, "val": dataset_id}
-    for record in (
-        StageRecord(stage="shards", state="done", inputs={}, outputs=shards),
-        StageRecord(stage="teachers", state="done", inputs={}, outputs={"fingerprint": ""}),
-        StageRecord(stage="codes", state="done", inputs={}, outputs={"train": "c" * 64}),
-    ):
-        save_record(storage, record)
-    return RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    save_stage(context, "shards", {"train": dataset_id, "val": dataset_id})
+    save_stage(context, "teachers", {"fingerprint": ""})
+    save_stage(context, "codes", {"train": "c" * 64, "val": "c" * 64})
+    return context
 
 
 @pytest.mark.parametrize("build", [build_image_loader, build_code_loader])

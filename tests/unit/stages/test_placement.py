@@ -44,6 +44,7 @@ def test_train_workers_and_pools_are_listed_with_what_each_reserves() -> None:
     assert (workers["count"], workers["cpus_each"], workers["gpus_each"]) == (4, 2.0, 1.0)
     assert workers["strategy"] == "PACK"
     assert set(placement["pools"]) == {"shards", "teachers", "codes", "samples", "evaluation"}
+    assert "exports" in place("samples.export=png")["pools"]
     codes = placement["pools"]["codes"]
     assert (codes["min_actors"], codes["max_actors"], codes["gpus_each"]) == (1, 3, 0.5)
     # The stages follow each other, so it is a maximum and no sum.

@@ -11,9 +11,9 @@ import pytest
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import StageRecord, save_record
 from fqgan_dist.stages.plan import plan_run
 from fqgan_dist.stages.plan_rendering import render_plan
+from fqgan_dist.stages.stage_record import StageRecord, record_path, save_record
 from fqgan_dist.storage.storage import Storage
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
@@ -74,7 +74,7 @@ def test_finished_shards_give_the_number_of_images(tmp_path: Path) -> None:
     record = StageRecord(
         stage="shards", state="done", inputs={}, metrics={"shards/train_images": 48}
     )
-    save_record(Storage(tmp_path), record)
+    save_record(Storage(tmp_path), record_path("shards"), record)
     made = plan(tmp_path)
     assert made["dataset"] == {"training_images": 48, "known_from": "the run's shards"}
     # Two views of two teachers of 16 float16; ten crops of 3 x 16 uint16.

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from fqgan_dist.config import load_config
-from fqgan_dist.orchestration.registry import build_stage
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import flatten
-from fqgan_dist.stages.names import STAGE_NAMES
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import RunContext, build_stages
+from fqgan_dist.stages.stage_record import flatten
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
@@ -33,7 +31,8 @@ def test_a_run_directory_of_before_is_of_the_same_settings(
         device=torch.device("cpu"),
     )
     settings = {
-        name: json.loads(json.dumps(flatten(build_stage(name, context).settings())))
-        for name in STAGE_NAMES
+        stage.name: json.loads(json.dumps(flatten(stage.settings())))
+        for stage in build_stages(context)
+        if stage.name in RECORDED[config_file]
     }
     assert settings == RECORDED[config_file]

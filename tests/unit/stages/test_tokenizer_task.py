@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.tokenizer_task import TokenizerTask
 from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import Slot
+from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.training.task import Parts
 
 START = 3
@@ -136,7 +137,7 @@ def test_skipping_until_the_start_equals_training_with_zero_weight() -> None:
     for step in range(1, START + 3):
         weight = WEIGHTS["adversarial"] if step >= START else 0.0
         batches = draw_images(CONFIG, step, (0, 1))
-        tokenizer = copy.deepcopy(task.tokenizer).train()
+        tokenizer = copy.deepcopy(task.model).train()
         values = task.train_step(batches, step)
         for batch in batches:
             images = to_float(batch.images)
@@ -207,14 +208,19 @@ def test_the_adversarial_loss_reaches_the_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("step", [1, START])
-def test_an_idle_slot_contributes_nothing(task: TokenizerTask, step: int) -> None:
+def test_an_idle_slot_contributes_nothing(
+    task: TokenizerTask, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = snapshot(task)
-    task.slots = [Slot(slot.micro_batch, is_idle=True) for slot in task.slots]
+    slots = tuple(Slot(index, is_idle=True) for index in task.layout.micro_batches)
+    layout = replace(task.layout, slots=slots)
+    for engine in (task.engine, task.discriminator_engine):
+        monkeypatch.setattr(engine, "layout", layout)
     values = train(task, range(step, step + 1))
     assert values["tokenizer/gradient_norm"] == 0
     assert values.get("tokenizer/discriminator/gradient_norm", 0) == 0
     after = snapshot(task)
-    parameters = dict(task.tokenizer.named_parameters())
+    parameters = dict(task.model.named_parameters())
     assert all(
         torch.equal(after["tokenizer"][name], before["tokenizer"][name]) for name in parameters
     )
@@ -250,7 +256,7 @@ def test_evaluation_leaves_everything_as_it_was(task: TokenizerTask) -> None:
     train(task, range(1, START + 1))
     before = snapshot(task)
     assert task.evaluate(START) == {"tokenizer/validation/training": 0.0}
-    assert task.tokenizer.training
+    assert task.model.training
     assert is_equal(snapshot(task), before)
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from support.datasets import build_photographs
+from support.stage_records import WEIGHTS, save_stage
 
 from fqgan_dist.config import load_config
 from fqgan_dist.data.config import ViewConfig, ViewMode
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.stages.codes import CodesStage, CodeWork
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import center_view, read_shard
-from fqgan_dist.stages.manifest import StageRecord, save_record
-from fqgan_dist.stages.names import StageName
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import TeachersStage, TeacherWork
 from fqgan_dist.stages.tokenizer import TokenizerStage
@@ -40,15 +40,10 @@ def open_context(dataset: tuple[Storage, DatasetIndex], mode: ViewMode) -> RunCo
     storage, index = dataset
     overrides = [f"storage.root={storage.root}", f"data.views.mode={mode}"]
     config = load_config(TINY, [*overrides, f"codes.views.mode={mode}"], RunConfig)
-    stages: tuple[tuple[StageName, dict[str, str]], ...] = (
-        ("shards", {"train": index.dataset_id, "val": index.dataset_id}),
-        ("tokenizer", {"weights": "t"}),
-    )
-    for stage, outputs in stages:
-        save_record(
-            storage, StageRecord(stage=stage, state="done", inputs={}, outputs=dict(outputs))
-        )
-    return RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    save_stage(context, "shards", {"train": index.dataset_id, "val": index.dataset_id})
+    save_stage(context, "tokenizer", WEIGHTS)
+    return context
 
 
 def test_stages_tell_the_modes_apart(dataset: tuple[Storage, DatasetIndex]) -> None:
@@ -81,10 +76,9 @@ def test_teachers_see_the_very_pixels_of_training(
     storage, index = dataset
     view = ViewConfig(policy="random_crop_flip", image_size=16, mode=mode)
     seen: dict[str, torch.Tensor] = {}
+    images = Dataset(storage.child("data/photographs/train"), index)
     for entry in index.shards:
-        for batch in read_shard(
-            storage, "data/photographs/train", entry, view, (0,), seed=4, batch_size=5
-        ):
+        for batch in read_shard(images, entry, view, (0,), seed=4, batch_size=5):
             seen |= dict(zip(batch.keys, batch.images, strict=True))
     loader = ImageLoader(
         storage,

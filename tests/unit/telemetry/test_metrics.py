@@ -1,17 +1,33 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fqgan_dist.errors import DataError
-from fqgan_dist.telemetry.metrics import MetricsWriter, metric_series, parse_metrics, read_metrics
+from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.metrics import MetricsFile, metric_series, parse_metrics, read_metrics
 
 LOSS = "tokenizer/loss/commitment"
 
 
-def write_steps(writer: MetricsWriter, steps: range) -> None:
+@contextmanager
+def opened(
+    path: Path, *, resumed_step: int = 0, clock: Callable[[], float] = time.time
+) -> Iterator[MetricsFile]:
+    """Open a file for a block, below a root two folders up."""
+    storage = Storage(path.parent.parent)
+    metrics = MetricsFile(storage, f"{path.parent.name}/{path.name}", clock=clock)
+    metrics.open(resumed_step)
+    yield metrics
+    metrics.close()
+
+
+def write_steps(writer: MetricsFile, steps: range) -> None:
     for step in steps:
         writer.write(step, {LOSS: 1.0 / step}, images_seen=8 * step)
 
@@ -22,7 +38,7 @@ def constant_clock() -> float:
 
 def test_records_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer" / "metrics.jsonl"
-    with MetricsWriter(path, clock=constant_clock) as writer:
+    with opened(path, clock=constant_clock) as writer:
         writer.write(1, {LOSS: 0.5, "train/images_per_s": 12}, images_seen=32)
     assert read_metrics(path) == [
         {"step": 1, "images_seen": 32, "time": 1000.0, LOSS: 0.5, "train/images_per_s": 12.0}
@@ -31,39 +47,39 @@ def test_records_read_back_as_written(tmp_path: Path) -> None:
 
 def test_a_resumed_file_equals_an_unbroken_one(tmp_path: Path) -> None:
     unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
-    with MetricsWriter(unbroken, clock=constant_clock) as writer:
+    with opened(unbroken, clock=constant_clock) as writer:
         write_steps(writer, range(1, 9))
-    with MetricsWriter(broken, clock=constant_clock) as writer:
+    with opened(broken, clock=constant_clock) as writer:
         write_steps(writer, range(1, 7))
-    with MetricsWriter(broken, resumed_step=4, clock=constant_clock) as writer:
+    with opened(broken, resumed_step=4, clock=constant_clock) as writer:
         write_steps(writer, range(5, 9))
     assert broken.read_bytes() == unbroken.read_bytes()
 
 
 def test_a_fresh_start_drops_an_older_history(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with opened(path) as writer:
         write_steps(writer, range(1, 4))
-    with MetricsWriter(path) as writer:
+    with opened(path) as writer:
         writer.write(1, {LOSS: 2.0}, images_seen=8)
     assert [record[LOSS] for record in read_metrics(path)] == [2.0]
 
 
 def test_a_torn_last_line_is_neither_read_nor_continued(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with opened(path) as writer:
         write_steps(writer, range(1, 3))
     with path.open("a") as file:
         file.write('{"step": 3, "tokenizer/lo')
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
-    with MetricsWriter(path, resumed_step=2) as writer:
+    with opened(path, resumed_step=2) as writer:
         write_steps(writer, range(3, 4))
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_records_are_on_disk_before_close(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with opened(path) as writer:
         write_steps(writer, range(1, 3))
         assert len(read_metrics(path)) == 2
 
@@ -71,13 +87,13 @@ def test_records_are_on_disk_before_close(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_become_null(tmp_path: Path, value: float) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with opened(path) as writer:
         writer.write(1, {LOSS: value}, images_seen=1)
     assert json.loads(path.read_text(), parse_constant=pytest.fail)[LOSS] is None
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+    with opened(tmp_path / "metrics.jsonl") as writer:
         writer.write(5, {}, images_seen=5)
         writer.write(5, {}, images_seen=5)
         with pytest.raises(ValueError, match="step 4 follows step 5"):
@@ -87,7 +103,7 @@ def test_a_step_that_goes_back_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["step", "loss", "/loss", "a//b", "a/b c", "a/b\n", ""])
 def test_a_wrong_metric_name_is_refused(tmp_path: Path, name: str) -> None:
     with (
-        MetricsWriter(tmp_path / "metrics.jsonl") as writer,
+        opened(tmp_path / "metrics.jsonl") as writer,
         pytest.raises(ValueError, match="metric name"),
     ):
         writer.write(1, {name: 1.0}, images_seen=1)
@@ -112,28 +128,3 @@ def test_a_series_leaves_out_records_without_the_metric() -> None:
         {"step": 4, "a/b": 0},
     ]
     assert metric_series(records, "a/b") == ([1, 4], [3.0, 0])
-
-
-def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path / "metrics.jsonl", tensorboard=True) as writer:
-        write_steps(writer, range(1, 4))
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars(LOSS)] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, pytest.approx(1 / 3)),
-    ]
-
-
-def test_whoever_asks_is_given_every_record(tmp_path: Path) -> None:
-    seen: list[tuple[int, dict[str, float]]] = []
-    path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path, on_write=lambda step, values: seen.append((step, dict(values)))) as w:
-        w.write(1, {"tokenizer/loss/total": 0.5}, images_seen=8)
-        w.write(1, {"tokenizer/validation/psnr": float("inf")}, images_seen=8)
-    assert seen == [
-        (1, {"tokenizer/loss/total": 0.5}),
-        (1, {"tokenizer/validation/psnr": float("inf")}),
-    ]

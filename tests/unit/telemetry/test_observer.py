@@ -3,10 +3,12 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+from collections.abc import Mapping
 
 import pytest
 
-from fqgan_dist.telemetry.observer import LocalObserver, Observer
+from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer, ObserverSink
+from fqgan_dist.telemetry.sinks.sink import MetricSink
 
 
 def test_it_tracks_in_this_process_and_survives_pickling(
@@ -35,3 +37,37 @@ def test_without_a_bar_a_terminal_gets_log_lines(
     ):
         bar.advance(2)
     assert len(caplog.messages) == 1
+
+
+def test_a_silent_one_counts_and_shows_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    observer: Observer = pickle.loads(pickle.dumps(SILENT))
+    with caplog.at_level(logging.INFO), observer.track(4, "teachers", "images") as bar:
+        bar.advance(4)
+    observer.record_metrics("tokenizer", 1, {"tokenizer/loss/total": 0.5})
+    assert bar.progress().is_complete
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_sink_passes_every_record_on() -> None:
+    seen: list[tuple[str, int, dict[str, float]]] = []
+
+    class Noting(LocalObserver):
+        def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+            seen.append((stage, step, dict(values)))
+
+    sink: MetricSink = ObserverSink(Noting(), "tokenizer")
+    sink.open(0)
+    sink.write(1, {"tokenizer/loss/total": 0.5}, images_seen=8)
+    sink.write(1, {"tokenizer/validation/psnr": float("inf")}, images_seen=8)
+    sink.flush()
+    sink.close()
+    assert seen == [
+        ("tokenizer", 1, {"tokenizer/loss/total": 0.5}),
+        ("tokenizer", 1, {"tokenizer/validation/psnr": float("inf")}),
+    ]

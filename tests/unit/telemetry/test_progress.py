@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from fqgan_dist.telemetry.progress import RateMeter, render_summary, track
+from fqgan_dist.telemetry.progress import ProgressBar, RateMeter, render_summary, track
 
 
 class Clock:
@@ -57,7 +57,7 @@ def test_an_error_inside_passes_through_without_a_final_line(
     with (
         caplog.at_level(logging.INFO),
         pytest.raises(RuntimeError, match="broken"),
-        track(3, "work", console=plain_console()),
+        track(3, "work", "units", console=plain_console()),
     ):
         raise RuntimeError("broken")
     assert caplog.messages == []
@@ -121,6 +121,43 @@ def test_skipped_units_are_seen_on_a_terminal() -> None:
     assert "90/100" in console.file.getvalue()
 
 
+def test_a_terminal_shows_the_rate_of_this_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without the thread that draws, so that only the end is drawn, at a time that is known.
+    monkeypatch.setattr("rich.live._RefreshThread.run", lambda _: None)
+    clock, console = Clock(), Console(file=io.StringIO(), force_terminal=True, width=120)
+    with track(1000, "codes", "images", console=console, clock=clock) as bar:
+        bar.skip(800)
+        clock.now = 10
+        bar.advance(100)
+    assert isinstance(console.file, io.StringIO)
+    assert "900/1000 images, 10.0 images/s, 10.0 s left" in console.file.getvalue()
+
+
+def test_work_of_no_units_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), track(0, "work", "units", console=plain_console()):
+        pass
+    assert caplog.messages == []
+
+
+def test_a_bar_tells_how_far_the_work_is() -> None:
+    clock = Clock()
+    bar = ProgressBar(100, "unpacking", "bytes", clock=clock)
+    bar.skip(20)
+    bar.advance(10, files=1)
+    bar.advance_to(60)
+    clock.now = 8
+    bar.advance(0, files=2, problems=1)
+    state = bar.progress()
+    assert (state.done, state.total, state.skipped, state.rate) == (60, 100, 20, 5)
+    assert state.left_s == 8
+    assert state.fields == {"files": 2, "problems": 1}
+    assert state.describe() == (
+        "unpacking: 60/100 bytes, 5.0 bytes/s, 8.0 s left, files 2  problems 1"
+    )
+
+
 def test_the_rate_is_that_of_the_last_minute() -> None:
     meter = RateMeter(window_s=60)
     assert meter.add(0, 0) is None
@@ -134,6 +171,13 @@ def test_the_rate_of_units_rarer_than_the_window_is_known() -> None:
     meter.add(0, 0)
     meter.add(600, 1)
     assert meter.add(1200, 2) == 1 / 600
+
+
+def test_the_rate_of_rare_units_does_not_depend_on_how_often_it_is_asked_for() -> None:
+    meter = RateMeter(window_s=60)
+    rates = [meter.add(now, now // 600) for now in range(0, 1800, 10)]
+    assert rates[59] is None
+    assert rates[60:] == [1 / 600] * 120
 
 
 def test_the_rate_starts_anew_with_the_work() -> None:

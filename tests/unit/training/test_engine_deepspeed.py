@@ -6,11 +6,13 @@ import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.engines import engine_settings
 from support.tiny_tasks import (
     build_autoregressive_task,
     build_tokenizer_task,
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fqgan_dist.errors import CheckpointError, ClusterError, ConfigError, NumericsError
-from fqgan_dist.training.config import OptimizerConfig
 from fqgan_dist.training.engine_plain import PlainEngine
+from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
-from fqgan_dist.training.micro_batches import Slot
-from fqgan_dist.training.run import process_group
+from fqgan_dist.training.process_group import process_group
+from fqgan_dist.training.step_layout import Slot, StepLayout, build_step_layout
 from fqgan_dist.world import World
 
 CPU = torch.device("cpu")
@@ -48,23 +50,13 @@ class Network(nn.Module):
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    with process_group(load_tiny("tokenizer.training.engine=deepspeed"), World()):
+    with process_group(World(), CPU):
         yield World()
 
 
-def build(world: World, zero_stage: int, module: nn.Module | None = None, **options: Any) -> Any:
-    # Importing DeepSpeed takes seconds, and the library must import without it.
-    engine = importlib.import_module("fqgan_dist.training.engine_deepspeed")
-    return engine.DeepSpeedEngine(
-        module or Network(),
-        OptimizerConfig(),
-        name="network",
-        world=world,
-        num_micro_batches=1,
-        device=CPU,
-        zero_stage=zero_stage,
-        **({"precision": "fp32"} | options),
-    )
+def build(world: World, zero_stage: int, module: nn.Module | None = None) -> Any:
+    settings = engine_settings(zero_stage=zero_stage, layout=build_step_layout(1, world))
+    return deepspeed_engine(zero_stage, module or Network(), settings)
 
 
 def train(engine: Any, *, steps: int = 1, factor: float = 1.0, losses: Tensor = FINITE) -> Tensor:
@@ -180,10 +172,10 @@ def test_the_discriminator_must_be_frozen_while_the_tokenizer_s_loss_flows_throu
         task.train_step(draw_images(config, 1, [0, 1]), 1)
 
 
-def deepspeed_engine(zero_stage: int, module: nn.Module, *arguments: Any, **options: Any) -> Any:
+def deepspeed_engine(zero_stage: int, module: nn.Module, settings: EngineSettings) -> Any:
+    # Importing DeepSpeed takes seconds, and the library must import without it.
     engine = importlib.import_module("fqgan_dist.training.engine_deepspeed")
-    options = {"precision": "fp32"} | options
-    return engine.DeepSpeedEngine(module, *arguments, zero_stage=zero_stage, **options)
+    return engine.DeepSpeedEngine(module, replace(settings, zero_stage=zero_stage))
 
 
 class CodeLookups(TorchDispatchMode):
@@ -213,9 +205,9 @@ class Dtypes:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_dtypes_of_the_tokenizer_under_bf16(world: World, zero_stage: int) -> None:
     config = load_tiny("tokenizer.training.precision=bf16")
-    engine_type = functools.partial(deepspeed_engine, zero_stage, precision="bf16")
+    engine_type = functools.partial(deepspeed_engine, zero_stage)
     task = build_tokenizer_task(config, world, engine_type=engine_type)
-    products = Dtypes(task.tokenizer, (nn.Linear, nn.Conv2d))
+    products = Dtypes(task.model, (nn.Linear, nn.Conv2d))
     model = config.tokenizer.model
     with CodeLookups(model.code_dim, model.codebook_size) as lookups:
         task.train_step(draw_images(config, 1, [0, 1]), 1)
@@ -227,7 +219,7 @@ def test_dtypes_of_the_tokenizer_under_bf16(world: World, zero_stage: int) -> No
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_dtypes_of_the_generator_under_bf16(world: World, zero_stage: int) -> None:
     config = load_tiny("autoregressive.training.precision=bf16")
-    engine_type = functools.partial(deepspeed_engine, zero_stage, precision="bf16")
+    engine_type = functools.partial(deepspeed_engine, zero_stage)
     task = build_autoregressive_task(config, world, engine_type=engine_type)
     products = Dtypes(task.model, nn.Linear)
     task.train_step(draw_codes(config, 1, [0, 1]), 1)
@@ -247,5 +239,7 @@ def assert_all_fp32(engine: Any) -> None:
 @pytest.mark.parametrize("kind", ["plain", "deepspeed"])
 def test_the_engine_that_a_training_asks_for_is_built(world: World, kind: str) -> None:
     training = load_tiny(f"tokenizer.training.engine={kind}").tokenizer.training
-    engine = build_engine(Network(), training, name="network", world=world, device=CPU)
+    layout = StepLayout.of(training, world)
+    settings = EngineSettings.of(training, name="network", layout=layout, device=CPU)
+    engine = build_engine(Network(), settings)
     assert isinstance(engine, PlainEngine) == (kind == "plain")

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from support.engines import engine_settings
 from torch import Tensor, nn
 
 from fqgan_dist.errors import CheckpointError, NumericsError
+from fqgan_dist.loss_group import LossGroup
 from fqgan_dist.training.config import OptimizerConfig
 from fqgan_dist.training.engine import accumulate
 from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import Slot, assign_slots
+from fqgan_dist.training.step_layout import Slot, build_step_layout
 from fqgan_dist.training.task import Parts
 from fqgan_dist.world import World
 
-CPU = torch.device("cpu")
 NUM_MICRO_BATCHES = 3
+LAYOUT = build_step_layout(NUM_MICRO_BATCHES, World())
 LR = 0.01
 FINITE = torch.zeros(1)
 
@@ -32,14 +35,8 @@ class Network(nn.Module):
 
 def build(config: OptimizerConfig | None = None) -> PlainEngine:
     torch.manual_seed(0)
-    return PlainEngine(
-        Network(),
-        config or OptimizerConfig(),
-        name="network",
-        world=World(),
-        num_micro_batches=NUM_MICRO_BATCHES,
-        device=CPU,
-    )
+    settings = engine_settings(optimizer=config or OptimizerConfig(), layout=LAYOUT)
+    return PlainEngine(Network(), settings)
 
 
 def draw(seed: int) -> list[Tensor]:
@@ -54,8 +51,7 @@ def add_gradients(engine: PlainEngine, seed: int, *, factor: float = 1.0) -> Ten
         loss = factor * engine.forward(batch).square().mean()
         return loss, loss.detach().reshape(1)
 
-    slots = assign_slots(NUM_MICRO_BATCHES, engine.world)
-    return accumulate(engine, slots, draw(seed), loss_fn, num_micro_batches=NUM_MICRO_BATCHES)
+    return accumulate(engine, draw(seed), loss_fn)
 
 
 def train(engine: PlainEngine, seeds: range) -> None:
@@ -215,9 +211,7 @@ def test_an_error_inside_thaws_the_parameters() -> None:
 def test_parameters_that_are_never_trained_stay_so() -> None:
     module = Network()
     module.layers[0].requires_grad_(False)
-    engine = PlainEngine(
-        module, OptimizerConfig(), name="network", world=World(), num_micro_batches=1, device=CPU
-    )
+    engine = PlainEngine(module, engine_settings())
     with engine.frozen():
         pass
     assert not module.layers[0].weight.requires_grad
@@ -276,15 +270,12 @@ def test_groups_keep_their_own_weight_decay() -> None:
     module = Network()
     decayed = [module.layers[0].weight, module.layers[2].weight]
     plain = [module.layers[0].bias, module.layers[2].bias]
-    engine = PlainEngine(
-        module,
-        OptimizerConfig(kind="adamw", weight_decay=0.5),
-        name="network",
-        world=World(),
-        num_micro_batches=NUM_MICRO_BATCHES,
-        device=CPU,
+    settings = engine_settings(
+        optimizer=OptimizerConfig(kind="adamw", weight_decay=0.5),
+        layout=LAYOUT,
         parameter_groups=[{"params": decayed}, {"params": plain, "weight_decay": 0.0}],
     )
+    engine = PlainEngine(module, settings)
     before = copy.deepcopy(module)
     engine.step(lr=0.1, losses=add_gradients(engine, 0, factor=0.0))
     torch.testing.assert_close(module.layers[0].weight, before.layers[0].weight * (1 - 0.1 * 0.5))
@@ -324,17 +315,11 @@ def test_only_the_main_rank_saves() -> None:
 def test_a_pass_of_a_shared_micro_batch_counts_as_its_share() -> None:
     alone = build()
     torch.manual_seed(0)
-    shared = PlainEngine(
-        Network(),
-        OptimizerConfig(),
-        name="network",
-        world=World(),
-        num_micro_batches=NUM_MICRO_BATCHES,
-        device=CPU,
-        ranks_per_micro_batch=2,
-    )
+    layout = replace(LAYOUT, loss_group=LossGroup(size=2))
+    shared = PlainEngine(Network(), engine_settings(layout=layout))
     for engine in (alone, shared):
-        add_gradients(engine, 0)
+        for slot, batch in zip(LAYOUT.slots, draw(0), strict=True):
+            engine.backward(engine.forward(batch).square().mean(), slot)
     for half, whole in zip(shared.module.parameters(), alone.module.parameters(), strict=True):
         assert half.grad is not None
         torch.testing.assert_close(2 * half.grad, whole.grad)

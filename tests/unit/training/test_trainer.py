@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import engine_settings
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
@@ -16,21 +17,22 @@ from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
 from fqgan_dist.errors import CheckpointError, DataError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng, torch_generator
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.json_lines import JsonLinesWriter, read_records
-from fqgan_dist.telemetry.metrics import MetricsWriter, Record, metric_series, read_metrics
+from fqgan_dist.telemetry.json_lines import read_records
+from fqgan_dist.telemetry.metrics import MetricsFile, Record, metric_series, read_metrics
 from fqgan_dist.telemetry.progress import track
+from fqgan_dist.telemetry.published import PublishedRecords
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.config import (
     CheckpointConfig,
-    OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
 )
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import accumulate
 from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.micro_batches import Slot, assign_slots
+from fqgan_dist.training.hooks import AccountForLoading, ShowProgress, TrainerHook, WriteMetrics
 from fqgan_dist.training.schedule import compute_lr
+from fqgan_dist.training.step_layout import Slot, StepLayout
 from fqgan_dist.training.task import Parts
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.world import World
@@ -81,15 +83,8 @@ class ToyTask:
         self.training = training
         torch.manual_seed(5)
         module = nn.Sequential(nn.Linear(4, architecture.width), nn.Dropout(0.5))
-        self.engine = PlainEngine(
-            module,
-            OptimizerConfig(),
-            name="toy",
-            world=World(),
-            num_micro_batches=training.micro_batches_per_step,
-            device=CPU,
-        )
-        self.slots = assign_slots(training.micro_batches_per_step, World())
+        layout = StepLayout.of(training, World())
+        self.engine = PlainEngine(module, engine_settings(name="toy", layout=layout))
         self.ema = ExponentialMovingAverage(self.engine.local_parameters(), 0.9)
         self.steps_done: list[int] = []
 
@@ -99,8 +94,7 @@ class ToyTask:
                 loss = self.engine.forward(batch).square().mean()
             return loss, loss.detach().reshape(1)
 
-        num = self.training.micro_batches_per_step
-        rows = accumulate(self.engine, self.slots, micro_batches, loss_fn, num_micro_batches=num)
+        rows = accumulate(self.engine, micro_batches, loss_fn)
         lr = compute_lr(self.training.schedule, step, self.training.steps)
         norm = self.engine.step(lr=lr, losses=rows)
         self.ema.update(self.engine.local_parameters())
@@ -132,8 +126,9 @@ class Run:
     """One run directory; `fit` is one session in it."""
 
     def __init__(self, root: Path, storage: Storage | None = None, **changes: Any) -> None:
-        self.metrics_path = root / "metrics.jsonl"
-        self.ledger_path = root / "damaged_samples.jsonl"
+        self.files = Storage(root)
+        self.metrics_path = root / "files" / "metrics.jsonl"
+        self.ledger_path = root / "files" / "damaged_samples.jsonl"
         values: dict[str, Any] = {
             "steps": 8,
             "global_batch_size": 6,
@@ -148,6 +143,7 @@ class Run:
         self.store = CheckpointStore(storage or Storage(root), PREFIX)
         self.published: list[tuple[list[int], list[Record]]] = []
         self.published_ledgers: list[list[int]] = []
+        self.hooks: list[TrainerHook] = []
 
     def fit(
         self,
@@ -169,8 +165,8 @@ class Run:
                         raise Killed
                     loaded.append(report_of(step))
                     yield [
-                        torch.randn(2, 4, generator=torch_generator(step, slot.micro_batch))
-                        for slot in task.slots
+                        torch.randn(2, 4, generator=torch_generator(step, index))
+                        for index in task.engine.layout.micro_batches
                     ]
             finally:
                 self.is_closed = True
@@ -180,6 +176,13 @@ class Run:
             loaded.clear()
             return report
 
+        loading = AccountForLoading(
+            take_report,
+            PublishedRecords(self.files, "files/damaged_samples.jsonl"),
+            world=World(),
+            global_batch_size=self.config.global_batch_size,
+        )
+        metrics = WriteMetrics([MetricsFile(self.files, "files/metrics.jsonl")])
         with track(self.config.steps, "training the toy", "steps") as bar:
             trainer = Trainer(
                 task,
@@ -188,11 +191,7 @@ class Run:
                 store=self.store,
                 dataset_id=dataset_id,
                 world=World(),
-                take_report=take_report,
-                open_metrics=lambda step: MetricsWriter(self.metrics_path, resumed_step=step),
-                open_ledger=lambda step: JsonLinesWriter(self.ledger_path, resumed_step=step),
-                publish_files=self._publish,
-                progress=bar,
+                hooks=[ShowProgress(bar), loading, metrics, Publication(self), *self.hooks],
             )
             return trainer.fit(), task
 
@@ -205,10 +204,45 @@ class Run:
     def ledger(self) -> list[Record]:
         return read_records(self.ledger_path, kind="ledger")
 
-    def _publish(self) -> None:
+    def note_publication(self) -> None:
         self.published_ledgers.append([record["slot"] for record in self.ledger()])
         steps = [commit.step for commit in self.store.list_commits()]
         self.published.append((steps, read_metrics(self.metrics_path)))
+
+
+class Publication(TrainerHook):
+    """Notes what the files hold when a checkpoint is about to be committed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def save(self, step: int) -> None:
+        self.run.note_publication()
+
+
+class Moments(TrainerHook):
+    """Notes when the trainer calls it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def start(self, first_step: int) -> None:
+        self.seen.append(("start", first_step))
+
+    def step(self, step: int) -> None:
+        self.seen.append(("step", step))
+
+    def collect(self, step: int) -> None:
+        self.seen.append(("collect", step))
+
+    def record(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
+        self.seen.append(("record", step))
+
+    def save(self, step: int) -> None:
+        self.seen.append(("save", step))
+
+    def end(self) -> None:
+        self.seen.append(("end", 0))
 
 
 def is_equal(one: ToyTask, other: ToyTask) -> bool:
@@ -313,6 +347,38 @@ def test_the_loader_is_closed_when_training_ends(tmp_path: Path) -> None:
     assert run.is_closed
     run.fit()
     assert run.is_closed
+
+
+def test_hooks_are_called_at_their_moments_and_ended_after_an_error(tmp_path: Path) -> None:
+    # Steps 2, 4 are logged, 3 is evaluated and saved.
+    run, killed, resumed = Run(tmp_path), Moments(), Moments()
+    run.hooks = [killed]
+    with pytest.raises(Killed):
+        run.fit(killed_before=5)
+    first = [("step", 1), ("step", 2), ("collect", 2), ("record", 2)]
+    second = [("step", 3), ("collect", 3), ("record", 3), ("save", 3)]
+    last = [("step", 4), ("collect", 4), ("record", 4)]
+    assert killed.seen == [("start", 0), *first, *second, *last, ("end", 0)]
+    run.hooks = [resumed]
+    run.fit()
+    assert resumed.seen[:2] == [("start", 3), ("step", 4)]
+    # The last step is logged, evaluated and saved.
+    ending = ["step", "collect", "record", "record", "save"]
+    assert resumed.seen[-6:] == [*((name, 8) for name in ending), ("end", 0)]
+
+
+def test_hooks_are_ended_although_one_cannot_start(tmp_path: Path) -> None:
+    class Broken(Moments):
+        def start(self, first_step: int) -> None:
+            raise DataError("no such folder")
+
+    run, before, broken, after = Run(tmp_path), Moments(), Broken(), Moments()
+    run.hooks = [before, broken, after]
+    with pytest.raises(DataError, match="no such folder"):
+        run.fit()
+    assert before.seen == [("start", 0), ("end", 0)]
+    assert broken.seen == [("end", 0)]
+    assert after.seen == []
 
 
 def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Samples as files that other tools read: one `.npz`, PNG files, or WebDataset shards.
+"""The `exports` stage: samples as files for other tools: one `.npz`, PNG files, or WebDataset.
 
     samples/exports/<fingerprint>/
       samples.npz                    arr_0 (n, H, W, 3) uint8 and arr_1 (n,) int64 labels, by id
@@ -12,12 +12,11 @@ chunk of samples is in memory at a time, and a killed export goes on at the chun
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
-import json
+import logging
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -28,10 +27,15 @@ from webdataset.writer import TarWriter
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.fingerprint import fingerprint
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.id_ranges import IdRanges
-from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.tokenizer import decode_in_batches, load_tokenizer
+from fqgan_dist.stages.samples import Samples, sample_files
+from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.tokenizer import TrainedTokenizer, decode_in_batches, load_tokenizer
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
+
+logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["npz", "png", "webdataset"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = ("npz", "png", "webdataset")
@@ -39,8 +43,59 @@ NamedSample = tuple[str, NDArray[np.uint8], int]
 """Name, image (H, W, 3) and label."""
 
 NPZ_NAME = "samples.npz"
+_FOLDER = "samples/exports"
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 """The earliest that a zip can hold: equal samples give equal bytes."""
+
+
+class ExportedSamples(StageOutput):
+    """The exported samples of a run."""
+
+    stage = "exports"
+
+    path: str
+    """Where the files are, below the storage root."""
+
+
+class ExportsStage(Stage):
+    """Writes the images of the samples in the format that is asked for."""
+
+    output = ExportedSamples
+    inputs = (TrainedTokenizer, Samples)
+    pool = "samples"
+    records = "one_per_inputs"
+    can_be_taken = False
+
+    @classmethod
+    def is_wanted(cls, config: RunConfig) -> bool:
+        """Only where a format is named."""
+        return config.samples.export != "none"
+
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the files, besides samples and tokenizer."""
+        return {
+            "format": self.context.config.samples.export,
+            "batch_size": self.context.config.evaluation.batch_size,
+        }
+
+    def upstream(self) -> Mapping[str, Any]:
+        """Return the samples and the tokenizer that decodes them."""
+        return {
+            "samples": self.context.read(Samples).fingerprint,
+            "tokenizer": self.context.read(TrainedTokenizer).weights,
+        }
+
+    def has_output(self) -> bool:
+        """Whether any files are there."""
+        return bool(self.context.storage.list(_FOLDER))
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:
+        """Export what is missing."""
+        wanted = self.context.config.samples.export
+        assert wanted != "none", "an export that is not wanted is not run"
+        path = export_samples(self.context, sample_files(self.context), wanted, run_chunks)
+        logger.info("samples as %s: %s", wanted, self.context.storage.uri(path))
+        return StageOutcome(ExportedSamples(path=path))
 
 
 def export_samples(
@@ -87,11 +142,10 @@ class ExportWork(IdRanges):
         self.description = f"exporting samples as {export_format}"
         identity = {
             "samples": samples.fingerprint,
-            "tokenizer": context.require("tokenizer").outputs["weights"],
+            "tokenizer": context.read(TrainedTokenizer).weights,
             "batch_size": context.config.evaluation.batch_size,
         }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        exports = f"samples/exports/{digest[:32]}"
+        exports = f"{_FOLDER}/{fingerprint(identity)}"
         self.folder = exports if export_format == "npz" else f"{exports}/{export_format}"
 
     def is_done(self, chunk: int) -> bool:

@@ -6,13 +6,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.training.micro_batches import Slot, assign_slots, gather_in_order
+from fqgan_dist.loss_group import ALONE
+from fqgan_dist.training.step_layout import Slot, assign_slots, build_step_layout
 from fqgan_dist.world import World
 
 SIZES = st.integers(min_value=1, max_value=40)
 
 
-def assign_all(num_micro_batches: int, world_size: int, size: int = 1) -> list[list[Slot]]:
+def assign_all(num_micro_batches: int, world_size: int, size: int = 1) -> list[tuple[Slot, ...]]:
     return [
         assign_slots(num_micro_batches, World(rank=rank, world_size=world_size), size)
         for rank in range(world_size)
@@ -93,4 +94,11 @@ def test_ranks_that_make_no_whole_groups_are_refused() -> None:
 
 def test_one_process_has_its_rows_in_order_already() -> None:
     rows = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(gather_in_order(rows, 3, World()), rows[:, None])
+    assert torch.equal(build_step_layout(3, World()).gather_in_order(rows), rows[:, None])
+
+
+def test_a_layout_has_its_rank_s_passes_and_their_weights() -> None:
+    layout = build_step_layout(4, World(rank=1, world_size=3))
+    assert layout.loss_group is ALONE
+    assert layout.micro_batches == [1, 1]
+    assert [layout.weight(slot) for slot in layout.slots] == [1 / 4, 0.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +13,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support.stage_records import DATASETS, WEIGHTS, save_stage
 
-from fqgan_dist.chunks import ChunkWork
+from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.config import load_config
 from fqgan_dist.data.tensor_files import TensorFiles
-from fqgan_dist.errors import DataError
-from fqgan_dist.orchestration.driver import run_chunks_here
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.manifest import StageRecord, check_inputs, flatten, save_record
-from fqgan_dist.stages.samples import SamplesStage
-from fqgan_dist.stages.samples_export import EXPORT_FORMATS, ExportFormat, export_samples
+from fqgan_dist.stages.exports import EXPORT_FORMATS, ExportFormat, ExportsStage, export_samples
+from fqgan_dist.stages.run import check_static_inputs, is_stage_done
+from fqgan_dist.stages.samples import Samples, SamplesStage
 from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage_record import StageRecord, record_path, save_record
+from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.world import World
@@ -44,13 +44,13 @@ def context(tmp_path: Path) -> RunContext:
     ]
     config = load_config(TINY, [f"storage.root={tmp_path}", *overrides], RunConfig)
     storage = Storage(tmp_path)
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
     for stage, outputs in (
-        ("tokenizer", {"weights": "t", "step": 1}),
-        ("autoregressive", {"weights": "a", "step": 1}),
-        ("shards", {"train": "d", "val": "v"}),
+        ("shards", DATASETS),
+        ("tokenizer", WEIGHTS),
+        ("autoregressive", WEIGHTS),
     ):
-        record = StageRecord(stage=stage, state="done", inputs={}, outputs=outputs)
-        save_record(storage, record)
+        save_stage(context, stage, outputs)
     torch.manual_seed(0)
     tokenizer = FactorizedTokenizer(config.tokenizer.model)
     with CheckpointStore(storage, "tokenizer/checkpoints").begin_attempt() as attempt:
@@ -62,7 +62,7 @@ def context(tmp_path: Path) -> RunContext:
             config={},
             dataset_id="d" * 64,
         )
-    return RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    return context
 
 
 @pytest.fixture
@@ -80,9 +80,7 @@ def samples(context: RunContext) -> TensorFiles:
 
 
 def export(context: RunContext, samples: TensorFiles, kind: ExportFormat) -> Path:
-    name = export_samples(
-        context, samples, kind, partial(run_chunks_here, observer=LocalObserver())
-    )
+    name = export_samples(context, samples, kind, run_in_processes)
     path = context.storage.local_path(name)
     assert path is not None
     return path
@@ -146,7 +144,7 @@ def test_killed_export_goes_on_at_its_chunk_and_gives_the_same_bytes(
 
     def go_on(work: ChunkWork) -> None:
         done.extend(chunk for chunk in work.chunks() if not work.is_done(chunk))
-        run_chunks_here(work, LocalObserver())
+        run_in_processes(work)
 
     export_samples(context, samples, kind, go_on)
     assert done == [1, 2]
@@ -166,34 +164,50 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def stage_inputs(context: RunContext, export: str) -> dict[str, object]:
+def with_export(context: RunContext, export: str) -> RunContext:
     settings = context.config.samples.model_copy(update={"export": export})
-    config = context.config.model_copy(update={"samples": settings})
-    stage = SamplesStage(
-        RunContext(config=config, storage=context.storage, world=World(), device=context.device)
-    )
-    return flatten({"settings": stage.settings(), "upstream": stage.upstream()})
+    return replace(context, config=context.config.model_copy(update={"samples": settings}))
 
 
-def test_finished_samples_are_extended_by_an_export_and_never_refused_for_one(
-    context: RunContext,
-) -> None:
-    def save(export: str) -> None:
-        record = StageRecord(stage="samples", state="done", inputs=stage_inputs(context, export))
-        save_record(context.storage, record)
+def test_each_format_has_a_record_and_the_samples_know_of_none(context: RunContext) -> None:
+    save_stage(context, "samples", {"fingerprint": "s"})
+    assert not ExportsStage.is_wanted(with_export(context, "none").config)
+    for done in ([], ["npz"], ["npz", "png"]):
+        for export in EXPORT_FORMATS:
+            stage = ExportsStage(with_export(context, export))
+            assert stage.is_wanted(stage.context.config)
+            assert (stage.load_record() is not None) == (export in done)
+            samples = with_export(context, export).find(Samples)
+            assert samples is not None
+            assert samples.fingerprint == "s"
+        save_stage(
+            with_export(context, EXPORT_FORMATS[len(done)]), "exports", {"path": "samples/exports"}
+        )
 
-    def state(export: str) -> str:
-        record = check_inputs(context.storage, "samples", stage_inputs(context, export))
-        assert record is not None
-        return record.state
 
-    save("none")
-    assert state("none") == "done"
-    assert state("npz") == "started"
-    save("npz")
-    assert state("npz") == "done"
-    assert state("none") == "done"
-    assert state("png") == "started"
-    changed = stage_inputs(context, "none") | {"settings.count": 7}
-    with pytest.raises(DataError, match=r"settings\.count: was 5, now 7"):
-        check_inputs(context.storage, "samples", changed)
+def test_samples_of_a_run_whose_record_names_its_exports_are_done(context: RunContext) -> None:
+    """As versions wrote it for which exports were no stage."""
+    inputs = SamplesStage(context).collect_inputs() | {"upstream.exports.npz": True}
+    outputs = {"fingerprint": "s", "exports": {"npz": "samples/exports/x/samples.npz"}}
+    record = StageRecord(stage="samples", state="done", inputs=inputs, outputs=outputs)
+    save_record(context.storage, record_path("samples"), record)
+    assert is_stage_done(SamplesStage(context))
+    samples = context.find(Samples)
+    assert samples is not None
+    assert samples.fingerprint == "s"
+
+
+def test_other_samples_are_another_record_beside_the_first(context: RunContext) -> None:
+    save_stage(context, "samples", {"fingerprint": "five"}, metrics={"samples/count": 5})
+    settings = context.config.samples.model_copy(update={"count": 7})
+    more = replace(context, config=context.config.model_copy(update={"samples": settings}))
+    check_static_inputs(SamplesStage(more))
+    assert not is_stage_done(SamplesStage(more))
+    assert more.find(Samples) is None
+    save_stage(more, "samples", {"fingerprint": "seven"}, metrics={"samples/count": 7})
+    for run, here, other in ((context, 5, 7), (more, 7, 5)):
+        summary = load_summary(run)["samples"]
+        assert summary["metrics"] == {"count": here}
+        (listed,) = summary["others"]
+        assert listed["inputs"] == {"settings.count": other}
+        assert listed["metrics"] == {"samples/count": other}

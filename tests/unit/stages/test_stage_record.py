@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from fqgan_dist.errors import DataError
-from fqgan_dist.stages.manifest import (
+from fqgan_dist.stages.stage_record import (
     StageRecord,
     check_inputs,
     flatten,
+    has_inputs,
     load_record,
+    record_path,
     save_record,
 )
 from fqgan_dist.storage.storage import Storage
@@ -24,6 +26,9 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(tmp_path)
 
 
+PATH = record_path("codes")
+
+
 def inputs(settings: dict[str, Any] = SETTINGS, upstream: dict[str, Any] = UPSTREAM) -> Any:
     return flatten({"settings": settings, "upstream": upstream})
 
@@ -31,7 +36,7 @@ def inputs(settings: dict[str, Any] = SETTINGS, upstream: dict[str, Any] = UPSTR
 def save(storage: Storage, **changes: Any) -> StageRecord:
     values: dict[str, Any] = {"stage": "codes", "state": "done", "inputs": inputs()}
     record = StageRecord.model_validate(values | changes)
-    save_record(storage, record)
+    save_record(storage, PATH, record)
     return record
 
 
@@ -46,23 +51,26 @@ def test_nested_settings_become_dotted_names() -> None:
 
 
 def test_a_stage_that_never_started_has_no_record(storage: Storage) -> None:
-    assert load_record(storage, "codes") is None
-    assert check_inputs(storage, "codes", inputs()) is None
+    assert load_record(storage, PATH) is None
 
 
 def test_a_record_comes_back_as_it_was(storage: Storage) -> None:
     record = save(storage, metrics={"codes/crops": 0.1 + 0.2}, outputs={"train": "x"}, seconds=1.5)
-    loaded = load_record(storage, "codes")
+    loaded = load_record(storage, PATH)
     assert loaded is not None
     assert loaded.metrics == record.metrics
     assert loaded.model_dump(mode="json") == record.model_dump(mode="json")
 
 
+def check(storage: Storage, values: Any, **options: Any) -> StageRecord:
+    record = load_record(storage, PATH)
+    assert record is not None
+    return check_inputs(record, values, source=storage.uri(PATH), **options)
+
+
 def test_a_record_of_the_same_inputs_is_accepted(storage: Storage) -> None:
     save(storage, state="started")
-    record = check_inputs(storage, "codes", inputs())
-    assert record is not None
-    assert record.state == "started"
+    assert check(storage, inputs()).state == "started"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_a_changed_input_is_refused_and_named(
 ) -> None:
     save(storage)
     with pytest.raises(DataError, match=message) as caught:
-        check_inputs(storage, "codes", inputs(settings))
+        check(storage, inputs(settings))
     assert "stage 'codes' was made from other inputs" in str(caught.value)
     assert "Use another storage.root, or the former settings" in str(caught.value)
 
@@ -92,7 +100,7 @@ def test_every_change_is_named(storage: Storage) -> None:
     save(storage)
     changed = inputs(SETTINGS | {"lr": 0.2}, {"shards": {"train": "xyz"}})
     with pytest.raises(DataError) as caught:
-        check_inputs(storage, "codes", changed)
+        check(storage, changed)
     assert "settings.lr: was 0.1, now 0.2" in str(caught.value)
     assert "upstream.shards.train: was 'abc', now 'xyz'" in str(caught.value)
     assert "width" not in str(caught.value)
@@ -101,13 +109,46 @@ def test_every_change_is_named(storage: Storage) -> None:
 def test_groups_that_are_not_known_yet_are_not_compared(storage: Storage) -> None:
     # Settings are compared before any stage runs, when nothing upstream may exist.
     save(storage)
-    assert check_inputs(storage, "codes", flatten({"settings": SETTINGS})) is not None
+    assert check(storage, flatten({"settings": SETTINGS})).state == "done"
     with pytest.raises(DataError, match=r"settings\.lr"):
-        check_inputs(storage, "codes", flatten({"settings": SETTINGS | {"lr": 1.0}}))
+        check(storage, flatten({"settings": SETTINGS | {"lr": 1.0}}))
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b'{"stage": "codes"}', b'{"state": "gone"}'])
 def test_a_damaged_record_is_named(storage: Storage, data: bytes) -> None:
     storage.write_bytes("manifests/codes.json", data)
     with pytest.raises(DataError, match=r"manifests/codes\.json: not a stage record"):
-        check_inputs(storage, "codes", inputs())
+        load_record(storage, PATH)
+
+
+def test_a_number_that_may_grow_continues_the_stage_and_is_remembered(storage: Storage) -> None:
+    save(storage, inputs=inputs({"steps": 6, "lr": 0.1}))
+    growing = {"settings.steps"}
+    grown = check(storage, inputs({"steps": 8, "lr": 0.1}), growing=growing)
+    assert grown.state == "started"
+    assert grown.history == {"settings.steps": [6]}
+    save_record(storage, PATH, grown.model_copy(update={"inputs": inputs({"steps": 8, "lr": 0.1})}))
+    again = check(storage, inputs({"steps": 9, "lr": 0.1}), growing=growing)
+    assert again.history == {"settings.steps": [6, 8]}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 5, "lr": 0.1}, {"steps": 8, "lr": 0.2}])
+def test_a_number_that_shrinks_or_another_change_is_refused(
+    storage: Storage, settings: dict[str, Any]
+) -> None:
+    save(storage, inputs=inputs({"steps": 6, "lr": 0.1}))
+    with pytest.raises(DataError, match="was made from other inputs"):
+        check(storage, inputs(settings), growing={"settings.steps"})
+    with pytest.raises(DataError, match=r"settings\.steps: was 6, now 8"):
+        check(storage, inputs({"steps": 8, "lr": 0.1}))  # not one that may grow
+
+
+def test_inputs_are_compared_as_they_are_stored_less_exports_of_former_versions(
+    storage: Storage,
+) -> None:
+    save(storage, inputs=inputs() | {"upstream.exports.npz": True})
+    record = load_record(storage, PATH)
+    assert record is not None
+    assert has_inputs(record, inputs())
+    assert not has_inputs(record, inputs(SETTINGS | {"lr": 0.2}))
+    assert not has_inputs(record, inputs() | {"upstream.more": 1})

@@ -1,0 +1,24 @@
+"""Which device a process computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.world import World
+
+
+def select_device(name: str, world: World) -> torch.device:
+    """Choose the device of a process.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: 'cuda', but torch sees no GPU in this process; use device=auto or device=cpu, "
+            "or on a cluster reserve GPUs (ray.train.gpus, ray.pools.<stage>.gpus)"
+        )
+    return torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)

@@ -1,0 +1,90 @@
+"""Run the stages of a pipeline in order, skipping what is done, wherever each of them runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fqgan_dist.chunks import run_in_processes
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.preflight import check_run
+from fqgan_dist.stages.run import (
+    check_static_inputs,
+    is_stage_done,
+    open_run,
+    run_stage,
+    write_run_files,
+    write_summary,
+)
+from fqgan_dist.stages.stage import RunContext, Stage, build_stages
+from fqgan_dist.stages.summary import Summary, load_summary
+from fqgan_dist.telemetry.progress import render_summary
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+RunStage = Callable[[Stage], None]
+"""Runs one stage that is not done."""
+
+
+def open_checked_run(config: RunConfig, *, device: torch.device | None = None) -> RunContext:
+    """Open a run and check all that can be checked before anything starts.
+
+    Args:
+        config: the run's settings.
+        device: of this process; None takes the configured one.
+
+    Raises:
+        FqganError: settings, files or records of the run contradict each other.
+    """
+    context = open_run(config, World(), device=device)
+    check_run(context)
+    for stage in build_stages(context):
+        # Also of stages that are not run now: their settings are part of what the others read.
+        check_static_inputs(stage)
+    return context
+
+
+def run_stages(
+    context: RunContext,
+    run_one: RunStage,
+    *,
+    note_skipped: Callable[[Stage], None] = lambda _: None,
+) -> None:
+    """Run the configured stages in order, and say so when there was nothing to do.
+
+    Args:
+        context: the run.
+        run_one: runs a stage that is not done.
+        note_skipped: is told of each that is.
+    """
+    has_run = False
+    for stage in build_stages(context):
+        if stage.name not in context.config.stages or not stage.is_wanted(context.config):
+            continue
+        if is_stage_done(stage):
+            logger.info("%s: already done from the same inputs, skipped", stage.name)
+            note_skipped(stage)
+            continue
+        if not has_run:
+            write_run_files(context)
+        has_run = True
+        run_one(stage)
+        write_summary(context)
+    if not has_run:
+        logger.info("nothing to do: every stage of this run is done already")
+
+
+def run_stage_here(stage: Stage) -> None:
+    """Run a stage in this process."""
+    run_stage(stage, partial(run_in_processes, observer=stage.context.observer))
+
+
+def finish(context: RunContext) -> Summary:
+    """Show and return the summary of a run."""
+    summary = load_summary(context)
+    logger.info("summary of %s\n%s", context.storage.root, render_summary(summary))
+    return summary

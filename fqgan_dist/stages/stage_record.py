@@ -1,0 +1,157 @@
+"""The record of a stage: what it was made from, and, written last, what it made.
+
+    manifests/<stage>.json                   of a stage with one record per run
+    manifests/<stage>/<fingerprint>.json     of a stage with one for each set of inputs
+
+A stage whose record is done for the same inputs is skipped; so submitting the same job again is how
+a run resumes (design.md section 1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fqgan_dist.config import Config
+from fqgan_dist.errors import DataError
+from fqgan_dist.storage.storage import Storage
+
+FOLDER = "manifests"
+
+# Records of runs that were begun before exports were a stage name them here.
+_FORMER_INPUTS = "upstream.exports."
+
+
+class StageRecord(Config):
+    """State, inputs and results of one stage of a run."""
+
+    stage: str
+    """Name of the stage."""
+    state: Literal["started", "done"]
+    """`done` only when every output is in storage."""
+    inputs: dict[str, Any]
+    """Settings and ids of upstream outputs, flattened to dotted names."""
+    outputs: dict[str, Any] = Field(default_factory=dict)
+    """Ids and places of what the stage made."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    """Results for the summary; equal to the bit for equal inputs."""
+    seconds: float = 0.0
+    """Wall time of the session that finished the stage."""
+    history: dict[str, list[Any]] = Field(default_factory=dict)
+    """Former values, oldest first, of inputs that have grown since the stage was first made."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage has finished."""
+        return self.state == "done"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def record_path(stage: str, fingerprint: str | None = None) -> str:
+    """Name a record; one of several of its stage by the fingerprint of its inputs."""
+    return (
+        f"{FOLDER}/{stage}.json" if fingerprint is None else f"{FOLDER}/{stage}/{fingerprint}.json"
+    )
+
+
+def load_record(storage: Storage, path: str) -> StageRecord | None:
+    """Read a record, None if there is none.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return StageRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(f"{storage.uri(path)}: not a stage record: {error}") from error
+
+
+def save_record(storage: Storage, path: str, record: StageRecord) -> None:
+    """Replace a record."""
+    text = json.dumps(record.model_dump(mode="json"), indent=1)
+    storage.write_bytes(path, text.encode())
+
+
+def has_inputs(record: StageRecord, inputs: Mapping[str, Any]) -> bool:
+    """Whether a record was made from these inputs, flattened."""
+    known = {
+        name: value for name, value in record.inputs.items() if not name.startswith(_FORMER_INPUTS)
+    }
+    return known == _as_stored(inputs)
+
+
+def check_inputs(
+    record: StageRecord,
+    inputs: Mapping[str, Any],
+    *,
+    source: str,
+    growing: Collection[str] = (),
+) -> StageRecord:
+    """Compare inputs with those of a record.
+
+    Args:
+        record: of the stage.
+        inputs: flattened; groups (first part of the name) that are absent here are not compared.
+        source: where the record is, for messages.
+        growing: names of numbers that may have grown since, such as the steps of a training.
+
+    Returns:
+        The record; where a number has grown it is not done, and its history has the former one.
+
+    Raises:
+        DataError: an input changed; every change is listed.
+    """
+    current = _as_stored(inputs)
+    grown = {
+        name
+        for name in growing
+        if name in current and name in record.inputs and current[name] > record.inputs[name]
+    }
+    groups = {name.split(".")[0] for name in current}
+    former = {name: value for name, value in record.inputs.items() if name.split(".")[0] in groups}
+    changes = [
+        _describe_change(name, former, current)
+        for name in sorted(former.keys() | current.keys())
+        if name not in grown and not _is_equal(name, former, current)
+    ]
+    if changes:
+        raise DataError(
+            f"{source}: stage {record.stage!r} was made from other inputs:\n  "
+            + "\n  ".join(changes)
+            + "\nUse another storage.root, or the former settings"
+        )
+    if not grown:
+        return record
+    history = {name: [*record.history.get(name, []), record.inputs[name]] for name in sorted(grown)}
+    return record.model_copy(update={"state": "started", "history": record.history | history})
+
+
+def _is_equal(name: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    return name in former and name in current and former[name] == current[name]
+
+
+def _describe_change(name: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    if name not in former:
+        return f"{name}: new, now {current[name]!r}"
+    now = repr(current[name]) if name in current else "absent"
+    return f"{name}: was {former[name]!r}, now {now}"
+
+
+def _as_stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give inputs as JSON keeps them: tuples are lists."""
+    return json.loads(json.dumps(dict(inputs)))

@@ -1,0 +1,105 @@
+"""What the stages that train have in common."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fqgan_dist.chunks import RunChunks
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.stage import Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.training import Loader, hash_weights, run_training
+from fqgan_dist.stages.training_task import TrainingTask
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.step_layout import assign_slots
+from fqgan_dist.training.trainer import TrainingResult
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedWeights(StageOutput):
+    """What a training hands on."""
+
+    step: int
+    """Optimizer steps done; the checkpoint of this step holds the weights."""
+    weights: str
+    """Digest of the weights, equal for equal runs."""
+
+
+class TrainingStage(Stage):
+    """Base of the stages that train a task on the train workers; the output is `TrainedWeights`."""
+
+    runs_in = "train_workers"
+    growing = frozenset({"settings.training.steps"})
+
+    @classmethod
+    @abstractmethod
+    def training(cls, config: RunConfig) -> TrainingConfig:
+        """Return its settings that all trainings share."""
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, config: RunConfig) -> Mapping[str, Any]:
+        """Return what `--dry-run` says of it: parameters, memory, steps; JSON-able."""
+
+    @abstractmethod
+    def build_task(self) -> TrainingTask[Any, Any]:
+        """Build models, engines and losses."""
+
+    @abstractmethod
+    def build_loader(self) -> Loader[Any]:
+        """Build what loads the training data."""
+
+    @abstractmethod
+    def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
+        """Choose the metrics of the summary."""
+
+    @classmethod
+    def find_rank_problems(cls, config: RunConfig, world_size: int) -> Iterator[str]:
+        """Say whether a number of ranks cannot share a step."""
+        training = cls.training(config)
+        try:
+            assign_slots(
+                training.micro_batches_per_step,
+                World(world_size=world_size),
+                training.ranks_per_micro_batch,
+            )
+        except ConfigError as error:
+            yield f"{cls.name}.{error}"
+
+    def has_output(self) -> bool:
+        """Whether there is a checkpoint; a log of attempts alone is none."""
+        names = self.context.storage.list(f"{self.name}/checkpoints")
+        return any(name.startswith("step-") for name in names)
+
+    def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
+        """Train to the last step."""
+        context = self.context
+        training = self.training(context.config)
+        self._warn_of_other_schedule(training)
+        result = run_training(context, self.build_task(), self.build_loader())
+        metrics = self.summarize(result)
+        if not context.world.is_main:  # it writes no record, for which the checkpoint is read
+            return StageOutcome(None, metrics)
+        digest = hash_weights(context, self.name, training, result.step)
+        output = self.output.model_validate({"step": result.step, "weights": digest})
+        return StageOutcome(output, metrics)
+
+    def _warn_of_other_schedule(self, training: TrainingConfig) -> None:
+        """Say that a longer training is not the one that it would have been from the start."""
+        record = self.load_record()
+        if record is None or not record.history or training.schedule.kind == "constant":
+            return
+        lengths = [*record.history["settings.training.steps"], training.steps]
+        logger.warning(
+            "%s: trained over %s steps in turn with a %s schedule, which depends on their number: "
+            "the result is not that of %d steps from the start, and its record says so",
+            self.name,
+            ", then ".join(map(str, lengths)),
+            training.schedule.kind,
+            training.steps,
+        )

@@ -1,0 +1,29 @@
+"""Settings of what a run tells of itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from fqgan_dist.config import Config
+
+SinkName = Literal["tensorboard", "wandb", "mlflow"]
+"""Sinks that may be asked for: each is the module of that name in `telemetry/sinks/`, and where it
+needs a package that the project does not, an extra of that name."""
+
+
+class TelemetryConfig(Config):
+    """Where a training's metrics go; `metrics.jsonl` is always written."""
+
+    sinks: tuple[SinkName, ...] = ("tensorboard",)
+    """Services that are given every record too. Where theirs is and who may write there, `wandb`
+    and `mlflow` read from their own environment variables. One that fails is left out; training
+    goes on."""
+
+    @model_validator(mode="after")
+    def _check_sinks(self) -> TelemetryConfig:
+        twice = sorted({name for name in self.sinks if self.sinks.count(name) > 1})
+        if twice:
+            raise ValueError(f"sinks: {', '.join(twice)} is named twice; name each once")
+        return self
