@@ -22,6 +22,7 @@ settings.load_profile("project")
 _TESTS_DIR = Path(__file__).resolve().parent
 if str(_TESTS_DIR) not in sys.path:
     sys.path.insert(0, str(_TESTS_DIR))  # for `support`, under any import mode
+pytest.register_assert_rewrite("support.storage_contract")  # its tests say what differs, as others
 
 _DATA_VARIABLE = "FQGAN_TEST_DATA"
 _MISSING_DATA = f"no real images: set {_DATA_VARIABLE} to the folder of test data"

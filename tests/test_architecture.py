@@ -18,6 +18,7 @@ import pytest
 
 from fqgan_dist.config import load_config
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.storage import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fqgan_dist", "data_tools")
@@ -27,6 +28,7 @@ BASE, SETTINGS, STORAGE, WEIGHTS, SIBLING, WORK, USER, STAGES, REPORT, TOP = ran
 LEVELS = {
     "fqgan_dist": BASE,
     "config": BASE,
+    "credentials": BASE,
     "devices": BASE,
     "errors": BASE,
     "fingerprint": BASE,
@@ -60,8 +62,8 @@ Base and top modules may import each other within their level, and so may the se
 `config` module of each package, which knows base and settings only, not even its own package.
 """
 
-LIGHT_MODULES = {"fqgan_dist.stages.catalog"}
-"""What settings are made of besides the packages' `config` modules: it counts as settings too."""
+LIGHT_MODULES = {"fqgan_dist.stages.catalog", "fqgan_dist.storage.names"}
+"""What settings are made of besides the packages' `config` modules: they count as settings too."""
 
 ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.engines"}
 """Commands, and what starts their processes: they count as top wherever they lie."""
@@ -78,6 +80,16 @@ HOMES = {
     "mlflow": ("fqgan_dist.telemetry.sinks.mlflow",),
 }
 """Package -> the only modules (and their submodules) that may import it."""
+
+
+SCHEME_HOME = "fqgan_dist.storage"
+"""The only package that may ask for the scheme of a URI; its `names` answer everybody else."""
+
+TEXT_TESTS = {
+    "startswith", "endswith", "removeprefix", "removesuffix", "split", "rsplit", "partition",
+    "rpartition", "find", "rfind", "index", "rindex", "count", "replace",
+    "match", "fullmatch", "search", "compile",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,13 +258,14 @@ def test_the_search_finds_a_circle_through_a_late_import() -> None:
         ("fqgan_dist.config", "from fqgan_dist.storage.storage import Storage"),
         ("fqgan_dist.config", "from fqgan_dist.data.config import DataConfig"),
         ("fqgan_dist.storage.storage", "from fqgan_dist.data.index import DatasetIndex"),
-        ("fqgan_dist.storage.storage", "from fqgan_dist.weights.staging import bring_file"),
+        ("fqgan_dist.storage.storage", "from fqgan_dist.weights.staging import resolve_weights"),
         ("fqgan_dist.data.config", "from fqgan_dist.data.views import num_views"),
         ("fqgan_dist.stages.config", "from fqgan_dist.stages.stage import Stage"),
         ("fqgan_dist.teachers.config", "from fqgan_dist.weights.files import save_safetensors"),
         ("fqgan_dist.telemetry.observer", "from fqgan_dist.chunks import ChunkWork"),
         ("fqgan_dist.chunks", "from fqgan_dist.sharding.tasks import ShardWork"),
         ("fqgan_dist.stages.codes", "from fqgan_dist.training import run"),
+        ("fqgan_dist.storage.names", "from fqgan_dist.weights.files import save_safetensors"),
     ],
 )
 def test_the_table_forbids(module: str, source: str) -> None:
@@ -276,6 +289,7 @@ def test_the_table_forbids(module: str, source: str) -> None:
         ("fqgan_dist.stages.placement", "from fqgan_dist.orchestration.config import PoolConfig"),
         ("fqgan_dist.chunks", "from fqgan_dist.telemetry.observer import Observer"),
         ("fqgan_dist.sharding.tasks", "from fqgan_dist.chunks import ProcessLocalCaches"),
+        ("fqgan_dist.weights.config", "from fqgan_dist.storage.names import is_remote"),
         ("fqgan_dist.cli", "from fqgan_dist.orchestration import driver"),
         ("fqgan_dist.world", "from fqgan_dist import __version__"),
     ],
@@ -284,6 +298,77 @@ def test_the_table_allows(module: str, source: str) -> None:
     found = list(find_imports(module, source))
     assert found
     assert all(map(is_allowed, found))
+
+
+def find_scheme_tests(module: str, source: str) -> Iterator[str]:
+    """Find comparisons, patterns and calls of string methods that name the scheme of a URI."""
+    if is_inside(module, SCHEME_HOME):
+        return
+    for node in ast.walk(ast.parse(source)):
+        asked: list[ast.expr] = []
+        match node:
+            case ast.Compare(left=left, comparators=others):
+                asked = [left, *others]
+            case ast.Call(func=ast.Attribute(attr=method), args=args) if method in TEXT_TESTS:
+                asked = args
+            case ast.MatchValue(value=value):
+                asked = [value]
+        for text in (text for each in asked for text in find_texts(each)):
+            if "://" in text or text.rstrip(":/") in BACKENDS:
+                yield f"{module}:{getattr(node, 'lineno', 0)} looks at a URI's scheme: {text!r}"
+
+
+def find_texts(node: ast.expr) -> Iterator[str]:
+    """Find the texts that an expression stands for, those in tuples and f-strings included."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+            yield from (text for part in parts for text in find_texts(part))
+        case ast.JoinedStr(values=parts):
+            yield from (text for part in parts for text in find_texts(part))
+
+
+def test_only_the_storage_room_asks_for_schemes() -> None:
+    found = [
+        each
+        for module, path in find_modules().items()
+        for each in find_scheme_tests(module, path.read_text(encoding="utf-8"))
+        if module != "fqgan_dist.credentials"  # hides passwords in any text, URI or not
+    ]
+    assert not found, "ask fqgan_dist.storage.names instead:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "is_remote = '://' in source",
+        "if root.startswith('s3://'): pass",
+        "if root.startswith(('/', 's3://')): pass",
+        "scheme, _, rest = uri.partition('://')",
+        "bucket = uri.removeprefix(f's3://{owner}/')",
+        "if folder in ('s3:', 's3:/'): pass",
+        "if urlsplit(uri).scheme == 's3': pass",
+        "if re.match('[a-z]+://', uri): pass",
+        "match urlsplit(uri).scheme:\n    case 's3': pass",
+    ],
+)
+def test_the_search_finds_questions_for_schemes(source: str) -> None:
+    assert list(find_scheme_tests("fqgan_dist.stages.codes", source))
+    assert not list(find_scheme_tests("fqgan_dist.storage.names", source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ConfigError(f'{root}: expected a path or s3://bucket/prefix')",
+        "storage = Storage(f's3://{bucket}')",
+        "if reference.startswith('adm:') or '/' in name: pass",
+        "is_remote = names.is_remote(source)",
+    ],
+)
+def test_the_search_leaves_other_texts_alone(source: str) -> None:
+    assert not list(find_scheme_tests("fqgan_dist.stages.codes", source))
 
 
 IMPORT_ALL = """

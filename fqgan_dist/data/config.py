@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import is_remote
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 """The source that needs no files: crops of a dozen photographs that scikit-image carries."""
@@ -68,7 +69,7 @@ class ShardCacheConfig(Config):
     @field_validator("folder", mode="before")
     @classmethod
     def _check_folder(cls, folder: object) -> object:
-        if isinstance(folder, str) and "://" in folder:
+        if isinstance(folder, str) and is_remote(folder):
             raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
         return folder
 

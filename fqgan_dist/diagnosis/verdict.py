@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fqgan_dist.diagnosis.credentials import scrub
+from fqgan_dist.credentials import scrub
 
 Status = Literal["ok", "warning", "failed"]
 

@@ -16,7 +16,7 @@ from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, NeededWeights
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.storage import locate_file
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig
 from fqgan_dist.tokenizer.config import PerceptualConfig
 
@@ -61,7 +61,7 @@ def judge_hub(field: str, state: HubState) -> Verdict:
 
 def check_file(field: str, source: str, sha256: str | None) -> Verdict:
     """Look for a safetensors file, read its header, and compare its sha256 where one is given."""
-    folder, name = _split(source)
+    folder, name = locate_file(source)
     try:
         size = folder.size(name)
         with folder.open_read(name) as file:
@@ -80,14 +80,6 @@ def check_file(field: str, source: str, sha256: str | None) -> Verdict:
         finding = f"{source}: sha256 is {found}, expected {sha256}"
         return failed(field, finding, "fetch the file again, or correct sha256")
     return ok(field, f"{source}: {size / 2**20:,.1f} MiB, sha256 as given")
-
-
-def _split(source: str) -> tuple[Storage, str]:
-    if "://" in source:
-        folder, _, name = source.rpartition("/")
-        return Storage(folder), name
-    path = Path(source).absolute()
-    return Storage(path.parent), path.name
 
 
 def _find_damage(file: BinaryIO, size: int) -> str | None:

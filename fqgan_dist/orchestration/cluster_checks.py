@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from fqgan_dist.diagnosis.credentials import scrub
+from fqgan_dist.credentials import scrub
 from fqgan_dist.diagnosis.node_checks import diagnose_node
 from fqgan_dist.diagnosis.results import CLUSTER, RAY
 from fqgan_dist.diagnosis.verdict import Check, Verdict, failed, judge, ok, run_checks, warning

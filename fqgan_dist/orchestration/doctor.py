@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
+from fqgan_dist.credentials import scrub
 from fqgan_dist.diagnosis.connections import explain_silence
-from fqgan_dist.diagnosis.credentials import scrub
 from fqgan_dist.diagnosis.node_checks import diagnose_node
 from fqgan_dist.diagnosis.results import CLUSTER, RAY, THIS_MACHINE, Diagnosis
 from fqgan_dist.diagnosis.verdict import failed

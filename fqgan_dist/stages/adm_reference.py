@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.evaluation.inception import FEATURE_DIM
 from fqgan_dist.evaluation.moments import load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.storage import locate_file
 
 FIELD = "evaluation.adm_reference"
 _BLOCK_BYTES = 1 << 24
@@ -73,15 +72,10 @@ def describe_missing(source: str) -> str:
 
 @contextmanager
 def _open(source: str) -> Iterator[BinaryIO]:
-    folder, name = source.rsplit("/", 1) if "://" in source else _split(source)
+    folder, name = locate_file(source)
     try:
-        file = Storage(folder).open_read(name)
+        file = folder.open_read(name)
     except FileNotFoundError as error:
         raise ConfigError(describe_missing(source)) from error
     with file:
         yield file
-
-
-def _split(source: str) -> tuple[Path, str]:
-    path = Path(source).absolute()
-    return path.parent, path.name

@@ -21,7 +21,7 @@ from torch import Tensor
 from fqgan_dist.autoregressive import published as published_autoregressive
 from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
@@ -204,8 +204,7 @@ def _check_file(target: CheckpointTarget) -> tuple[Storage, str]:
         raise ConfigError(
             f"to: {target.to!r} does not end in {suffix}, as files of format={target.format} do"
         )
-    head, _, name = target.to.rpartition("/")
-    folder = Storage(head or ("/" if target.to.startswith("/") else "."))
+    folder, name = locate_file(target.to)
     for each in (name, _description_name(name)):
         if folder.exists(each):
             raise ConfigError(f"to: {folder.uri(each)} is there already; name another file")

@@ -23,6 +23,7 @@ from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
+from fqgan_dist.storage.names import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class ShardsStage(Stage):
         """Look for local sources."""
         for field in ("source", "validation_source"):
             source = getattr(config.data, field)
-            if source in (None, BUILTIN_PHOTOGRAPHS) or "://" in source:
+            if source in (None, BUILTIN_PHOTOGRAPHS) or is_remote(source):
                 continue
             if not source_exists(source):
                 yield (

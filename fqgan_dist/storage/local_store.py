@@ -67,7 +67,7 @@ class LocalBackend:
                     progress(len(data))
             return file.sha256, size
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace a file."""
         self._replace(uri, [data])
 
@@ -89,18 +89,23 @@ class LocalBackend:
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
         """List the files below a folder as a bucket would: relative names and sizes, by bytes."""
-        if os.path.isdir(uri):
+        try:
+            # Not `isdir`: it takes a folder that may not be entered for one that is not there.
+            is_folder = stat.S_ISDIR(os.stat(uri).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if is_folder:
             yield from _walk(uri, "", ())
 
     def delete(self, uri: str) -> None:
         """Remove a file if it is there."""
         try:
             os.unlink(uri)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return  # a folder is no object
         _sync_directory(os.path.dirname(uri))
 
-    def _replace(self, uri: str, chunks: Iterable[bytes]) -> None:
+    def _replace(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
         with _temporary_file(uri, chunks) as temporary:
             os.replace(temporary, uri)
         _sync_directory(os.path.dirname(uri))
@@ -134,20 +139,23 @@ def _no_object(uri: str) -> FileNotFoundError:
 
 
 @contextmanager
-def _temporary_file(uri: str, chunks: Iterable[bytes]) -> Iterator[str]:
+def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]:
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     _make_directory(folder)
-    temporary = os.path.join(folder, f".{name[:100]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
+    # In the same folder: neither a rename nor a link crosses file systems. A name has 255 bytes at
+    # most: 42 of ours, and 50 characters of four.
+    temporary = os.path.join(folder, f".{name[:50]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
+            # Else the new name may survive a power cut, and the bytes not.
             os.fsync(file.fileno())
         yield temporary
     finally:
-        if os.path.lexists(temporary):
+        if os.path.lexists(temporary):  # a rename took it away, a link did not
             os.unlink(temporary)
 
 
@@ -163,6 +171,7 @@ def _make_directory(folder: str) -> None:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: a file is where a folder should be; remove it") from error
         return  # another process was first
+    # A folder's name is an entry of its parent, and is lost with it.
     _sync_directory(parent)
 
 

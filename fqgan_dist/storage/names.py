@@ -1,26 +1,36 @@
-"""Names of storage roots and objects, checked before anything is opened."""
+"""Names of storage roots and objects, checked before anything is opened.
+
+What can be seen of a URI is asked here, and which schemes there are in `storage.BACKENDS`: no other
+module looks for one. This one imports no store, so that settings can ask it too.
+"""
 
 from __future__ import annotations
 
-import os
+from urllib.parse import urlsplit
 
 from fqgan_dist.errors import ConfigError
 
 
-def check_root(root: str) -> str:
-    """Return a root in its one form: an absolute path, or `s3://bucket/prefix`.
+def find_scheme(uri: str) -> str | None:
+    """Return what stands before `://`; None for a path of this machine."""
+    scheme, mark, _ = uri.partition("://")
+    return scheme if mark else None
 
-    Raises:
-        ConfigError: another scheme, an S3 URI without a bucket, or one with credentials.
-    """
-    if root.startswith("s3://"):
-        return _check_bucket_root(root)
-    if "://" in root:
-        scheme = root.partition("://")[0]
-        raise ConfigError(
-            f"storage root {scheme}://...: unknown scheme; expected a path or s3://bucket/prefix"
-        )
-    return os.path.abspath(root)
+
+def is_remote(uri: str) -> bool:
+    """Whether a root, file or source is named by a URI of any scheme, not by a path."""
+    return find_scheme(uri) is not None
+
+
+def holds_credentials(uri: str) -> bool:
+    """Whether a URI says who is asking; then it must not be repeated in a message."""
+    return "@" in urlsplit(uri).netloc
+
+
+def split_bucket(uri: str) -> tuple[str, str]:
+    """Split `scheme://bucket/key` into bucket and key; either may be empty."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
 
 
 def check_relative_path(path: str) -> str:
@@ -36,23 +46,34 @@ def check_relative_path(path: str) -> str:
     return path
 
 
-def _check_bucket_root(uri: str) -> str:
-    bucket = uri.removeprefix("s3://").partition("/")[0]
+def check_bucket_root(uri: str, *, credentials_advice: str) -> str:
+    """Return a URI in its one form, `scheme://bucket/prefix` without a slash at its end.
+
+    Args:
+        uri: of any scheme that there is.
+        credentials_advice: where credentials are given instead, for the error.
+
+    Raises:
+        ConfigError: it names no bucket, or holds credentials, a port, or what is no prefix.
+    """
+    form = f"{find_scheme(uri)}://bucket/prefix"
+    bucket, key = split_bucket(uri)
     if "@" in bucket or ":" in bucket:
         # The value is not repeated: it may be a secret.
         raise ConfigError(
-            "storage root s3://...: credentials or a port in the URI; expected s3://bucket/prefix, "
-            "with credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws, or an "
-            "instance role) and the server in AWS_ENDPOINT_URL"
+            f"storage root {find_scheme(uri)}://...: credentials or a port in the URI; expected "
+            f"{form}, with {credentials_advice}"
         )
     if not bucket:
-        raise ConfigError(f"storage root {uri!r}: names no bucket; expected s3://bucket/prefix")
-    root = uri.rstrip("/")
-    prefix = root.removeprefix(f"s3://{bucket}").removeprefix("/")
+        raise ConfigError(f"storage root {uri!r}: names no bucket; expected {form}")
     if "?" in uri or "#" in uri:
-        raise ConfigError(
-            f"storage root {uri!r}: '?' and '#' are not allowed in s3://bucket/prefix"
-        )
-    if prefix:
-        check_relative_path(prefix)
-    return root
+        raise ConfigError(f"storage root {uri!r}: '?' and '#' are not allowed in {form}")
+    if prefix := key.rstrip("/"):
+        try:
+            check_relative_path(prefix)
+        except ValueError as error:
+            raise ConfigError(
+                f"storage root {uri!r}: the prefix has an empty, '.' or '..' part, or a backslash; "
+                f"expected {form}"
+            ) from error
+    return uri.rstrip("/")

@@ -91,11 +91,12 @@ class ObjectStream(io.RawIOBase):
 
     def _find_block(self) -> _Block:
         """Give the block at the position; ask for it and for those that come next."""
+        # Within what was asked for, its end included, is reading on; anything else is a seek.
         if not self._blocks or not self._blocks[0].start <= self._position <= self._asked_to:
             self._forget_blocks()
         while self._blocks and self._blocks[0].end <= self._position:
             self._blocks.popleft()
-            self._num_blocks = _MAX_BLOCKS
+            self._num_blocks = _MAX_BLOCKS  # it was read to its end: reading in order pays now
         while len(self._blocks) < self._num_blocks and self._asked_to < self._size:
             end = min(self._asked_to + self._block_bytes, self._size)
             data = self._read_range(self._asked_to, end - self._asked_to)

@@ -64,6 +64,7 @@ class RequestRetries:
         now = time.monotonic()
         with self._lock:
             self.num_retries += 1
+            # A store that throttles answers thousands of requests like this.
             if self._logged_at is not None and now - self._logged_at < _LOG_EVERY_S:
                 return
             count = self.num_retries - self._num_logged

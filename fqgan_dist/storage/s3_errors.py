@@ -173,6 +173,7 @@ def explain(uri: str, error: RequestError) -> Exception:
     if error.code in _FAULTS:
         reason, change = _FAULTS[error.code]
         return DataError(f"{uri}: cannot be read or written ({error.code}: {reason}); {change}")
+    # After the faults: those come with a 403 too.
     if error.code in _REFUSALS or error.status in (401, 403):
         reason, change = _REFUSALS.get(error.code, ("the server refuses it", _RIGHTS))
         return DataError(f"{uri}: access is refused ({error.code}: {reason}); {change}")

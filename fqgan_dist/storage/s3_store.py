@@ -20,10 +20,11 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, ParamSpec, TypeVar, cast
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import TargetFile, create_target
+from fqgan_dist.storage.names import split_bucket
 from fqgan_dist.storage.object_stream import ObjectStream
 from fqgan_dist.storage.retries import RequestRetries
 from fqgan_dist.storage.s3_connection import as_request_error, client_errors, connect
@@ -69,6 +70,11 @@ class _Span:
 class S3Backend:
     """Objects of buckets, by `s3://` URIs. Safe to use from several threads; one per process."""
 
+    credentials_advice: ClassVar[str] = (
+        "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws, or an instance "
+        "role) and the server in AWS_ENDPOINT_URL"
+    )
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connection: Any = None
@@ -112,10 +118,10 @@ class S3Backend:
             self._run(uri, self._download, span, file, progress)
             return file.sha256, span.total
 
-    def write(self, uri: str, data: bytes) -> None:
+    def write(self, uri: str, data: bytes | memoryview) -> None:
         """Replace an object."""
         if len(data) < _MULTIPART_FROM_BYTES:
-            self._run(uri, self._call, "put_object", uri, Body=data)
+            self._run(uri, self._call, "put_object", uri, Body=bytes(data))
         else:
             view = memoryview(data)
             self._run(uri, self._upload, uri, len(data), lambda start, end: bytes(view[start:end]))
@@ -253,7 +259,7 @@ class S3Backend:
         self, span: _Span, answered: asyncio.Event | None
     ) -> AsyncGenerator[bytes, None]:
         """Make one request for the rest of a range; the taker of the pieces moves its position."""
-        bucket, key = _split_uri(span.uri)
+        bucket, key = split_bucket(span.uri)
         version = {"IfMatch": span.etag} if span.etag else {}
         byte_range = f"bytes={span.position}-{span.end - 1}"
         try:
@@ -271,7 +277,7 @@ class S3Backend:
             async with answer["Body"] as body:
                 while span.position < span.end:
                     piece = await body.read(min(_PIECE_BYTES, span.end - span.position))
-                    if not piece:
+                    if not piece:  # the body ended as announced, but short of the range
                         raise RequestError("broken", "fewer bytes came than were asked for")
                     yield piece
         except client_errors() as error:
@@ -310,7 +316,7 @@ class S3Backend:
     # Writing and listing
 
     async def _call(self, method: str, uri: str, **parameters: Any) -> Any:
-        bucket, key = _split_uri(uri)
+        bucket, key = split_bucket(uri)
         return await self._request(method, Bucket=bucket, Key=key, **parameters)
 
     async def _request(self, method: str, **parameters: Any) -> Any:
@@ -337,7 +343,7 @@ class S3Backend:
         """Write an object in parts; it appears when all of them are there."""
         mark = uuid.uuid4().hex
         upload = await self._call("create_multipart_upload", uri, Metadata={_UPLOAD_MARK: mark})
-        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))
+        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))  # S3 limits the number
         identity = {"UploadId": upload["UploadId"]}
 
         async def put(number: int, start: int, end: int) -> dict[str, Any]:
@@ -353,6 +359,7 @@ class S3Backend:
             parts = await _gather([put(i, *span) for i, span in enumerate(spans, start=1)])
             await self._complete(uri, mark, {**identity, "MultipartUpload": {"Parts": parts}})
         except BaseException:
+            # Parts of an upload that is not given up are stored, unseen, and paid for.
             with suppress(RequestError):  # the first error says more
                 await self._call("abort_multipart_upload", uri, **identity)
             raise
@@ -383,6 +390,7 @@ class S3Backend:
 
     @property
     def _filesystem(self) -> Any:
+        # Not in the constructor: naming a root asks for no credentials, and imports no client.
         with self._lock:
             if self._connection is None:
                 self._connection = connect(max_connections=_REQUESTS_AT_ONCE + _TRANSFERS_AT_ONCE)
@@ -412,14 +420,9 @@ class S3Backend:
             raise explain(uri, error) from error
 
 
-def _split_uri(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def _split_folder(uri: str) -> tuple[str, str]:
     """Give a folder's bucket and the prefix of all names in it."""
-    bucket, key = _split_uri(uri)
+    bucket, key = split_bucket(uri)
     return bucket, f"{key}/" if key else ""
 
 

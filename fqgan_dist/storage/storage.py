@@ -1,4 +1,4 @@
-"""Storage roots, local directories and S3 buckets, behind one small interface.
+"""Storage roots, local directories and buckets, behind one small interface.
 
 All that the system knows of a run lies under one root (design.md section 1). Whole objects are
 written at once: a reader sees the former bytes or the new ones, never a part. `create_bytes` is the
@@ -12,17 +12,28 @@ throttles, breaks off or does not answer are repeated, with growing waits, up to
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.backend import Backend, RemoteBackend
 from fqgan_dist.storage.download_target import TargetFileError
 from fqgan_dist.storage.local_store import LocalBackend
-from fqgan_dist.storage.names import check_relative_path, check_root
+from fqgan_dist.storage.names import (
+    check_bucket_root,
+    check_relative_path,
+    find_scheme,
+    is_remote,
+    split_bucket,
+)
 from fqgan_dist.storage.s3_store import S3Backend
+
+BACKENDS: dict[str, type[RemoteBackend]] = {"s3": S3Backend}
+"""The stores that there are beside local disks, by the scheme of their URIs."""
 
 
 class Storage:
@@ -43,14 +54,14 @@ class Storage:
             root: a directory, or `s3://bucket/prefix`. A directory is created at the first write.
 
         Raises:
-            ConfigError: another scheme, an S3 URI without a bucket, or one with credentials.
+            ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
         """
         self.root = check_root(str(root))
 
     @property
     def is_local(self) -> bool:
         """Whether the root is a directory of this machine (or one mounted on it)."""
-        return not self.root.startswith("s3://")
+        return not is_remote(self.root)
 
     def child(self, path: str) -> Storage:
         """Give the storage whose root is a folder of this one; "" is the root itself."""
@@ -154,8 +165,11 @@ class Storage:
         with _clear_errors(uri):
             return self._backend.download(uri, target, progress)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a whole object, replacing a former one atomically and durably."""
+    def write_bytes(self, path: str, data: bytes | memoryview) -> None:
+        """Write a whole object, replacing a former one atomically and durably.
+
+        A memoryview, of bytes, is not copied as a whole, and read until the call returns.
+        """
         uri = self.uri(path)
         with _clear_errors(uri):
             self._backend.write(uri, data)
@@ -169,8 +183,7 @@ class Storage:
     def create_bytes(self, path: str, data: bytes) -> None:
         """Write a whole object only if there is none of that name; of several writers one wins.
 
-        An answer that was lost and retried comes back as "exists" although this call wrote the
-        object, so an object with the very same bytes counts as success.
+        An object with the very same bytes counts as success.
 
         Raises:
             FileExistsError: an object with other bytes is there.
@@ -180,6 +193,7 @@ class Storage:
             try:
                 self._backend.create(uri, data)
             except FileExistsError:
+                # A create whose answer was lost is tried again, and finds what it wrote.
                 if self._backend.read(uri, 0, None) != data:
                     raise
 
@@ -187,6 +201,7 @@ class Storage:
         """List the names of files and folders directly below a folder, sorted; [] if none."""
         uri = self.uri(prefix) if prefix else self.root
         with _clear_errors(uri):
+            # In a bucket a folder that nobody wrote to is an empty one; disks follow.
             try:
                 return sorted(self._backend.names(uri))
             except (FileNotFoundError, NotADirectoryError):
@@ -210,9 +225,11 @@ class Storage:
             self._backend.delete(uri)
 
     @cached_property
-    def _backend(self) -> _Backend:
-        return LocalBackend() if self.is_local else S3Backend()
+    def _backend(self) -> Backend:
+        scheme = find_scheme(self.root)
+        return LocalBackend() if scheme is None else BACKENDS[scheme]()
 
+    # Connections, their locks and threads stay behind: another process makes its own.
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
 
@@ -227,6 +244,40 @@ class Storage:
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
+
+
+def check_root(root: str) -> str:
+    """Return a root in its one form: an absolute path, or `scheme://bucket/prefix`.
+
+    Raises:
+        ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
+    """
+    scheme = find_scheme(root)
+    if scheme is None:
+        return os.path.abspath(root)
+    if scheme not in BACKENDS:
+        expected = " or ".join(f"{known}://bucket/prefix" for known in BACKENDS)
+        raise ConfigError(
+            f"storage root {scheme}://...: unknown scheme; expected a path or {expected}"
+        )
+    return check_bucket_root(root, credentials_advice=BACKENDS[scheme].credentials_advice)
+
+
+def locate_file(uri: str) -> tuple[Storage, str]:
+    """Give the storage of a file's folder, and the file's name there.
+
+    Args:
+        uri: a path, or the URI of an object.
+
+    Raises:
+        ConfigError: it names no file, has an unknown scheme, or holds credentials.
+    """
+    is_file = bool(split_bucket(uri)[1]) if is_remote(uri) else bool(uri)
+    if not is_file or uri.endswith("/"):
+        check_root(uri)  # what else is wrong comes first: credentials must not be repeated
+        raise ConfigError(f"{uri!r}: names no file; expected a path or s3://bucket/path")
+    folder, _, name = (uri if is_remote(uri) else os.path.abspath(uri)).rpartition("/")
+    return Storage(folder or "/"), name
 
 
 def _check_range(offset: int, length: int) -> None:
@@ -261,23 +312,3 @@ def _clear_errors(uri: str) -> Iterator[None]:
         raise DataError(
             f"{uri}: cannot be read or written ({error}); check the disk or the file system"
         ) from error
-
-
-class _Backend(Protocol):
-    """What differs between stores; names are full (a path or an s3:// URI)."""
-
-    @property
-    def num_retries(self) -> int: ...
-    def size(self, uri: str) -> int: ...
-    def read(self, uri: str, offset: int, length: int | None) -> bytes: ...
-    def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]: ...
-    def open_read(self, uri: str) -> BinaryIO: ...
-    def download(
-        self, uri: str, target: Path, progress: Callable[[int], None] | None
-    ) -> tuple[str, int]: ...
-    def write(self, uri: str, data: bytes) -> None: ...
-    def write_file(self, uri: str, source: Path) -> None: ...
-    def create(self, uri: str, data: bytes) -> None: ...
-    def names(self, uri: str) -> list[str]: ...
-    def walk(self, uri: str) -> Iterator[tuple[str, int]]: ...
-    def delete(self, uri: str) -> None: ...

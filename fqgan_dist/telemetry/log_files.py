@@ -14,28 +14,15 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from fqgan_dist.errors import FqganError
+from fqgan_dist.storage.storage import Storage
 
 PUBLISH_INTERVAL_S = 30.0
 LOG_FOLDER = "logs"
 
 logger = logging.getLogger(__name__)
-
-
-class LogStorage(Protocol):
-    """What is needed of a run's storage."""
-
-    def local_path(self, path: str) -> Path | None:
-        """Give the file of an object, or None where the root is a bucket."""
-        ...
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a whole object, replacing a former one."""
-        ...
 
 
 def name_log_file(process: str) -> str:
@@ -50,7 +37,7 @@ def name_log_file(process: str) -> str:
 
 
 def open_log_file(
-    storage: LogStorage, process: str, *, interval_s: float = PUBLISH_INTERVAL_S
+    storage: Storage, process: str, *, interval_s: float = PUBLISH_INTERVAL_S
 ) -> logging.FileHandler:
     """Open the log file of this process under the root's `logs/`, for `configure_logging`.
 
@@ -62,7 +49,7 @@ def open_log_file(
     path = f"{LOG_FOLDER}/{name_log_file(process)}"
     local = storage.local_path(path)
     if local is None:
-        return PublishedLogFile(path, storage.write_bytes, interval_s)
+        return PublishedLogFile(storage, path, interval_s)
     local.parent.mkdir(parents=True, exist_ok=True)
     return logging.FileHandler(local, encoding="utf-8")
 
@@ -92,21 +79,19 @@ def _publish_at_exit() -> None:
 class PublishedLogFile(logging.FileHandler):
     """A temporary log file that is published from time to time, and when it is closed."""
 
-    def __init__(
-        self, path: str, write_bytes: Callable[[str, bytes], None], interval_s: float
-    ) -> None:
+    def __init__(self, storage: Storage, path: str, interval_s: float) -> None:
         """Open the file and begin to publish it.
 
         Args:
-            path: name in the storage.
-            write_bytes: writes an object of the storage.
+            storage: where it is published.
+            path: name there.
             interval_s: time between two publications.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
         self._file = Path(self._folder.name) / "process.log"
         super().__init__(self._file, encoding="utf-8")
+        self._storage = storage
         self._path = path
-        self._write_bytes = write_bytes
         self._interval_s = interval_s
         self._published_bytes = 0
         self._is_failing = False
@@ -127,7 +112,7 @@ class PublishedLogFile(logging.FileHandler):
             if len(data) == self._published_bytes:
                 return
             try:
-                self._write_bytes(self._path, data)
+                self._storage.write_bytes(self._path, data)
             # At the interpreter's end clients raise RuntimeError: their thread pools are gone.
             except (FqganError, OSError, RuntimeError) as error:
                 self._warn_once(error)

@@ -13,7 +13,6 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
 
 import safetensors
 import safetensors.torch
@@ -99,9 +98,7 @@ class FileImage:
 
     def write(self, storage: Storage, folder: str) -> FileRecord:
         """Put the file on storage and describe it."""
-        view = self._buffer.numpy().data
-        # Local files take the buffer as it is; S3 clients insist on bytes, one copy more.
-        data = cast(bytes, view) if storage.is_local else bytes(view)
+        data = self._buffer.numpy().data
         digest = hashlib.sha256(data).hexdigest()
         storage.write_bytes(f"{folder}/{self.name}", data)
         return FileRecord(

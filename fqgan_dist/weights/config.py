@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import holds_credentials, is_remote
 
 _HUB = "hub"
 _RANDOM = "random"
@@ -41,7 +41,7 @@ class WeightsConfig(Config):
                 "ends in .safetensors - `fqgan weights fetch CONFIG to=DIR` makes such files of a "
                 "hub's weights"
             )
-        if "@" in urlsplit(source).netloc:
+        if holds_credentials(source):
             raise ValueError(
                 "the URI holds credentials - expected none - give them in the environment instead"
             )
@@ -84,7 +84,7 @@ class WeightsConfig(Config):
         """
         if staged is not None:
             return staged
-        if "://" in self.source:
+        if is_remote(self.source):
             raise ConfigError(
                 f"weights.source: {self.source!r} is remote - expected a local file here - stage "
                 "it first and pass weights_path"

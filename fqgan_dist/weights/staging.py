@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.weights.files import load_safetensors_checked
 from fqgan_dist.weights.tensors import load_into
@@ -31,14 +32,14 @@ def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
     if not config.is_file:
         return None
     source = config.source
-    if "://" not in source:
+    if not is_remote(source):
         path = Path(source)
         if not path.is_file():
             raise ConfigError(describe_missing_file(field, source))
         return path
-    folder, _, name = source.rpartition("/")
+    folder, name = locate_file(source)
     try:
-        data = Storage(folder).read_bytes(name)
+        data = folder.read_bytes(name)
     except FileNotFoundError as error:
         raise ConfigError(f"{field}.source: {source!r}: no such object") from error
     cache = Storage(_cache_folder())
@@ -74,7 +75,7 @@ def describe_missing_file(field: str, source: str) -> str:
 
 def is_missing(source: str) -> bool:
     """Whether a path is not there; objects in buckets are left to their readers."""
-    return "://" not in source and not Path(source).exists()
+    return not is_remote(source) and not Path(source).exists()
 
 
 def _cache_folder() -> Path:

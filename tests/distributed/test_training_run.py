@@ -151,6 +151,19 @@ def test_it_runs_without_ray_and_deepspeed(root: Path) -> None:
     assert record_of(root, "tokenizer")["state"] == "done"
 
 
+def test_a_metric_sink_that_fails_does_not_stop_training(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://to-be-found")
+    arguments = [str(TINY), f"storage.root={root}", "stage=tokenizer", "telemetry.sinks=[mlflow]"]
+    assert main(arguments) == DONE
+    assert caplog.text.count("telemetry.sinks: 'mlflow' has failed and is left out") == 1
+    assert "nowhere" in caplog.text
+    lines = (root / "tokenizer" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
+    assert not (root / "tokenizer" / "tensorboard").exists()
+
+
 def test_an_error_under_torchrun_names_its_rank_and_marks_nothing_done(root: Path) -> None:
     result = torchrun(root, "stage=autoregressive")
     assert result.returncode != DONE

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.memory_store import open_memory_bucket
 from support.radosgw import S3_BUCKET, SECRET_KEY
 
 from fqgan_dist.config import load_config
@@ -103,6 +104,16 @@ def test_run_on_s3_gives_the_bits_of_the_local_run(
     storage = Storage(root)
     for name in ("config.yaml", "environment.json", "summary.json", "report.html"):
         assert SECRET_KEY.encode() not in storage.read_bytes(name)
+
+
+def test_run_on_a_store_that_tests_add_gives_the_bits_of_the_local_run(
+    local_run: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody outside the storage room knows which schemes there are.
+    bucket = open_memory_bucket(monkeypatch)
+    summary = _run(f"{bucket.root}/tiny")
+    assert _metrics(summary) == _metrics(local_run[1])
+    assert json.loads(bucket.objects["tiny/summary.json"]) == summary
 
 
 @pytest.mark.data

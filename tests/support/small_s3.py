@@ -1,4 +1,5 @@
-"""A small S3 server in this process: whole objects, ranges, conditions, and any error on demand.
+"""A small S3 server in this process: whole objects, ranges, conditions, pages of listings, and any
+error on demand.
 
 For errors that the real server of the integration tests cannot be made to give, and for machines
 that lack it. It checks no signatures.
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from xml.sax.saxutils import escape
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
@@ -31,13 +32,15 @@ class ErrorAnswer:
 
 @dataclass
 class SmallS3:
-    """The server's state: objects by "/bucket/key"."""
+    """The server's state: objects by "/bucket/key", not percent-encoded."""
 
     endpoint: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
     error: ErrorAnswer | None = None
     claimed_size: int | None = None
     """What answers say that an object's size is; None: the truth."""
+    lists_in_order: bool = True
+    """Whether listings are sorted, as S3's are; else they are as the objects came."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -70,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _path(self) -> str:
-        return self.path.partition("?")[0]
+        return unquote(self.path.partition("?")[0])
 
     def do_GET(self) -> None:
         if self._is_refused():
@@ -116,13 +119,30 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(204)
 
     def _list(self) -> None:
-        bucket = f"{self._path.rstrip('/')}/"
-        entries = "".join(
-            f"<Contents><Key>{escape(path[len(bucket) :])}</Key><Size>{len(data)}</Size></Contents>"
-            for path, data in self.state.objects.items()
-            if path.startswith(bucket)
-        )
-        self._answer(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        bucket, prefix = f"{self._path.rstrip('/')}/", query.get("prefix", "")
+        entries: dict[str, str] = {}
+        for path, data in list(self.state.objects.items()):
+            key = path.removeprefix(bucket)
+            if not (path.startswith(bucket) and key.startswith(prefix)):
+                continue
+            head, slash, _ = key[len(prefix) :].partition(query.get("delimiter", "\0"))
+            if slash:
+                name = f"{prefix}{head}{slash}"
+                entries[name] = f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
+            else:
+                entries[key] = (
+                    f"<Contents><Key>{quote(key)}</Key><Size>{len(data)}</Size></Contents>"
+                )
+        names = sorted(entries, key=str.encode) if self.state.lists_in_order else list(entries)
+        start = int(query.get("continuation-token", 0))
+        end = start + min(1000, int(query.get("max-keys", 1000)))
+        body = "".join(entries[name] for name in names[start:end])
+        if end < len(names):
+            body += "<IsTruncated>true</IsTruncated>"
+            body += f"<NextContinuationToken>{end}</NextContinuationToken>"
+        answer = f"<ListBucketResult><EncodingType>url</EncodingType>{body}</ListBucketResult>"
+        self._answer(200, answer.encode())
 
 
 class _Server(ThreadingHTTPServer):

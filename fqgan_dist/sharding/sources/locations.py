@@ -7,18 +7,18 @@ import re
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
-from fqgan_dist.storage.names import check_root
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.names import find_scheme
+from fqgan_dist.storage.storage import BACKENDS, Storage, check_root, locate_file
 
 
 def check_source_uri(uri: str) -> None:
-    """Refuse sources that are no paths.
+    """Refuse sources that are neither paths nor in a store.
 
     Raises:
-        ConfigError: a URL of another scheme than s3://, such as webdataset's `pipe:`, or one with
+        ConfigError: a URL of an unknown scheme, such as webdataset's `pipe:`, or one with
             credentials.
     """
-    if uri.startswith("s3://"):
+    if find_scheme(uri) in BACKENDS:
         check_root(uri)
         return
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri)
@@ -27,18 +27,6 @@ def check_source_uri(uri: str) -> None:
             f"source {scheme[0]}...: unknown scheme, and nothing is run; expected a path or "
             "s3://bucket/path: copy the source there first"
         )
-
-
-def locate_file(uri: str) -> tuple[Storage, str]:
-    """Give the storage of a file's folder, and the file's name there.
-
-    Raises:
-        ConfigError: the URI names no file.
-    """
-    folder, name = os.path.split(uri)
-    if not name or folder in ("s3:", "s3:/"):
-        raise ConfigError(f"source {uri!r}: names no file; expected a path or s3://bucket/path")
-    return Storage(folder or "."), name
 
 
 def source_exists(uri: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.names import is_remote
 
 SourceFormat = Literal["folder", "tar", "zip", "webdataset", "parquet", "manifest"]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
@@ -75,7 +76,7 @@ def check_effect(uri: str, options: SourceOptions, kind: SourceFormat | None) ->
         raise ConfigError(
             f"id_key: {options.id_key!r} has no effect with keep_keys=false; leave one of them out"
         )
-    if options.is_shared and uri.startswith("s3://"):
+    if options.is_shared and is_remote(uri):
         raise ConfigError(
             f"is_shared: has no effect on {uri!r}, which all nodes read; leave it out"
         )

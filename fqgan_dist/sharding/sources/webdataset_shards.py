@@ -23,12 +23,11 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
 from fqgan_dist.sharding.sources.concurrency import map_in_order
-from fqgan_dist.sharding.sources.locations import locate_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.telemetry.observer import Observer
 
 SHARD_SUFFIX = ".tar"

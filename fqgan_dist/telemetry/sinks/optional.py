@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 
+from fqgan_dist.credentials import scrub
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
 
 logger = logging.getLogger(__name__)
-
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_SECRET_VARIABLES = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$")
 
 
 def find_sinks(names: Sequence[str]) -> dict[str, Callable[[TrackedRun], MetricSink]]:
@@ -76,14 +72,6 @@ class _Guarded:
                 "telemetry.sinks: %r has failed and is left out from here on; training goes on, "
                 "and metrics.jsonl has all records (%s)",
                 self._name,
-                _describe(error),
+                # Clients put the address of their service in messages.
+                scrub(f"{type(error).__name__}: {error}"),
             )
-
-
-def _describe(error: Exception) -> str:
-    """Name an error, without credentials: clients put the address of their service in messages."""
-    text = _USER_INFO.sub("***", f"{type(error).__name__}: {error}")
-    for name, value in os.environ.items():
-        if _SECRET_VARIABLES.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    return text

@@ -17,17 +17,15 @@ from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 
 
-class Bucket:
-    """A store without local files that can be made to fail."""
+class Bucket(Storage):
+    """A bucket that can be made to fail."""
 
     def __init__(self) -> None:
+        super().__init__("s3://bucket")
         self.objects: dict[str, bytes] = {}
         self.writes = 0
         self.is_down = False
         self.written = threading.Event()
-
-    def local_path(self, path: str) -> Path | None:
-        return None
 
     def write_bytes(self, path: str, data: bytes) -> None:
         if self.is_down:
@@ -117,19 +115,17 @@ def test_an_exit_publishes_the_rest(tmp_path: Path) -> None:
     # In a process of its own: the end of the interpreter is what is tested.
     script = f"""
 import logging, pathlib
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.world import World
 
-class Bucket:
-    def local_path(self, path):
-        return None
-
+class Bucket(Storage):
     def write_bytes(self, path, data):
         logging.getLogger("client").warning("a client that logs while it writes")
         pathlib.Path({str(tmp_path / "log")!r}).write_bytes(data)
 
-configure_logging(World(), open_log_file(Bucket(), "driver"))
+configure_logging(World(), open_log_file(Bucket("s3://bucket"), "driver"))
 logging.getLogger("fqgan_dist").info("the last line")
 """
     done = subprocess.run(

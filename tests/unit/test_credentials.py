@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.diagnosis.credentials import scrub
+from fqgan_dist.credentials import scrub
 
 
 @pytest.fixture(autouse=True)
