@@ -10,13 +10,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
@@ -50,8 +50,9 @@ class ShardingConfig(ImagePolicy):
     """Let images of another split than `train` be re-encoded: scores against them (rFID) are then
     not comparable, and every result says so."""
 
-    @model_validator(mode="after")
-    def _check_evaluation(self) -> ShardingConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find what `ImagePolicy` finds, and a policy that does not suit the split."""
+        yield from super().find_problems()
         lossy_evaluation = self.split != "train" and self.is_lossy
         if lossy_evaluation and not self.allow_lossy_evaluation:
             field, value = next(
@@ -59,16 +60,15 @@ class ShardingConfig(ImagePolicy):
                 for field, value in (("short_side", self.short_side), ("crop", self.crop))
                 if value is not None
             )
-            raise ValueError(
+            yield (
                 f"{field}: {value} re-encodes the images of split {self.split!r}, the "
                 f"reference of rFID; leave {field} out, or set allow_lossy_evaluation=true"
             )
         if self.allow_lossy_evaluation and not lossy_evaluation:
-            raise ValueError(
+            yield (
                 "allow_lossy_evaluation: has an effect only with short_side or crop and a split "
                 "other than 'train'; leave it out"
             )
-        return self
 
     def describe_policy(self) -> dict[str, Any]:
         """Give what the index tells about the images and their order."""
