@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from fqgan_dist.report.figures import DARK, LIGHT, comparison_rows, draw_panel_s
 from fqgan_dist.report.html import image, join, picture, section
 from fqgan_dist.report.inputs import Images, ReportInputs
 from fqgan_dist.report.style import STYLE_SHEET
-from fqgan_dist.telemetry.summary import StageSummary, format_number, format_seconds
+from fqgan_dist.telemetry.summary import Metric, StageSummary, format_number, format_seconds
 
 COMPARISON_COLUMNS = 8
 PIXELATED_BELOW = 128
@@ -92,6 +92,13 @@ def _build_sections(inputs: ReportInputs) -> Iterator[tuple[str, str, str, Marku
         _build_curves(arrange_panels(inputs)),
     )
     yield (
+        "others",
+        "Other records",
+        "What the run also holds, made from other settings; the inputs that differ from those "
+        "shown here, and the results.",
+        _build_others(stages),
+    )
+    yield (
         "configuration",
         "Configuration",
         "The resolved settings of the run.",
@@ -159,11 +166,36 @@ def _build_stages(stages: Mapping[str, StageSummary]) -> Markup:
     ).format(rows)
 
 
-def _build_stage_row(stage: StageSummary, longest: float) -> Markup:
-    chips = join(
-        Markup("<span>{} <b>{}</b></span>").format(humanise(name), format_number(value))
-        for name, value in stage.metrics.items()
+def _build_others(stages: Mapping[str, StageSummary]) -> Markup:
+    rows = join(
+        Markup(
+            '<tr><td class="stage">{}</td><td><div class="chips">{}</div></td>'
+            '<td><div class="chips">{}</div></td></tr>'
+        ).format(
+            humanise(stage.name),
+            # As they are written in a config: whoever wants this record types them.
+            _build_chips(other.inputs, lambda name: name.removeprefix("settings.")),
+            _build_chips(other.metrics),
+        )
+        for stage in stages.values()
+        for other in stage.others
     )
+    if not rows:
+        return Markup("")
+    return Markup(
+        '<div class="scroll"><table class="stages"><thead><tr><th>Stage</th><th>Made from</th>'
+        "<th>Metrics</th></tr></thead><tbody>{}</tbody></table></div>"
+    ).format(rows)
+
+
+def _build_chips(values: Mapping[str, Metric], label_fn: Callable[[str], str] = humanise) -> Markup:
+    return join(
+        Markup("<span>{} <b>{}</b></span>").format(label_fn(name), format_number(value))
+        for name, value in values.items()
+    )
+
+
+def _build_stage_row(stage: StageSummary, longest: float) -> Markup:
     return Markup(
         '<tr><td class="stage">{name}</td><td><span class="pill {kind}">{state}</span></td>'
         '<td class="time">{time}<span class="bar-track"><span class="bar-fill" '
@@ -174,7 +206,7 @@ def _build_stage_row(stage: StageSummary, longest: float) -> Markup:
         state=stage.state,
         time=format_seconds(stage.seconds),
         percent=f"{100 * (stage.seconds or 0.0) / longest:.1f}",
-        chips=chips,
+        chips=_build_chips(stage.metrics),
     )
 
 

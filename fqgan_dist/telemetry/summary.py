@@ -12,6 +12,16 @@ Metric = float | int | bool | str | None
 
 
 @dataclass(frozen=True)
+class OtherRecord:
+    """What a run also holds of a stage, made from other inputs than those of its config."""
+
+    state: str
+    inputs: dict[str, Metric]
+    """Those that differ."""
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True)
 class StageSummary:
     """One stage of a run, metrics flattened to dotted names (`perplexity.visual`)."""
 
@@ -21,6 +31,7 @@ class StageSummary:
     seconds: float | None
     """Wall time; None when the stage has not finished."""
     metrics: dict[str, Metric]
+    others: tuple[OtherRecord, ...] = ()
 
     def number(self, name: str) -> float | None:
         """Return a metric as a float; None when it is absent or not a finite number."""
@@ -84,16 +95,29 @@ def _parse_stage(name: str, stage: Any) -> StageSummary:
         raise ValueError(
             f"summary: stage {name!r} is {stage!r}; expected a mapping of state, seconds, metrics"
         )
-    metrics = stage.get("metrics") or {}
-    if not isinstance(metrics, Mapping):
-        raise ValueError(f"summary: {name}.metrics is {metrics!r}; expected a mapping")
+    metrics = _parse_mapping(f"{name}.metrics", stage.get("metrics") or {})
     seconds = stage.get("seconds")
+    others = [_parse_mapping(f"{name}.others", other) for other in stage.get("others") or []]
     return StageSummary(
         name=name,
         state=str(stage.get("state", "unknown")),
         seconds=None if seconds is None else float(seconds),
         metrics=dict(_flatten(metrics, "")),
+        others=tuple(
+            OtherRecord(
+                state=str(other.get("state", "unknown")),
+                inputs=dict(_flatten(_parse_mapping(f"{name}.inputs", other.get("inputs")), "")),
+                metrics=dict(_flatten(_parse_mapping(f"{name}.metrics", other.get("metrics")), "")),
+            )
+            for other in others
+        ),
     )
+
+
+def _parse_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"summary: {name} is {value!r}; expected a mapping")
+    return value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Metric]]:

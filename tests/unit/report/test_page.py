@@ -136,3 +136,21 @@ def test_an_empty_run_still_has_a_page() -> None:
 
 def test_the_same_run_gives_the_same_page() -> None:
     assert build_report(build_inputs()) == build_report(build_inputs())
+
+
+def test_records_of_other_settings_are_listed_with_what_differs() -> None:
+    other = {
+        "state": "done",
+        "inputs": {"settings.sampling.guidance_scale": 3.0},
+        "metrics": {"samples/gfid": 7.25},
+    }
+    stages = {
+        "tokenizer": {"state": "done", "seconds": 75.0, "metrics": {"psnr": 20.5}},
+        "samples": {"state": "done", "seconds": 1.0, "metrics": {}, "others": [other]},
+    }
+    text = " ".join(Page(build_report(build_inputs(summary=stages))).text)
+    assert "Other records" in text
+    assert "sampling.guidance_scale  3" in text
+    assert "samples / gfid  7.250" in text
+    del stages["samples"]["others"]
+    assert "Other records" not in build_report(build_inputs(summary=stages))
