@@ -27,11 +27,12 @@ TORCH_NAMES = (
     "register_full_backward_pre_hook register_load_state_dict_post_hook "
     "register_load_state_dict_pre_hook register_module register_parameter "
     "register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state "
-    "set_submodule share_memory state_dict to to_empty train training type update values xpu "
-    "zero_grad"
+    "set_submodule share_memory smart_apply state_dict to to_empty train training type update "
+    "values xpu zero_grad"
 )
 """What no codebook may be called: an `nn.ModuleDict` keeps these names for itself. Written out, so
-that a config is read without importing torch; a test compares it with torch's own."""
+that a config is read without importing torch; a test compares it with torch's own.
+transformers adds smart_apply."""
 
 
 class AdapterConfig(Config):
