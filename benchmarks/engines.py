@@ -247,7 +247,7 @@ def build_tokenizer_task(
     task = TokenizerTask(
         engine=build_engine(tokenizer, engine(name="tokenizer")),
         discriminator_engine=build_engine(discriminator, engine(name="discriminator")),
-        perceptual=build_perceptual_loss(settings.perceptual, seed=0).to(device),
+        perceptual=build_perceptual_loss(settings.perceptual).to(device),
         teachers=None,
         losses=settings.losses,
         training=settings.training,

@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from data_tools.engines import EngineOptions
 from data_tools.shard import ShardSummary, make_dataset
 from fqgan_dist.config import parse_config
+from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import DatasetIndex, load_index
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.randomness import derive_seed
@@ -36,7 +37,7 @@ _POLICY_FIELDS = tuple(ImagePolicy.model_fields)
 class RearrangeOptions(EngineOptions):
     """Options that `reshard`, `split` and `merge` share."""
 
-    samples_per_shard: int = Field(default=1000, ge=1)
+    samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, ge=1)
     """Greatest number of images in a shard; a shard is held in memory while it is made."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the images, and of the choice of a part's images."""

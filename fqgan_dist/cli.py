@@ -17,20 +17,20 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fqgan_dist.config import load_config, parse_config
+from fqgan_dist.config import Config, load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.stages.catalog import STAGES
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.training.config import CheckpointTarget
+from fqgan_dist.weights.config import FetchTarget
 
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
 
-CHECKPOINT_OPTIONS = ("to", "format", "step")
-"""Options of `fqgan checkpoints` that are no settings of the run."""
 
-WEIGHTS_OPTIONS = ("to",)
-"""Options of `fqgan weights` that are no settings of the run."""
+# What takes a second or more to import is imported where a command is carried out, so that help and
+# the answer to a wrong setting come at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,40 +148,42 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
-    from fqgan_dist.stages.checkpoints import CheckpointTarget, run_checkpoint_action
-
-    values, config_overrides = _split_options(options.overrides, CHECKPOINT_OPTIONS)
+    values, config_overrides = _split_options(options.overrides, CheckpointTarget)
     config = load_config(options.config, config_overrides, RunConfig)
     target = parse_config(values, CheckpointTarget, source="command line")
+    from fqgan_dist.stages.checkpoints import run_checkpoint_action
+
     result = run_checkpoint_action(options.action, config, options.stage, target)
     print(json.dumps(result.report, indent=1) if options.json else result.text)
     return DAMAGE_FOUND if result.is_damaged else DONE
 
 
 def _fetch_weights(options: argparse.Namespace) -> int:
-    from fqgan_dist.stages.weights_fetch import FetchTarget, fetch_weights
-
-    values, config_overrides = _split_options(options.overrides, WEIGHTS_OPTIONS)
+    values, config_overrides = _split_options(options.overrides, FetchTarget)
     config = load_config(options.config, config_overrides, RunConfig)
-    result = fetch_weights(config, parse_config(values, FetchTarget, source="command line"))
+    target = parse_config(values, FetchTarget, source="command line")
+    from fqgan_dist.stages.weights_fetch import fetch_weights
+
+    result = fetch_weights(config, target)
     print(json.dumps(result.report, indent=1) if options.json else result.text)
     result.check()
     return DONE
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from fqgan_dist.orchestration.doctor import run_doctor
-
     config = None
     if options.config is not None:
         config = load_config(options.config, options.overrides, RunConfig)
+    from fqgan_dist.orchestration.doctor import run_doctor
+
     diagnosis = run_doctor(config)
     print(json.dumps(diagnosis.report, indent=1) if options.json else diagnosis.text)
     return FAILED if diagnosis.has_failed else DONE
 
 
-def _split_options(texts: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Part a command's own options, by name, from the settings of the run."""
+def _split_options(texts: Sequence[str], target: type[Config]) -> tuple[dict[str, str], list[str]]:
+    """Part a command's own options, the fields of its target, from the settings of the run."""
+    names = target.model_fields
     parted = [(text.partition("="), text) for text in texts]
     own = {name: value for (name, _, value), _ in parted if name in names}
     return own, [text for (name, _, _), text in parted if name not in names]

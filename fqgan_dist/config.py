@@ -10,14 +10,18 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from fqgan_dist.errors import ConfigError
+
+_SEVERAL = "problems"
+"""Type of a pydantic error that holds several problems, and their place in its context."""
 
 Value = Any
 """A plain YAML value: scalar, list or mapping."""
@@ -34,6 +38,22 @@ class Config(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    def find_problems(self) -> Iterable[str]:
+        """Find what is wrong between the settings of this group; every problem is reported.
+
+        A group overrides this to be checked. Called when each setting by itself is right.
+        """
+        return ()
+
+    @model_validator(mode="after")
+    def _report_problems(self) -> Self:
+        problems = list(self.find_problems())
+        if problems:
+            raise PydanticCustomError(
+                _SEVERAL, "{text}", {"text": "; ".join(problems), _SEVERAL: problems}
+            )
+        return self
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -81,9 +101,10 @@ def parse_config(
         return config_type.model_validate(dict(values))
     except ValidationError as error:
         problems = [
-            _describe(problem, config_type)
+            line
             for problem in error.errors()
             if not _is_of_unused_member(problem)
+            for line in _describe(problem, config_type)
         ]
         raise ConfigError(
             f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
@@ -184,20 +205,24 @@ def _list_index(target: list[Value], part: str, where: str) -> int:
     return int(part)
 
 
-def _describe(problem: Any, config_type: type[Config]) -> str:
+def _describe(problem: Any, config_type: type[Config]) -> list[str]:
+    """Write a pydantic error as the lines that users read."""
     location, known = _locate(config_type, problem["loc"])
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{dotted}: unknown setting; {hint}"
+        return [f"{dotted}: unknown setting; {hint}"]
     if problem["type"] == "missing":
-        return f"{dotted}: required, but not given"
+        return [f"{dotted}: required, but not given"]
+    start = f"{dotted}: " if dotted else ""
+    # A validator's own message names value, expectation and remedy already.
+    if problem["type"] == _SEVERAL:
+        return [f"{start}{each}" for each in problem["ctx"][_SEVERAL]]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        # A validator's own message names value, expectation and remedy already.
-        return f"{dotted}: {message}" if dotted else message
-    return f"{dotted}: {problem['input']!r}: {message}"
+        return [f"{start}{message}"]
+    return [f"{dotted}: {problem['input']!r}: {message}"]
 
 
 def _is_of_unused_member(problem: Any) -> bool:

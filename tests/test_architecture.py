@@ -267,7 +267,7 @@ def test_the_search_finds_a_circle_through_a_late_import() -> None:
         ("fqgan_dist.config", "from fqgan_dist.storage.storage import Storage"),
         ("fqgan_dist.config", "from fqgan_dist.data.config import DataConfig"),
         ("fqgan_dist.storage.storage", "from fqgan_dist.data.index import DatasetIndex"),
-        ("fqgan_dist.storage.storage", "from fqgan_dist.weights.staging import bring_file"),
+        ("fqgan_dist.storage.storage", "from fqgan_dist.weights.staging import resolve_weights"),
         ("fqgan_dist.data.config", "from fqgan_dist.data.views import num_views"),
         ("fqgan_dist.stages.config", "from fqgan_dist.stages.stage import Stage"),
         ("fqgan_dist.teachers.config", "from fqgan_dist.weights.files import save_safetensors"),

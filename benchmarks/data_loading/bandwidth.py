@@ -254,6 +254,9 @@ def _time_first_batch(settings: Settings) -> float:
         num_views=None,
         micro_batch_size=settings.batch_size,
         micro_batches_per_step=1,
+        window_shards=8,
+        loader_workers=0,
+        max_damaged_in_a_row=1,
     )
     batches = loader.batches(0, [0])
     (batch,) = next(batches)

@@ -126,6 +126,8 @@ def open_packed(folder: Path) -> CodeLoader:
         seed=0,
         micro_batch_size=_BATCH_SIZE,
         micro_batches_per_step=1,
+        window_shards=8,
+        loader_workers=0,
     )
 
 

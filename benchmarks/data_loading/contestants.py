@@ -58,7 +58,9 @@ def load_ours(folder: Path, size: int, batch_size: int, workers: int) -> Iterato
         num_views=None,
         micro_batch_size=batch_size,
         micro_batches_per_step=1,
+        window_shards=8,
         loader_workers=workers,
+        max_damaged_in_a_row=1,
     )
     for (batch,) in loader.batches(0, [0]):
         yield batch.images, batch.labels

@@ -114,6 +114,9 @@ def _open(dataset: Path) -> ImageLoader:
         num_views=None,
         micro_batch_size=_BATCH_SIZE,
         micro_batches_per_step=1,
+        window_shards=8,
+        loader_workers=0,
+        max_damaged_in_a_row=1,
     )
 
 

@@ -6,9 +6,10 @@ alternatives are those of its Table 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from fqgan_dist.config import Config
 
@@ -49,10 +50,11 @@ class AutoregressiveConfig(Config):
     """Architecture of a `FactorizedTransformer`."""
 
     num_codebooks: int = Field(ge=1)
-    """K, codes per position; the order is the tokenizer's."""
-    codebook_size: int = Field(default=16384, ge=2)
+    """K, codes per position; the order is the tokenizer's. In a run's config it follows from the
+    tokenizer, as do the next two."""
+    codebook_size: int = Field(ge=2)
     """V, codes per codebook."""
-    grid_size: int = Field(default=16, ge=1)
+    grid_size: int = Field(ge=1)
     """Side of the square grid of codes; T is its square."""
     num_classes: int = Field(default=1000, ge=1)
     """Classes; the class embedding has one more row, the null class of classifier-free guidance."""
@@ -79,21 +81,20 @@ class AutoregressiveConfig(Config):
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in every RMSNorm."""
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> AutoregressiveConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find sizes that do not go together."""
         if self.width % (4 * self.num_heads):
             # Of a head's rotation pairs, half turn by row and half by column: four channels.
-            raise ValueError(
+            yield (
                 f"width: {self.width} is not a multiple of 4 x num_heads ({4 * self.num_heads}); "
                 f"nearest valid widths are {self._nearest_widths()}"
             )
         if self.num_codebooks > self.num_positions + 1:
-            raise ValueError(
+            yield (
                 f"num_codebooks: {self.num_codebooks} is more than the {self.num_positions + 1} "
                 f"rows of the rotary table of grid_size {self.grid_size}; "
                 "use a larger grid or fewer codebooks"
             )
-        return self
 
     @property
     def num_positions(self) -> int:
@@ -144,14 +145,13 @@ class SamplingConfig(Config):
             )
         return temperature
 
-    @model_validator(mode="after")
-    def _check_greedy(self) -> SamplingConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find what has no effect on greedy decoding."""
         if self.top_k == 1 and (self.temperature != 1 or self.top_p != 1):
-            raise ValueError(
+            yield (
                 f"temperature {self.temperature!r} and top_p {self.top_p!r} have no effect on "
                 "greedy decoding (top_k 1) - leave both at 1, or set another top_k"
             )
-        return self
 
 
 class SamplesConfig(Config):

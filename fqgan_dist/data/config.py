@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.names import is_remote
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+"""The source that needs no files: crops of a dozen photographs that scikit-image carries."""
+DEFAULT_SAMPLES_PER_SHARD = 1000
 ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
 ViewMode = Literal["reference", "fast"]
 
@@ -25,7 +28,7 @@ class ViewConfig(Config):
     the corners (top left, top right, bottom left, bottom right) and the centre of a larger centre
     crop, 5-9 the same of its mirror image. `center`: the one centre crop."""
     image_size: int = Field(ge=1)
-    """Side of the crop in pixels."""
+    """Side of the crop in pixels; in a run's config it follows from the tokenizer."""
     max_resize_ratio: float = Field(default=1.25, ge=1)
     """random_crop_flip: the short side is uniform in image_size x [1, max_resize_ratio]."""
     crop_ratio: float = Field(default=1.1, ge=1)
@@ -35,17 +38,16 @@ class ViewConfig(Config):
     4 times the speed; the values differ by 0.1 of 255 on average, by 1 to 2 where the reference
     halves an image (`fast_views` has the distribution). Features and codes are of one mode."""
 
-    @model_validator(mode="after")
-    def _check_used(self) -> ViewConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find settings that the policy has no use for."""
         users = {"max_resize_ratio": "random_crop_flip", "crop_ratio": "ten_crop"}
         for name, policy in users.items():
             default = type(self).model_fields[name].default
             if self.policy != policy and getattr(self, name) != default:
-                raise ValueError(
+                yield (
                     f"{name}: {getattr(self, name)!r} has no effect with policy {self.policy!r}; "
                     f"leave it out, or choose policy {policy!r}"
                 )
-        return self
 
     @property
     def ten_crop_side(self) -> int:
@@ -102,7 +104,7 @@ class DataConfig(Config):
     """Key of the shards' permutation, the held-out share, the sample order and the views."""
     name: str = Field(default="images", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Folder of the shards under the storage root's `data/`."""
-    samples_per_shard: int = Field(default=1000, gt=0)
+    samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, gt=0)
     """Images per tar file."""
     short_side: int | None = Field(default=None, gt=0)
     """Resize training images so that the short side has this many pixels; None keeps the bytes."""
@@ -131,29 +133,26 @@ class DataConfig(Config):
         """Damaged images in a row that are an error."""
         return 1 if self.on_damage == "fail" else self.max_damaged_in_a_row
 
-    @model_validator(mode="after")
-    def _check_damage(self) -> DataConfig:
-        default = type(self).model_fields["max_damaged_in_a_row"].default
-        if self.on_damage == "fail" and self.max_damaged_in_a_row != default:
-            raise ValueError(
+    def find_problems(self) -> Iterator[str]:
+        """Find settings that have no effect beside others."""
+        fields = type(self).model_fields
+        if (
+            self.on_damage == "fail"
+            and self.max_damaged_in_a_row != fields["max_damaged_in_a_row"].default
+        ):
+            yield (
                 f"max_damaged_in_a_row: {self.max_damaged_in_a_row} has no effect with on_damage: "
                 "'fail'; remove one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_effect(self) -> DataConfig:
         if self.validation_source is None:
-            return self
+            return
         if self.source == BUILTIN_PHOTOGRAPHS:
-            raise ValueError(
+            yield (
                 f"validation_source: {self.validation_source!r} has no effect with source: "
                 f"{self.source!r}, which brings its own; remove it"
             )
-        default = type(self).model_fields["validation_fraction"].default
-        if self.validation_fraction != default:
-            raise ValueError(
+        elif self.validation_fraction != fields["validation_fraction"].default:
+            yield (
                 f"validation_fraction: {self.validation_fraction} has no effect with "
                 f"validation_source: {self.validation_source!r}; remove one of them"
             )
-        return self

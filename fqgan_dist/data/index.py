@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import DataError
@@ -179,17 +179,16 @@ class DatasetIndex(Config):
     problem_tables: list[ProblemTable] = Field(default_factory=list)
     """All that was left out: a table of each plan that had problems."""
 
-    @model_validator(mode="after")
-    def _check_names(self) -> DatasetIndex:
+    def find_problems(self) -> Iterator[str]:
+        """Find names that occur twice and descriptions of no class."""
         files = [shard.file for shard in self.shards]
         for what, names in (("shards", files), ("classes", self.classes)):
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             if repeated:
-                raise ValueError(f"{what}: {repeated[:5]!r} occur more than once")
+                yield f"{what}: {repeated[:5]!r} occur more than once"
         unknown = sorted(set(self.class_descriptions) - set(self.classes))
         if unknown:
-            raise ValueError(f"class_descriptions: {unknown[:5]!r} are not in classes")
-        return self
+            yield f"class_descriptions: {unknown[:5]!r} are not in classes"
 
     @property
     def num_samples(self) -> int:

@@ -19,7 +19,6 @@ from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_rep
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.index import DatasetIndex, load_index, load_pinned_index
 from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
-from fqgan_dist.data.order import DEFAULT_WINDOW_SHARDS
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
 from fqgan_dist.data.tar_iteration import iterate_shard
@@ -155,9 +154,9 @@ class ImageLoader(_StepLoader[ImageBatch]):
         micro_batch_size: int,
         micro_batches_per_step: int,
         features: FeatureStore | None = None,
-        window_shards: int = DEFAULT_WINDOW_SHARDS,
-        loader_workers: int = 0,
-        max_damaged_in_a_row: int = 1,
+        window_shards: int,
+        loader_workers: int,
+        max_damaged_in_a_row: int,
         cache: ShardCacheConfig | None = None,
         dataset_id: str | None = None,
     ) -> None:
@@ -233,8 +232,8 @@ class CodeLoader(_StepLoader[CodeBatch]):
         seed: int,
         micro_batch_size: int,
         micro_batches_per_step: int,
-        window_shards: int = DEFAULT_WINDOW_SHARDS,
-        loader_workers: int = 0,
+        window_shards: int,
+        loader_workers: int,
         dataset_id: str | None = None,
     ) -> None:
         """Open a dataset and its codes; only the dataset's index is read.

@@ -16,7 +16,6 @@ import numpy as np
 
 from fqgan_dist.randomness import Key, numpy_generator
 
-DEFAULT_WINDOW_SHARDS = 8
 _CACHED_EPOCHS = 4
 _CACHED_WINDOWS = 4
 
@@ -42,7 +41,7 @@ class SampleOrder:
         *,
         dataset_id: str,
         seed: int,
-        window_shards: int = DEFAULT_WINDOW_SHARDS,
+        window_shards: int,
     ) -> None:
         """Fix the order; nothing is computed yet.
 

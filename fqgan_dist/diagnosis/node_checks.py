@@ -8,6 +8,7 @@ from functools import partial
 from fqgan_dist.diagnosis import clock, collectives, gpus, host, software, storage, weights
 from fqgan_dist.diagnosis.verdict import Check, Verdict, run_checks
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import needed_weights
 from fqgan_dist.storage.storage import Storage
 
 _QUICK_S, _NETWORK_S, _TRANSFER_S = 20.0, 90.0, 180.0
@@ -44,5 +45,5 @@ def _list_checks_of(config: RunConfig) -> Iterator[Check]:
         yield Check(storage.SPACE, _QUICK_S, partial(storage.check_space, root))
     else:
         yield Check(clock.SERVER_CLOCK, _QUICK_S, clock.check_server_clock)
-    for network in weights.list_networks(config):
-        yield Check(network.field, _TRANSFER_S, partial(weights.check_network, network))
+    for needed in needed_weights(config):
+        yield Check(needed.field, _TRANSFER_S, partial(weights.check_weights, needed))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,10 +14,11 @@ import torch
 
 from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
-from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.evaluation.config import InceptionConfig
+from fqgan_dist.stages.frozen_networks import FrozenNetwork, NeededWeights
 from fqgan_dist.storage.storage import locate_file
-from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
-from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig
+from fqgan_dist.tokenizer.config import PerceptualConfig
 
 _READ_BYTES = 8 * 2**20
 _LENGTH_BYTES = 8
@@ -40,47 +40,14 @@ class HubState:
     """Whether they could be downloaded; not asked where they are cached."""
 
 
-@dataclass(frozen=True)
-class PretrainedNetwork:
-    """A network of the config whose weights this project does not train."""
-
-    field: str
-    """Where its weights stand in the config."""
-    weights: WeightsConfig
-    find_hub_state: Callable[[], HubState]
-    """Called for hub weights only; it may take a library's import."""
-
-
-def list_networks(config: RunConfig) -> list[PretrainedNetwork]:
-    """List the pretrained networks of a run."""
-    perceptual, inception = config.tokenizer.perceptual, config.evaluation.inception
-    perceptual_source = "hub" if perceptual.weights == "torchvision" else perceptual.weights
-    return [
-        *(
-            PretrainedNetwork(
-                f"teachers.networks.{number}.weights",
-                teacher.weights,
-                lambda teacher=teacher: _find_teacher(teacher),
-            )
-            for number, teacher in enumerate(config.teachers.networks)
-        ),
-        PretrainedNetwork(
-            "tokenizer.perceptual.weights",
-            WeightsConfig(source=perceptual_source, sha256=perceptual.weights_sha256),
-            lambda: _find_perceptual(perceptual.network),
-        ),
-        PretrainedNetwork("evaluation.inception.weights", inception.weights, _find_inception),
-    ]
-
-
-def check_network(network: PretrainedNetwork) -> Verdict:
-    """Look for a network's weights without loading them."""
-    weights = network.weights
+def check_weights(needed: NeededWeights) -> Verdict:
+    """Look for weights without loading them."""
+    weights = needed.weights
     if weights.is_random:
-        return ok(network.field, "random, seeded: not comparable with published numbers")
-    if weights.is_hub:
-        return judge_hub(network.field, network.find_hub_state())
-    return check_file(network.field, weights.source, weights.sha256)
+        return ok(needed.field, "random, seeded: not comparable with published numbers")
+    if isinstance(needed, FrozenNetwork) and weights.is_hub:
+        return judge_hub(needed.field, _find_hub_state(needed))
+    return check_file(needed.field, weights.source, weights.sha256)
 
 
 def judge_hub(field: str, state: HubState) -> Verdict:
@@ -136,14 +103,18 @@ def _hash(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _find_teacher(teacher: TeacherConfig) -> HubState:
-    match teacher:
-        case ClipTeacherConfig():
+def _find_hub_state(network: FrozenNetwork) -> HubState:
+    match network.settings:
+        case ClipTeacherConfig() as teacher:
             return _find_clip(str(teacher.architecture))
-        case Dinov2TeacherConfig():
+        case Dinov2TeacherConfig() as teacher:
             from transformers.utils import SAFE_WEIGHTS_NAME
 
             return _find_in_repository(str(teacher.architecture), [SAFE_WEIGHTS_NAME])
+        case PerceptualConfig() as perceptual:
+            return _find_perceptual(perceptual.network)
+        case InceptionConfig():
+            return _find_inception()
 
 
 def _find_clip(architecture: str) -> HubState:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.weights.config import WeightsConfig
@@ -43,16 +44,15 @@ class EvaluationConfig(Config):
         """Return the settings that decide features and per-image scores."""
         return self.model_dump(mode="json", exclude={"adm_reference"})
 
-    @model_validator(mode="after")
-    def _check_adm_reference(self) -> EvaluationConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find an ADM reference that was made by another network."""
         if self.adm_reference is None:
-            return self
+            return
         inception = self.inception
         if inception.weights.source == "random" or inception.resolution != PUBLISHED_RESOLUTION:
-            raise ValueError(
+            yield (
                 f"adm_reference: {self.adm_reference!r} was made by the published Inception "
                 f"network at {PUBLISHED_RESOLUTION} pixels, but inception has weights.source "
                 f"{inception.weights.source!r} and resolution {inception.resolution}; use that "
                 "network, or adm_reference: null"
             )
-        return self

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
 
@@ -33,13 +34,12 @@ class TrainWorkersConfig(ProcessResources):
     start_timeout_s: float = Field(default=900.0, gt=0)
     """Wait for the workers' resources; must cover the boot of autoscaled nodes."""
 
-    @model_validator(mode="after")
-    def _check_gpus(self) -> TrainWorkersConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find a number of GPUs that no process trains on."""
         if self.gpus not in (0.0, 1.0):
-            raise ValueError(
+            yield (
                 f"gpus: {self.gpus} per train worker; expected 0 (CPU) or 1 (one process per GPU)"
             )
-        return self
 
 
 class PoolConfig(ProcessResources):
@@ -52,13 +52,10 @@ class PoolConfig(ProcessResources):
     max_failures_per_chunk: int = Field(default=3, ge=0)
     """Times that a chunk may lose its actor before the pool gives up on it."""
 
-    @model_validator(mode="after")
-    def _check_range(self) -> PoolConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find a range that is empty."""
         if self.max_actors < self.min_actors:
-            raise ValueError(
-                f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
-            )
-        return self
+            yield f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
 
 
 class RayConfig(Config):

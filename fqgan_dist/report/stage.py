@@ -14,6 +14,7 @@ from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
 from fqgan_dist.report.page import build_report
 from fqgan_dist.stages.evaluation import Evaluated, EvaluationStage, figure_file
+from fqgan_dist.stages.frozen_networks import describe_random_weights
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import (
     RunContext,
@@ -120,26 +121,11 @@ def _to_pixels(images: Tensor) -> np.ndarray:
 
 def _collect_notes(context: RunContext) -> list[str]:
     """Say what a reader must know before comparing numbers."""
-    config = context.config
-    random = [
-        f"teacher {teacher.name}"
-        for teacher in config.teachers.networks
-        if teacher.weights.is_random
-    ]
-    if config.tokenizer.perceptual.weights == "random":
-        random.append("perceptual loss")
-    if config.evaluation.inception.weights.is_random:
-        random.append("Inception")
-    notes = []
-    if random:
-        notes.append(
-            f"Random weights ({', '.join(random)}): scores of this run are not comparable with "
-            f"published numbers."
-        )
+    notes = describe_random_weights(context.config)
     records = {
         stage.name: _find_record(stage)
         for stage in build_stages(context)
-        if stage.is_wanted(config)
+        if stage.is_wanted(context.config)
     }
     shards = records[DatasetIds.stage]
     problems = [

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from fqgan_dist.chunks import RunChunks, run_in_processes
 from fqgan_dist.config import Config
+from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import (
     INDEX_NAME,
     DatasetIndex,
@@ -64,7 +65,7 @@ _SHOWN_NAMES = 5
 class ExtensionConfig(Config):
     """How a dataset is extended; the images get the form that the dataset's own have."""
 
-    samples_per_shard: int = Field(default=1000, ge=1)
+    samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, ge=1)
     """Greatest number of images in a new shard."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the new images."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import ViewConfig
@@ -43,17 +44,16 @@ class ImagePolicy(Config):
     """Images with a shorter side than asked for keep their bytes; false: they are enlarged. Images
     that have the very size already keep their bytes either way."""
 
-    @model_validator(mode="after")
-    def _check_effect(self) -> ImagePolicy:
+    def find_problems(self) -> Iterator[str]:
+        """Find settings that exclude each other or have no effect."""
         if self.short_side is not None and self.crop is not None:
-            raise ValueError(
+            yield (
                 f"crop: {self.crop} and short_side: {self.short_side} exclude each other; leave "
                 "one out"
             )
         for name in ("jpeg_quality", "only_if_bigger"):
             if not self.is_lossy and name in self.model_fields_set:
-                raise ValueError(f"{name}: has no effect without short_side or crop; leave it out")
-        return self
+                yield f"{name}: has no effect without short_side or crop; leave it out"
 
     @property
     def is_lossy(self) -> bool:

@@ -10,15 +10,16 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
+from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import Sha256, ShardName
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
@@ -41,7 +42,7 @@ class ShardingConfig(ImagePolicy):
     """Name of the dataset, for people."""
     split: str = Field(min_length=1)
     """Part of the dataset: `train`, `val` ..."""
-    samples_per_shard: int = Field(default=1000, ge=1)
+    samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, ge=1)
     """Greatest number of images in a shard; a shard is held in memory while it is made."""
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the images."""
@@ -49,8 +50,9 @@ class ShardingConfig(ImagePolicy):
     """Let images of another split than `train` be re-encoded: scores against them (rFID) are then
     not comparable, and every result says so."""
 
-    @model_validator(mode="after")
-    def _check_evaluation(self) -> ShardingConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find what `ImagePolicy` finds, and a policy that does not suit the split."""
+        yield from super().find_problems()
         lossy_evaluation = self.split != "train" and self.is_lossy
         if lossy_evaluation and not self.allow_lossy_evaluation:
             field, value = next(
@@ -58,16 +60,15 @@ class ShardingConfig(ImagePolicy):
                 for field, value in (("short_side", self.short_side), ("crop", self.crop))
                 if value is not None
             )
-            raise ValueError(
+            yield (
                 f"{field}: {value} re-encodes the images of split {self.split!r}, the "
                 f"reference of rFID; leave {field} out, or set allow_lossy_evaluation=true"
             )
         if self.allow_lossy_evaluation and not lossy_evaluation:
-            raise ValueError(
+            yield (
                 "allow_lossy_evaluation: has an effect only with short_side or crop and a split "
                 "other than 'train'; leave it out"
             )
-        return self
 
     def describe_policy(self) -> dict[str, Any]:
         """Give what the index tells about the images and their order."""

@@ -27,6 +27,7 @@ from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
 from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.training.trainer import TrainingResult
+from fqgan_dist.weights.staging import load_initial_weights
 
 
 class TrainedGenerator(TrainedWeights):
@@ -56,6 +57,7 @@ class AutoregressiveStage(TrainingStage):
         stage = self.context.config.autoregressive
         return {
             "model": stage.model.model_dump(mode="json"),
+            **stage.initial_settings(),
             "training": training_settings(stage.training),
             "window_shards": self.context.config.data.window_shards,
             "data_seed": self.context.config.data.seed,
@@ -83,7 +85,7 @@ class AutoregressiveStage(TrainingStage):
 
 
 def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
-    """Build model and engine of a run; initial weights depend on the seed only.
+    """Build model and engine; initial weights depend on the seed only, or are `init_from`'s.
 
     Raises:
         ConfigError: the dataset has more classes than the model.
@@ -97,6 +99,7 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         )
     with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
         model = FactorizedTransformer(config.model)
+    load_initial_weights(model, config.init_from, field="autoregressive.init_from")
     groups = decay_groups(model, config.training.optimizer.weight_decay)
     settings = EngineSettings.of(
         config.training,

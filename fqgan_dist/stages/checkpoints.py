@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +19,6 @@ from rich.text import Text
 from torch import Tensor
 
 from fqgan_dist.autoregressive import published as published_autoregressive
-from fqgan_dist.config import Config
 from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.training_stage import find_trainings
@@ -28,6 +26,7 @@ from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
+from fqgan_dist.training.config import CheckpointTarget
 
 Action = Literal["list", "verify", "export", "prune"]
 TrainedStage = Literal["tokenizer", "autoregressive"]
@@ -40,18 +39,6 @@ _OPTIONS: dict[Action, tuple[str, ...]] = {
     "prune": (),
 }
 """Which options an action takes; another one has no effect, and is an error."""
-
-
-class CheckpointTarget(Config):
-    """What an action works on, beside the run's own settings."""
-
-    to: str | None = None
-    """File to export to, a path or `s3://` URI; None outside `export`."""
-    format: Literal["ours", "published"] = "ours"
-    """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the
-    released code loads."""
-    step: int | None = Field(default=None, ge=0)
-    """Checkpoint of this step; None takes the newest good one, or, for `verify`, all."""
 
 
 @dataclass(frozen=True)

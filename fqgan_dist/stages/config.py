@@ -1,11 +1,24 @@
-"""All settings of a run: one section per stage, checked against each other."""
+"""All settings of a run: one section per stage, checked against each other.
+
+What follows from other settings, such as the generator's number of codebooks, need not be given.
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fqgan_dist.autoregressive.config import AutoregressiveConfig, SamplesConfig
 from fqgan_dist.config import Config
@@ -16,12 +29,15 @@ from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.teachers.config import TeachersConfig
 from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.tokenizer.config import (
+    CodebookConfig,
     DiscriminatorConfig,
     PerceptualConfig,
     TokenizerConfig,
     TokenizerLossConfig,
+    modernize_perceptual,
 )
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.weights.config import InitialWeights
 
 
 class StorageConfig(Config):
@@ -31,23 +47,44 @@ class StorageConfig(Config):
     """A path or an `s3://bucket/prefix` URI. Credentials come from the usual AWS places only."""
 
 
-class TokenizerStageConfig(Config):
+class TrainedStageConfig(Config):
+    """What both trained models are given."""
+
+    training: TrainingConfig
+    init_from: InitialWeights | None = None
+    """Weights that the model starts from, at step 0 and with a fresh optimizer; None draws them. A
+    checkpoint of the run itself goes before: it is continued."""
+
+    def initial_settings(self) -> dict[str, Any]:
+        """Name what the training starts from, if that is given, as records of stages hold it."""
+        return {"init_from": self.init_from.identity()} if self.init_from else {}
+
+
+class TokenizerStageConfig(TrainedStageConfig):
     """The tokenizer, what it is trained against, and how."""
 
     model: TokenizerConfig
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     perceptual: PerceptualConfig
     losses: TokenizerLossConfig = TokenizerLossConfig()
-    training: TrainingConfig
 
-    @model_validator(mode="after")
-    def _check_zero_stage(self) -> TokenizerStageConfig:
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_former_spelling(cls, values: Any) -> Any:
+        """Give random perceptual weights that are spelt as formerly the seed they had then."""
+        seed = _find(values, "training.seed")
+        if not isinstance(values, dict) or not isinstance(seed, int) or "perceptual" not in values:
+            return values
+        perceptual = modernize_perceptual(values["perceptual"], training_seed=seed)
+        return values | {"perceptual": perceptual}
+
+    def find_problems(self) -> Iterator[str]:
+        """Find a partition that the tokenizer cannot be trained with."""
         if self.training.zero_stage > 2:
-            raise ValueError(
+            yield (
                 f"training.zero_stage: {self.training.zero_stage} cannot train the tokenizer, "
                 f"whose loss flows through two partitioned models; use 0, 1 or 2"
             )
-        return self
 
 
 class CodesConfig(Config):
@@ -59,11 +96,10 @@ class CodesConfig(Config):
     """Crops per forward pass; part of the fingerprint, as it can move the last bit."""
 
 
-class AutoregressiveStageConfig(Config):
+class AutoregressiveStageConfig(TrainedStageConfig):
     """The generator and how it is trained."""
 
     model: AutoregressiveConfig
-    training: TrainingConfig
 
 
 class RunConfig(Config):
@@ -93,8 +129,22 @@ class RunConfig(Config):
     samples: SamplesConfig
     evaluation: EvaluationConfig
 
-    @model_validator(mode="after")
-    def _check_stage_names(self) -> RunConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find names of no stage, and sections that do not go together."""
+        yield from self._find_unknown_stages()
+        if (
+            "samples" in self.stages
+            and self.samples.export != "none"
+            and "exports" not in self.stages
+        ):
+            yield (
+                f"samples.export: {self.samples.export!r} has no effect without stage 'exports'; "
+                f"add it to stages, or set samples.export: none"
+            )
+        yield from self._find_disagreements()
+        yield from self._find_teacher_problems()
+
+    def _find_unknown_stages(self) -> Iterator[str]:
         known = stage_names()
         for field, names in (
             ("stages", self.stages),
@@ -105,55 +155,140 @@ class RunConfig(Config):
                 if name not in known:
                     near = difflib.get_close_matches(name, known, n=1)
                     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                    raise ValueError(f"{field}: {name!r} is no stage; {hint}")
-        if (
-            "samples" in self.stages
-            and self.samples.export != "none"
-            and "exports" not in self.stages
-        ):
-            raise ValueError(
-                f"samples.export: {self.samples.export!r} has no effect without stage 'exports'; "
-                f"add it to stages, or set samples.export: none"
-            )
-        return self
+                    yield f"{field}: {name!r} is no stage; {hint}"
 
-    @model_validator(mode="after")
-    def _check_sections_agree(self) -> RunConfig:
-        tokenizer, model = self.tokenizer.model, self.autoregressive.model
-        problems = [
-            f"{field} is {theirs!r}, but tokenizer.model gives {ours!r}; make them equal"
-            for field, theirs, ours in (
-                (
-                    "autoregressive.model.num_codebooks",
-                    model.num_codebooks,
-                    tokenizer.num_codebooks,
-                ),
-                (
-                    "autoregressive.model.codebook_size",
-                    model.codebook_size,
-                    tokenizer.codebook_size,
-                ),
-                ("autoregressive.model.grid_size", model.grid_size, tokenizer.grid_size),
-                ("data.views.image_size", self.data.views.image_size, tokenizer.image_size),
-                ("codes.views.image_size", self.codes.views.image_size, tokenizer.image_size),
-            )
-            if theirs != ours
-        ]
-        wanted = {book.teacher for book in tokenizer.codebooks if book.teacher is not None}
+    def _find_disagreements(self) -> Iterator[str]:
+        for each in _DERIVED:
+            given, derived = _find(self, each.field), each.compute_fn(self.tokenizer.model)
+            if given != derived:
+                yield _describe_disagreement(each.field, given, each.source, derived)
+        for number, teacher in enumerate(self.teachers.networks):
+            for place, book in enumerate(self.tokenizer.model.codebooks):
+                if book.teacher == teacher.name and book.feature_dim != teacher.feature_dim:
+                    yield _describe_disagreement(
+                        f"tokenizer.model.codebooks.{place}.feature_dim",
+                        book.feature_dim,
+                        f"teachers.networks.{number} ({teacher.name})",
+                        teacher.feature_dim,
+                    )
+
+    def _find_teacher_problems(self) -> Iterator[str]:
+        codebooks = self.tokenizer.model.codebooks
+        wanted = {book.teacher for book in codebooks if book.teacher is not None}
         given = {teacher.name for teacher in self.teachers.networks}
-        problems += [
-            f"teachers.networks: {name!r} is named by a codebook but not configured"
-            for name in sorted(wanted - given)
-        ]
-        problems += [
-            f"teachers.networks: {name!r} is configured but no codebook names it; remove it"
-            for name in sorted(given - wanted)
-        ]
+        for name in sorted(wanted - given):
+            yield f"teachers.networks: {name!r} is named by a codebook but not configured"
+        for name in sorted(given - wanted):
+            yield f"teachers.networks: {name!r} is configured but no codebook names it; remove it"
         if wanted and self.teachers.precompute and self.data.num_views is None:
-            problems.append(
+            yield (
                 "data.num_views: required with teachers.precompute, as features are stored per "
                 "view; set it, or teachers.precompute=false"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_derived(cls, values: Any) -> Any:
+        """Give what follows from other settings its value, unless it is given."""
+        if not isinstance(values, dict):
+            return values
+        filled = copy.deepcopy(values)
+        feature_dims = _find_feature_dims(filled)
+        for book in _find_items(filled, "tokenizer.model.codebooks"):
+            if isinstance(book, dict) and str(book.get("teacher")) in feature_dims:
+                book.setdefault("feature_dim", feature_dims[book["teacher"]])
+        tokenizer = _parse_tokenizer(filled)
+        for each in _DERIVED:
+            path, _, name = each.field.rpartition(".")
+            group = _find(filled, path)
+            if isinstance(group, dict):
+                group.setdefault(name, each.compute_fn(tokenizer))
+        return filled
+
+    @model_serializer(mode="wrap")
+    def _leave_out_derived(self, dump_fn: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump the settings without what follows from others: an override changes one place."""
+        values = dump_fn(self)
+        for each in _DERIVED:
+            path, _, name = each.field.rpartition(".")
+            group = _find(values, path)
+            if isinstance(group, dict):
+                group.pop(name, None)
+        for book in _find_items(values, "tokenizer.model.codebooks"):
+            book.pop("feature_dim", None)
+        return values
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """A setting that follows from the tokenizer's model."""
+
+    field: str
+    source: str
+    """The settings that it follows from, for messages."""
+    compute_fn: Callable[[TokenizerConfig], int]
+
+
+_IMAGE_SIZE = "tokenizer.model.image_size"
+_DERIVED = (
+    _Derived("data.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
+    _Derived("codes.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
+    _Derived(
+        "autoregressive.model.num_codebooks",
+        "the number of tokenizer.model.codebooks",
+        lambda model: model.num_codebooks,
+    ),
+    _Derived(
+        "autoregressive.model.codebook_size",
+        "tokenizer.model.codebook_size",
+        lambda model: model.codebook_size,
+    ),
+    _Derived(
+        "autoregressive.model.grid_size",
+        f"{_IMAGE_SIZE} with channel_multipliers",
+        lambda model: model.grid_size,
+    ),
+)
+"""What the sections of the data, the codes and the generator take from the tokenizer's; besides,
+the `feature_dim` of a codebook follows from its teacher."""
+
+
+def _describe_disagreement(field: str, given: object, source: str, derived: object) -> str:
+    return (
+        f"{field} is {given!r}, but {source} gives {derived!r}; "
+        f"remove {field.rpartition('.')[2]}, which follows from it, or make them agree"
+    )
+
+
+def _find(values: Any, field: str) -> Any:
+    """Look up a dotted name in plain values or in a config; None where it leads nowhere."""
+    for part in field.split("."):
+        if isinstance(values, dict):
+            values = values.get(part)
+        else:
+            values = getattr(values, part) if isinstance(values, Config) else None
+    return values
+
+
+def _find_items(values: Any, field: str) -> Sequence[Any]:
+    items = _find(values, field)
+    return items if isinstance(items, list | tuple) else ()
+
+
+# What is wrong itself is reported where it stands, and not again by what follows from it.
+
+
+def _find_feature_dims(values: dict[str, Any]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    for network in _find_items(values, "teachers.networks"):
+        with suppress(ValidationError):
+            (teacher,) = TeachersConfig(networks=(network,)).networks
+            dims[teacher.name] = teacher.feature_dim
+    return dims
+
+
+def _parse_tokenizer(values: dict[str, Any]) -> TokenizerConfig:
+    try:
+        return TokenizerConfig.model_validate(_find(values, "tokenizer.model"))
+    except ValidationError:
+        return TokenizerConfig(codebooks=(CodebookConfig(name="any"),))

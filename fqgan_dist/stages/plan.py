@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import describe_random_weights
 from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.shards import ShardsStage
@@ -74,16 +75,7 @@ def _collect_notes(config: RunConfig) -> list[str]:
         "of one rank's images; temporaries, communication buffers, workspaces and fragmentation "
         "come on top."
     ]
-    named = {teacher.name: teacher.weights.source for teacher in config.teachers.networks}
-    named |= {
-        "LPIPS": config.tokenizer.perceptual.weights,
-        "Inception": config.evaluation.inception.weights.source,
-    }
-    random = [name for name, source in named.items() if source == "random"]
-    if random:
-        notes.append(
-            f"Random weights: {', '.join(random)}; scores are not comparable with published ones."
-        )
+    notes += describe_random_weights(config)
     if config.teachers.networks and not config.teachers.precompute:
         notes.append("The teachers run in the training step; their memory is not counted.")
     if config.tokenizer.losses.discriminator_start_step > config.tokenizer.training.steps:

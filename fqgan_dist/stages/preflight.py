@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import needed_weights
 from fqgan_dist.stages.placement import (
     find_device_conflicts,
     planned_world_size,
@@ -24,7 +25,7 @@ from fqgan_dist.stages.stage import (
     find_stage,
 )
 from fqgan_dist.telemetry.sinks.optional import find_sinks
-from fqgan_dist.weights.staging import is_missing
+from fqgan_dist.weights.staging import describe_missing_file, is_missing
 
 
 def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
@@ -86,38 +87,10 @@ def check_run(context: RunContext) -> None:
 def find_missing_files(stage: type[Stage], config: RunConfig) -> Iterator[str]:
     """Look for local files that a stage reads; objects in buckets are left to their readers."""
     yield from stage.find_missing_files(config)
-    for stages, problem in _find_missing_weights(config):
-        if stage.name in stages:
-            yield problem
-
-
-def _find_missing_weights(config: RunConfig) -> Iterator[tuple[frozenset[str], str]]:
-    # The evaluation measures InfoNCE, for which it runs the teachers on validation images.
-    reader = "teachers" if config.teachers.precompute else "tokenizer"
-    weights: list[tuple[frozenset[str], str, str]] = [
-        (
-            frozenset({reader, "evaluation"}),
-            f"teachers.networks.{index}.weights.source",
-            teacher.weights.source,
-        )
-        for index, teacher in enumerate(config.teachers.networks)
-        if teacher.weights.is_file
-    ]
-    perceptual = config.tokenizer.perceptual
-    if perceptual.is_file:
-        field = "tokenizer.perceptual.weights"
-        weights.append((frozenset({"tokenizer"}), field, perceptual.weights))
-    inception = config.evaluation.inception.weights
-    if inception.is_file:
-        field = "evaluation.inception.weights.source"
-        weights.append((frozenset({"evaluation"}), field, inception.source))
-    for stages, field, source in weights:
-        if is_missing(source):
-            yield (
-                stages,
-                f"{field}: {source!r}: no such file; expected a .safetensors file (a path or "
-                f"s3:// URI), or 'random' for a trial",
-            )
+    for needed in needed_weights(config):
+        source = needed.weights.source
+        if stage.name in needed.readers and needed.weights.is_file and is_missing(source):
+            yield describe_missing_file(needed.field, source)
 
 
 def _is_done(stage: Stage) -> bool:

@@ -6,7 +6,7 @@ One file per shard and view holds all teachers' features; a chunk is one such fi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.views import CropRecord
-from fqgan_dist.errors import ConfigError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import read_shard
@@ -24,7 +23,7 @@ from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer_task import TeacherFeatures
-from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
+from fqgan_dist.teachers.teacher import Teacher, build_teacher
 from fqgan_dist.weights.staging import resolve_weights
 
 _FOLDER = "features"
@@ -49,14 +48,6 @@ class TeachersStage(Stage):
     def uses_pool(cls, config: RunConfig) -> bool:
         """Only where features are stored."""
         return super().uses_pool(config) and stores_features(config)
-
-    @classmethod
-    def find_problems(cls, config: RunConfig) -> Iterator[str]:
-        """Compare feature sizes."""
-        try:
-            check_feature_dims(config)
-        except ConfigError as error:
-            yield str(error)
 
     def settings(self) -> Mapping[str, Any]:
         """What decides the features."""
@@ -174,35 +165,13 @@ def stores_features(config: RunConfig) -> bool:
     return bool(config.teachers.networks) and config.teachers.precompute
 
 
-def check_feature_dims(config: RunConfig) -> None:
-    """Compare the codebooks' feature sizes with those of the teachers, without building these.
-
-    Raises:
-        ConfigError: a codebook would predict features of another size than its teacher gives.
-    """
-    wanted = {
-        book.teacher: book.feature_dim for book in config.tokenizer.model.codebooks if book.teacher
-    }
-    given = {teacher.name: find_feature_dim(teacher) for teacher in config.teachers.networks}
-    problems = [
-        f"feature_dim of teacher {name!r} is {wanted[name]}, but the network gives {size}"
-        for name, size in given.items()
-        if size != wanted[name]
-    ]
-    if problems:
-        raise ConfigError(
-            f"tokenizer.model.codebooks: {'; '.join(problems)}; set feature_dim to that"
-        )
-
-
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
     """Build the configured teachers.
 
     Raises:
-        ConfigError: a teacher's feature size is not the one that its codebook predicts.
+        ConfigError: a file of weights is not there.
         DataError: weights are missing or of another network.
     """
-    check_feature_dims(config)
     teachers = {}
     for index, settings in enumerate(config.teachers.networks):
         path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")

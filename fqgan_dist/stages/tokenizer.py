@@ -32,7 +32,7 @@ from fqgan_dist.training.engine_settings import EngineSettings
 from fqgan_dist.training.engines import build_engine
 from fqgan_dist.training.step_layout import StepLayout
 from fqgan_dist.training.trainer import TrainingResult
-from fqgan_dist.weights.staging import bring_file
+from fqgan_dist.weights.staging import load_initial_weights, resolve_weights
 
 
 class TrainedTokenizer(TrainedWeights):
@@ -64,10 +64,11 @@ class TokenizerStage(TrainingStage):
         return {
             "model": stage.model.model_dump(mode="json"),
             "discriminator": stage.discriminator.model_dump(mode="json"),
-            "perceptual": stage.perceptual.model_dump(mode="json"),
+            "perceptual": stage.perceptual.identity(stage.training.seed),
             "losses": stage.losses.model_dump(mode="json"),
             "training": training_settings(stage.training),
             "views": config.data.views.model_dump(mode="json"),
+            **stage.initial_settings(),
             "num_views": config.data.num_views,
             "window_shards": config.data.window_shards,
             "data_seed": config.data.seed,
@@ -101,24 +102,24 @@ class TokenizerStage(TrainingStage):
 
 
 def build_tokenizer_task(context: RunContext) -> TokenizerTask:
-    """Build models, engines and losses of a run; initial weights depend on the seed only."""
+    """Build models, engines and losses of a run.
+
+    Initial weights depend on the seed only, or are those of `init_from`; the discriminator's are
+    always drawn.
+    """
     config = context.config.tokenizer
     training = config.training
     with keyed_torch_rng(training.seed, "tokenizer_weights", device=torch.device("cpu")):
         tokenizer = FactorizedTokenizer(config.model)
         discriminator = PatchDiscriminator(config.discriminator)
+    load_initial_weights(tokenizer, config.init_from, field="tokenizer.init_from")
     layout = StepLayout.of(training, context.world)
     settings = functools.partial(EngineSettings.of, training, layout=layout, device=context.device)
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
         teachers = build_online_teachers(context)
-    weights_path = None
-    if config.perceptual.is_file:
-        field = "tokenizer.perceptual.weights"
-        weights_path = bring_file(config.perceptual.weights, field=field)
-    perceptual = build_perceptual_loss(
-        config.perceptual, seed=training.seed, weights_path=weights_path
-    )
+    weights_path = resolve_weights(config.perceptual.weights, field="tokenizer.perceptual.weights")
+    perceptual = build_perceptual_loss(config.perceptual, weights_path=weights_path)
     val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
     return TokenizerTask(
         engine=build_engine(tokenizer, settings(name="tokenizer")),

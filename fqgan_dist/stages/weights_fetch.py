@@ -12,38 +12,30 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import safetensors.torch
 import yaml
-from pydantic import Field
 from torch import Tensor
 
-from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError, DataError, FqganError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.evaluation.inception import build_inception
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import FrozenNetwork, frozen_networks
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.clip import build_clip
-from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
+from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss, copy_backbone_weights
-from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.config import FetchTarget, WeightsConfig
 from fqgan_dist.weights.files import load_safetensors_checked
 
 State = Literal["written", "kept", "not needed", "failed"]
 
 _FILE_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class FetchTarget(Config):
-    """Where the weights shall go."""
-
-    to: str = Field(min_length=1)
-    """A directory or `s3://bucket/prefix`; made if it is missing."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,8 @@ class FetchedNetwork:
     sha256: str | None = None
     """Of the file's bytes; None without a file."""
     bytes: int = 0
-    overrides: tuple[str, ...] = ()
-    """Settings that take the file."""
+    override: str | None = None
+    """Setting that takes the file; None without one."""
     problem: str | None = None
     """Why it failed; None otherwise."""
 
@@ -74,13 +66,12 @@ class FetchResult:
     @property
     def overrides(self) -> list[str]:
         """Settings that take all the files."""
-        return [override for network in self.networks for override in network.overrides]
+        return [network.override for network in self.networks if network.override is not None]
 
     @property
     def report(self) -> dict[str, Any]:
         """For machines; JSON-able."""
-        networks = [vars(each) | {"overrides": list(each.overrides)} for each in self.networks]
-        return {"networks": networks, "overrides": self.overrides}
+        return {"networks": [vars(each) for each in self.networks], "overrides": self.overrides}
 
     @property
     def text(self) -> str:
@@ -106,20 +97,6 @@ class FetchResult:
             )
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A pretrained network of the config."""
-
-    field: str
-    name: str
-    source: str
-    is_hub: bool
-    source_setting: str
-    sha256_setting: str
-    load_fn: Callable[[], Mapping[str, Tensor]]
-    """Downloads and checks; called for `is_hub` only."""
-
-
 def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
     """Download the hub weights that a run needs, check them and write them to a directory.
 
@@ -129,68 +106,25 @@ def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
     Raises:
         ConfigError: two networks have one name, or a name is none for a file.
     """
-    networks = _list_networks(config)
-    _check_names([network.name for network in networks if network.is_hub])
+    networks = frozen_networks(config)
+    _check_names([network.name for network in networks if network.weights.is_hub])
     folder = Storage(target.to)
     # torch.hub announces downloads on stdout, which belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
         return FetchResult(tuple(_fetch(network, folder) for network in networks))
 
 
-def _list_networks(config: RunConfig) -> list[_Network]:
-    return [
-        *(
-            _describe_network(
-                f"teachers.networks.{number}",
-                teacher.name,
-                teacher.weights,
-                lambda teacher=teacher: _load_teacher(teacher),
-            )
-            for number, teacher in enumerate(config.teachers.networks)
-        ),
-        _describe_perceptual(config.tokenizer.perceptual),
-        _describe_network(
-            "evaluation.inception",
-            "inception",
-            config.evaluation.inception.weights,
-            lambda: _load_inception(config.evaluation.inception),
-        ),
-    ]
-
-
-def _describe_network(
-    field: str, name: str, weights: WeightsConfig, load_fn: Callable[[], Mapping[str, Tensor]]
-) -> _Network:
-    return _Network(
-        field=field,
-        name=name,
-        source=weights.source,
-        is_hub=weights.is_hub,
-        source_setting=f"{field}.weights.source",
-        sha256_setting=f"{field}.weights.sha256",
-        load_fn=load_fn,
-    )
-
-
-def _describe_perceptual(config: PerceptualConfig) -> _Network:
-    field = "tokenizer.perceptual"
-    return _Network(
-        field=field,
-        name=f"perceptual-{config.network}",
-        source=config.weights,
-        is_hub=config.weights == "torchvision",
-        source_setting=f"{field}.weights",
-        sha256_setting=f"{field}.weights_sha256",
-        load_fn=lambda: _load_perceptual(config),
-    )
-
-
-def _load_teacher(config: TeacherConfig) -> Mapping[str, Tensor]:
-    match config:
-        case ClipTeacherConfig():
+def _load(network: FrozenNetwork) -> Mapping[str, Tensor]:
+    """Download and check a network of the hub."""
+    match network.settings:
+        case ClipTeacherConfig() as config:
             return build_clip(config, weights_path=None).state_dict()
-        case Dinov2TeacherConfig():
+        case Dinov2TeacherConfig() as config:
             return _load_dinov2(config)
+        case PerceptualConfig() as config:
+            return copy_backbone_weights(build_perceptual_loss(config))
+        case InceptionConfig() as config:
+            return build_inception(config, device="cpu").network.state_dict()
 
 
 def _load_dinov2(config: Dinov2TeacherConfig) -> Mapping[str, Tensor]:
@@ -203,15 +137,6 @@ def _load_dinov2(config: Dinov2TeacherConfig) -> Mapping[str, Tensor]:
     # The tensors of the hub's file, not the built network's: transformers renames when it loads,
     # and the names inside change with its version.
     return load_safetensors_checked(path, weights.sha256)
-
-
-def _load_inception(config: InceptionConfig) -> Mapping[str, Tensor]:
-    return build_inception(config, device="cpu").network.state_dict()
-
-
-def _load_perceptual(config: PerceptualConfig) -> Mapping[str, Tensor]:
-    # The seed is that of random weights, which these are not.
-    return copy_backbone_weights(build_perceptual_loss(config, seed=0))
 
 
 def _check_names(names: list[str]) -> None:
@@ -228,28 +153,24 @@ def _check_names(names: list[str]) -> None:
             )
 
 
-def _fetch(network: _Network, folder: Storage) -> FetchedNetwork:
-    if not network.is_hub:
-        return FetchedNetwork(network.field, network.name, "not needed", network.source)
+def _fetch(network: FrozenNetwork, folder: Storage) -> FetchedNetwork:
+    source = network.weights.source
+    if not network.weights.is_hub:
+        return FetchedNetwork(network.group, network.name, "not needed", source)
     try:
-        data = safetensors.torch.save(dict(_make_contiguous(network.load_fn())))
+        data = safetensors.torch.save(dict(_make_contiguous(_load(network))))
         uri, state = _write(folder, f"{network.name}.safetensors", data)
     except FqganError as error:
-        return FetchedNetwork(
-            network.field, network.name, "failed", network.source, problem=str(error)
-        )
+        return FetchedNetwork(network.group, network.name, "failed", source, problem=str(error))
     sha256 = hashlib.sha256(data).hexdigest()
     return FetchedNetwork(
-        network.field,
+        network.group,
         network.name,
         state,
         uri,
         sha256=sha256,
         bytes=len(data),
-        overrides=(
-            f"{network.source_setting}={_to_yaml(uri)}",
-            f"{network.sha256_setting}={_to_yaml(sha256)}",
-        ),
+        override=f"{network.field}={_to_yaml({'source': uri, 'sha256': sha256})}",
     )
 
 
@@ -270,9 +191,11 @@ def _write(folder: Storage, name: str, data: bytes) -> tuple[str, State]:
     return folder.uri(name), state
 
 
-def _to_yaml(value: str) -> str:
-    """Write a string so that an override reads it as that string, with quotes only if it must."""
-    return yaml.safe_dump(value, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
+def _to_yaml(group: Mapping[str, str]) -> str:
+    """Write settings on one line, as an override takes them."""
+    return yaml.safe_dump(
+        dict(group), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    ).strip()
 
 
 def _describe(network: FetchedNetwork) -> str:

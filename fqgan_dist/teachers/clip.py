@@ -54,44 +54,6 @@ class ClipClassToken(nn.Module):
         return output["image_intermediates_prefix"][0][:, 0]
 
 
-def find_clip_sizes(architecture: str | ClipArchitecture) -> ClipArchitecture:
-    """Look up a named architecture in open_clip.
-
-    Raises:
-        ConfigError: the name is unknown, not a plain vision transformer, or not QuickGELU.
-    """
-    if isinstance(architecture, ClipArchitecture):
-        return architecture
-    import open_clip
-
-    settings = open_clip.get_model_config(architecture)
-    if settings is None:
-        raise ConfigError(
-            f"architecture: {architecture!r} is not in open_clip - expected a name such as "
-            "'ViT-B-16-quickgelu' - see open_clip.list_models()"
-        )
-    vision = dict(settings["vision_cfg"])
-    if not settings.get("quick_gelu", False):
-        raise ConfigError(
-            f"architecture: {architecture!r} uses plain GELU - expected QuickGELU, which OpenAI's "
-            f"weights were trained with - try '{architecture}-quickgelu'"
-        )
-    plain = {"image_size", "layers", "width", "patch_size", "head_width"}
-    if set(vision) - plain or not isinstance(vision["layers"], int):
-        raise ConfigError(
-            f"architecture: {architecture!r} is not a plain vision transformer - expected one like "
-            "'ViT-B-16-quickgelu' - choose another teacher"
-        )
-    return ClipArchitecture(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        width=vision["width"],
-        num_layers=vision["layers"],
-        num_heads=vision["width"] // vision.get("head_width", 64),
-        projection_dim=settings["embed_dim"],
-    )
-
-
 def build_clip(config: ClipTeacherConfig, *, weights_path: Path | None) -> ClipClassToken:
     """Build the network and fill it from the configured source.
 
@@ -99,7 +61,7 @@ def build_clip(config: ClipTeacherConfig, *, weights_path: Path | None) -> ClipC
         ConfigError: the architecture is not usable.
         DataError: the hub cannot be reached, or the weights are of another network.
     """
-    sizes = find_clip_sizes(config.architecture)
+    sizes = config.sizes
     # The constructor draws numbers that are thrown away: the caller's random state must not notice.
     with torch.random.fork_rng(devices=[]):
         network = ClipClassToken(sizes)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from fqgan_dist.config import Config
 from fqgan_dist.weights.config import WeightsConfig
 
 
-def _check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+def _find_remainder(whole_name: str, whole: int, part_name: str, part: int) -> Iterator[str]:
     if whole % part != 0:
-        raise ValueError(
+        yield (
             f"{whole_name}: {whole} is not a multiple of {part_name} ({part}); nearest valid "
             f"values are {max(1, whole // part) * part} and {(whole // part + 1) * part}"
         )
@@ -34,11 +35,10 @@ class ClipArchitecture(Config):
     projection_dim: PositiveInt = 512
     """Width of CLIP's joint space: part of every checkpoint, unused by the features."""
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> ClipArchitecture:
-        _check_divides("width", self.width, "num_heads", self.num_heads)
-        _check_divides("image_size", self.image_size, "patch_size", self.patch_size)
-        return self
+    def find_problems(self) -> Iterator[str]:
+        """Find sizes that do not divide each other."""
+        yield from _find_remainder("width", self.width, "num_heads", self.num_heads)
+        yield from _find_remainder("image_size", self.image_size, "patch_size", self.patch_size)
 
 
 class Dinov2Architecture(Config):
@@ -55,11 +55,10 @@ class Dinov2Architecture(Config):
     num_heads: PositiveInt
     """Attention heads per block."""
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Dinov2Architecture:
-        _check_divides("width", self.width, "num_heads", self.num_heads)
-        _check_divides("image_size", self.image_size, "patch_size", self.patch_size)
-        return self
+    def find_problems(self) -> Iterator[str]:
+        """Find sizes that do not divide each other."""
+        yield from _find_remainder("width", self.width, "num_heads", self.num_heads)
+        yield from _find_remainder("image_size", self.image_size, "patch_size", self.patch_size)
 
 
 def _published_dinov2(width: int, num_layers: int, num_heads: int) -> Dinov2Architecture:
@@ -76,6 +75,33 @@ PUBLISHED_DINOV2 = {
 """Sizes of the published networks, so that a cluster without the hub needs the file only."""
 
 
+def _published_clip(
+    image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int, projection: int
+) -> ClipArchitecture:
+    return ClipArchitecture(
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        projection_dim=projection,
+    )
+
+
+PUBLISHED_CLIP = {
+    "ViT-B-32-quickgelu": _published_clip(224, 32, 768, 12, 12, 512),
+    "ViT-B-16-quickgelu": _published_clip(224, 16, 768, 12, 12, 512),
+    "ViT-L-14-quickgelu": _published_clip(224, 14, 1024, 24, 16, 768),
+    "ViT-L-14-336-quickgelu": _published_clip(336, 14, 1024, 24, 16, 768),
+    "ViT-L-14-worldwide-quickgelu": _published_clip(224, 14, 1024, 24, 16, 768),
+    "ViT-H-14-quickgelu": _published_clip(224, 14, 1280, 32, 16, 1024),
+    "ViT-H-14-378-quickgelu": _published_clip(378, 14, 1280, 32, 16, 1024),
+    "ViT-H-14-worldwide-quickgelu": _published_clip(224, 14, 1280, 32, 16, 1024),
+}
+"""open_clip's plain vision transformers with QuickGELU, which OpenAI's weights were trained with.
+Written out, as open_clip takes 5 s to import; a test compares them with its own."""
+
+
 class ClipTeacherConfig(Config):
     """CLIP's image tower (open_clip) as a teacher."""
 
@@ -88,10 +114,28 @@ class ClipTeacherConfig(Config):
     weights: WeightsConfig
     """`hub` takes OpenAI's weights; a file is in open_clip's layout (`visual.*`)."""
 
-    @model_validator(mode="after")
-    def _check_hub(self) -> ClipTeacherConfig:
-        _check_named_for_hub(self.architecture, self.weights)
-        return self
+    def find_problems(self) -> Iterator[str]:
+        """Find an architecture that is unknown, or has no weights on the hub."""
+        if f"{self.architecture}-quickgelu" in PUBLISHED_CLIP:
+            yield (
+                f"architecture: {self.architecture!r} uses plain GELU - expected QuickGELU, which "
+                f"OpenAI's weights were trained with - try '{self.architecture}-quickgelu'"
+            )
+        else:
+            yield from _find_unknown(self.architecture, PUBLISHED_CLIP)
+        yield from _find_unpublished(self.architecture, self.weights)
+
+    @property
+    def sizes(self) -> ClipArchitecture:
+        """The network's sizes, looked up when it is named."""
+        if isinstance(self.architecture, str):
+            return PUBLISHED_CLIP[self.architecture]
+        return self.architecture
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features: that of the class token."""
+        return self.sizes.width
 
 
 class Dinov2TeacherConfig(Config):
@@ -108,33 +152,43 @@ class Dinov2TeacherConfig(Config):
     input_size: PositiveInt = 224
     """Side of the network's input, pixels; position embeddings are interpolated to it."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Dinov2TeacherConfig:
-        _check_named_for_hub(self.architecture, self.weights)
-        patch_size = self.sizes.patch_size
-        _check_divides("input_size", self.input_size, "patch_size", patch_size)
-        return self
+    def find_problems(self) -> Iterator[str]:
+        """Find an architecture that is unknown, and an input of no whole patches."""
+        unknown = [*_find_unknown(self.architecture, PUBLISHED_DINOV2)]
+        yield from unknown
+        yield from _find_unpublished(self.architecture, self.weights)
+        if not unknown:
+            patch_size = self.sizes.patch_size
+            yield from _find_remainder("input_size", self.input_size, "patch_size", patch_size)
 
     @property
     def sizes(self) -> Dinov2Architecture:
         """The network's sizes, looked up when it is named."""
-        if isinstance(self.architecture, Dinov2Architecture):
-            return self.architecture
-        if self.architecture not in PUBLISHED_DINOV2:
-            raise ValueError(
-                f"architecture: {self.architecture!r} is unknown - expected one of "
-                f"{', '.join(PUBLISHED_DINOV2)} - or give sizes"
-            )
-        return PUBLISHED_DINOV2[self.architecture]
+        if isinstance(self.architecture, str):
+            return PUBLISHED_DINOV2[self.architecture]
+        return self.architecture
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features: that of the class token."""
+        return self.sizes.width
 
 
 TeacherConfig = Annotated[ClipTeacherConfig | Dinov2TeacherConfig, Field(discriminator="kind")]
 """Settings of one teacher, told apart by `kind`."""
 
 
-def _check_named_for_hub(architecture: str | Config, weights: WeightsConfig) -> None:
+def _find_unknown(architecture: str | Config, published: Mapping[str, Config]) -> Iterator[str]:
+    if isinstance(architecture, str) and architecture not in published:
+        yield (
+            f"architecture: {architecture!r} is unknown - expected one of {', '.join(published)} - "
+            "or give sizes"
+        )
+
+
+def _find_unpublished(architecture: str | Config, weights: WeightsConfig) -> Iterator[str]:
     if weights.is_hub and not isinstance(architecture, str):
-        raise ValueError(
+        yield (
             "weights.source: 'hub' has no network of these sizes - expected a file or 'random' - "
             "or name a published architecture"
         )

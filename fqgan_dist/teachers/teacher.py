@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.teachers.clip import build_clip, find_clip_sizes
+from fqgan_dist.teachers.clip import build_clip
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
 from fqgan_dist.weights.tensors import hash_tensors, warn_random_weights
 
@@ -131,16 +131,14 @@ def build_teacher(
         )
     match config:
         case ClipTeacherConfig():
-            sizes = find_clip_sizes(config.architecture)
             network = build_clip(config, weights_path=weights_path)
             preprocessing = TeacherPreprocessing(
-                input_size=sizes.image_size, mean=CLIP_MEAN, std=CLIP_STD
+                input_size=config.sizes.image_size, mean=CLIP_MEAN, std=CLIP_STD
             )
         case Dinov2TeacherConfig():
             # transformers' model classes take a second to import: only who builds a DINOv2 pays.
             from fqgan_dist.teachers.dinov2 import build_dinov2
 
-            sizes = config.sizes
             network = build_dinov2(config, weights_path=weights_path)
             preprocessing = TeacherPreprocessing(
                 input_size=config.input_size, mean=IMAGENET_MEAN, std=IMAGENET_STD
@@ -148,25 +146,20 @@ def build_teacher(
     if config.weights.is_random:
         warn_random_weights(f"teacher {config.name!r}", config.weights.seed)
     fingerprint = _compute_fingerprint(
-        {"kind": config.kind, "sizes": sizes.model_dump(), "preprocessing": asdict(preprocessing)},
+        {
+            "kind": config.kind,
+            "sizes": config.sizes.model_dump(),
+            "preprocessing": asdict(preprocessing),
+        },
         network,
     )
     return Teacher(
         network,
         name=config.name,
-        feature_dim=sizes.width,
+        feature_dim=config.feature_dim,
         preprocessing=preprocessing,
         fingerprint=fingerprint,
     ).to(device)
-
-
-def find_feature_dim(config: TeacherConfig) -> int:
-    """Look up the width of a teacher's features without building it."""
-    match config:
-        case ClipTeacherConfig():
-            return find_clip_sizes(config.architecture).width
-        case Dinov2TeacherConfig():
-            return config.sizes.width
 
 
 def _compute_fingerprint(description: dict[str, object], network: nn.Module) -> str:

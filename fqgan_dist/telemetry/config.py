@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
-
-from pydantic import model_validator
 
 from fqgan_dist.config import Config
 
@@ -21,9 +20,7 @@ class TelemetryConfig(Config):
     and `mlflow` read from their own environment variables. One that fails is left out; training
     goes on."""
 
-    @model_validator(mode="after")
-    def _check_sinks(self) -> TelemetryConfig:
-        twice = sorted({name for name in self.sinks if self.sinks.count(name) > 1})
-        if twice:
-            raise ValueError(f"sinks: {', '.join(twice)} is named twice; name each once")
-        return self
+    def find_problems(self) -> Iterator[str]:
+        """Find sinks that are named twice."""
+        for name in sorted({name for name in self.sinks if self.sinks.count(name) > 1}):
+            yield f"sinks: {name} is named twice; name each once"

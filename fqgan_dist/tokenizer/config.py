@@ -6,11 +6,13 @@ Source: FQGAN, arXiv 2411.16681, sizes from the released code; LlamaGen's VQ-16 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from fqgan_dist.config import Config
+from fqgan_dist.weights.config import WeightsConfig
 
 GROUP_NORM_EPS = 1e-6
 """Epsilon of every GroupNorm; torch's default of 1e-5 is not the released models'."""
@@ -25,11 +27,12 @@ TORCH_NAMES = (
     "register_full_backward_pre_hook register_load_state_dict_post_hook "
     "register_load_state_dict_pre_hook register_module register_parameter "
     "register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state "
-    "set_submodule share_memory state_dict to to_empty train training type update values xpu "
-    "zero_grad"
+    "set_submodule share_memory smart_apply state_dict to to_empty train training type update "
+    "values xpu zero_grad"
 )
 """What no codebook may be called: an `nn.ModuleDict` keeps these names for itself. Written out, so
-that a config is read without importing torch; a test compares it with torch's own."""
+that a config is read without importing torch; a test compares it with torch's own.
+transformers adds smart_apply."""
 
 
 class AdapterConfig(Config):
@@ -58,20 +61,15 @@ class CodebookConfig(Config):
     teacher: str | None = None
     """Name of the teacher; None for a codebook that learns from reconstruction alone."""
     feature_dim: PositiveInt | None = None
-    """Size of the teacher's feature vector; None without a teacher."""
+    """Size of the teacher's feature vector, which a run's config knows from the teacher; None
+    without a teacher."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def find_problems(self) -> Iterator[str]:
+        """Find a name that torch needs, and a feature of no teacher."""
         if self.name in TORCH_NAMES.split():
-            raise ValueError(
-                f"name: {self.name!r} is a name that torch keeps for itself; rename it"
-            )
-        if (self.teacher is None) != (self.feature_dim is None):
-            raise ValueError(
-                f"teacher is {self.teacher!r} and feature_dim is {self.feature_dim!r}; "
-                "a semantic codebook needs both, another neither"
-            )
-        return self
+            yield f"name: {self.name!r} is a name that torch keeps for itself; rename it"
+        if self.teacher is None and self.feature_dim is not None:
+            yield f"feature_dim: {self.feature_dim} has no effect without a teacher; remove it"
 
 
 class TokenizerConfig(Config):
@@ -130,12 +128,9 @@ class TokenizerConfig(Config):
         """Channels of the coarsest level: the width of the adapters."""
         return self.level_channels[-1]
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = [*self._size_problems(), *self._name_problems()]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def find_problems(self) -> list[str]:
+        """Find sizes that do not go together and names that are given twice."""
+        return [*self._size_problems(), *self._name_problems()]
 
     def _size_problems(self) -> list[str]:
         problems: list[str] = []
@@ -190,36 +185,59 @@ class DiscriminatorConfig(Config):
     """Convolutions with BatchNorm after the first; all but the last halve the size."""
 
 
+_FORMER_HUB = "torchvision"
+
+
 class PerceptualConfig(Config):
     """The frozen network whose features are compared."""
 
     network: Literal["vgg", "alex", "squeeze"] = "vgg"
     """VGG16 (the paper's), AlexNet or SqueezeNet 1.1."""
-    weights: str = "torchvision"
-    """`torchvision` (ImageNet weights from its cache or download), `random` (seeded; for trials
-    without weights, not comparable with published numbers), or a .safetensors file of torchvision's
-    state dict."""
-    weights_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Expected sha256 of the weights file in hexadecimal; None accepts any file."""
+    weights: WeightsConfig = WeightsConfig(source="hub")
+    """`hub` takes torchvision's ImageNet weights; a file is of torchvision's state dict. Read also
+    as it was written formerly: `weights: torchvision`, `random` or a file, and `weights_sha256`."""
     dropout: bool = True
     """Whether half of the differences are dropped in train mode, as in the released training."""
 
-    @property
-    def is_file(self) -> bool:
-        """Whether the weights are a safetensors file, local or remote."""
-        return self.weights not in ("torchvision", "random")
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_spelling(cls, values: Any) -> Any:
+        return modernize_perceptual(values)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        is_file = self.is_file
-        if is_file and not self.weights.endswith(".safetensors"):
-            raise ValueError(
-                f"weights: {self.weights!r} is no source of weights; expected 'torchvision', "
-                "'random' or a file that ends in .safetensors"
-            )
-        if self.weights_sha256 is not None and not is_file:
-            raise ValueError(f"weights_sha256: has no effect on {self.weights!r}; remove it")
-        return self
+    def identity(self, training_seed: int) -> dict[str, Any]:
+        """Return the settings that decide the loss, as records of stages hold them.
+
+        That is the former spelling, in which random weights took the training's seed.
+        """
+        weights = self.weights
+        identity = {
+            "network": self.network,
+            "weights": _FORMER_HUB if weights.is_hub else weights.source,
+            "weights_sha256": weights.sha256,
+            "dropout": self.dropout,
+        }
+        if weights.is_random and weights.seed != training_seed:
+            identity["weights_seed"] = weights.seed
+        return identity
+
+
+def modernize_perceptual(values: Any, *, training_seed: int = 0) -> Any:
+    """Rewrite plain settings of the perceptual loss that are spelt as formerly; leave others alone.
+
+    Args:
+        values: as they were read.
+        training_seed: which random weights were drawn from.
+    """
+    if not isinstance(values, dict) or isinstance(values.get("weights"), dict | WeightsConfig):
+        return values
+    source = values.get("weights", _FORMER_HUB)
+    weights = {
+        "source": "hub" if source == _FORMER_HUB else source,
+        "sha256": values.get("weights_sha256"),
+        "seed": training_seed if source == "random" else 0,
+    }
+    others = {name: value for name, value in values.items() if name != "weights_sha256"}
+    return others | {"weights": weights}
 
 
 class TokenizerLossConfig(Config):

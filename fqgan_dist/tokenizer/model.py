@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fqgan_dist.loss_group import ALONE, LossGroup
 from fqgan_dist.tokenizer.branch import CodebookBranch
-from fqgan_dist.tokenizer.config import TokenizerConfig
+from fqgan_dist.tokenizer.config import CodebookConfig, TokenizerConfig
 from fqgan_dist.tokenizer.decoder import Decoder
 from fqgan_dist.tokenizer.encoder import Encoder
 from fqgan_dist.tokenizer.feature_head import FeatureHead
@@ -51,6 +51,9 @@ class FactorizedTokenizer(nn.Module):
         Args:
             config: architecture.
             with_feature_heads: whether to build the heads that only training needs.
+
+        Raises:
+            ValueError: a head is to be built for features of unknown size.
         """
         super().__init__()
         self.config = config
@@ -68,10 +71,10 @@ class FactorizedTokenizer(nn.Module):
                     config.feature_head,
                     num_positions=config.num_positions,
                     code_dim=config.code_dim,
-                    feature_dim=codebook.feature_dim,
+                    feature_dim=_require_feature_dim(codebook),
                 )
                 for codebook in config.codebooks
-                if with_feature_heads and codebook.feature_dim is not None
+                if with_feature_heads and codebook.teacher is not None
             }
         )
 
@@ -203,3 +206,12 @@ class FactorizedTokenizer(nn.Module):
 def _stack(losses: Sequence[Tensor | None]) -> Tensor | None:
     present = [loss for loss in losses if loss is not None]
     return torch.stack(present) if present else None
+
+
+def _require_feature_dim(codebook: CodebookConfig) -> int:
+    if codebook.feature_dim is None:
+        raise ValueError(
+            f"codebook {codebook.name!r}: feature_dim is None, with teacher {codebook.teacher!r}; "
+            "give the size of its features, which a run's config fills in"
+        )
+    return codebook.feature_dim

@@ -72,31 +72,33 @@ class PerceptualLoss(nn.Module):
 
 
 def build_perceptual_loss(
-    config: PerceptualConfig, *, seed: int, weights_path: Path | None = None
+    config: PerceptualConfig, *, weights_path: Path | None = None
 ) -> PerceptualLoss:
     """Build the loss on the CPU, in train mode.
 
     Args:
         config: network and weights.
-        seed: of `random` weights; they are equal on every machine.
-        weights_path: local copy of `config.weights` where that names a file elsewhere.
+        weights_path: local copy of the weights' file where that is elsewhere.
 
     Raises:
+        ConfigError: the file is elsewhere and no local copy was made.
         DataError: the weights cannot be downloaded, or their file is missing, damaged or another
             network's.
     """
     network = _build_network(config)
-    if config.weights == "torchvision":
+    weights = config.weights
+    if weights.is_hub:
         # lpips would load them through torch.hub, which unpickles whatever the file holds.
-        path = download_torch_file(torchvision_url(config.network), field="perceptual.weights")
-        _fill(network.net, load_torch_checked(path), source=str(path))
-    elif config.weights == "random":
-        warn_random_weights("perceptual loss", seed)
-        _draw_weights(network.net, seed)
+        path = download_torch_file(
+            torchvision_url(config.network), field="perceptual.weights.source"
+        )
+        _fill(network.net, load_torch_checked(path, weights.sha256), source=str(path))
+    elif weights.is_random:
+        warn_random_weights("perceptual loss", weights.seed)
+        _draw_weights(network.net, weights.seed)
     else:
-        path = weights_path or Path(config.weights)
-        stored = load_safetensors_checked(path, config.weights_sha256)
-        _fill(network.net, stored, source=str(path))
+        path = weights.find_file(weights_path)
+        _fill(network.net, load_safetensors_checked(path, weights.sha256), source=str(path))
     return PerceptualLoss(network).train()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.world import World
@@ -37,14 +38,13 @@ class ScheduleConfig(Config):
     min_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where the decay ends, as a fraction of the peak; cosine and linear only."""
 
-    @model_validator(mode="after")
-    def _check_effect(self) -> ScheduleConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find an end of the decay where nothing decays."""
         if self.kind == "constant" and self.min_ratio:
-            raise ValueError(
+            yield (
                 f"min_ratio: {self.min_ratio} has no effect with kind: constant; "
                 f"remove it, or choose kind: cosine or linear"
             )
-        return self
 
 
 class RetentionPolicy(Config):
@@ -102,22 +102,21 @@ class TrainingConfig(Config):
     deterministic: bool = False
     """Use deterministic GPU kernels only: bit-equal continuation at some cost."""
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> TrainingConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find batch sizes that do not divide each other."""
         size, micro = self.global_batch_size, self.micro_batch_size
         if size % micro:
             below = size // micro * micro
             near = " and ".join(str(value) for value in (below, below + micro) if value)
-            raise ValueError(
+            yield (
                 f"global_batch_size: {size} is not a multiple of micro_batch_size ({micro}); "
                 f"nearest valid values are {near}"
             )
         if micro % self.ranks_per_micro_batch:
-            raise ValueError(
+            yield (
                 f"micro_batch_size: {micro} cannot be shared by ranks_per_micro_batch "
                 f"({self.ranks_per_micro_batch}) ranks; make it a multiple"
             )
-        return self
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -132,3 +131,15 @@ class TrainingConfig(Config):
     def gradient_accumulation_steps(self, world: World) -> int:
         """Micro-batches that each rank takes part in per step, idle slots included."""
         return -(-self.micro_batches_per_step // (world.world_size // self.ranks_per_micro_batch))
+
+
+class CheckpointTarget(Config):
+    """What an action works on, beside the run's own settings."""
+
+    to: str | None = None
+    """File to export to, a path or `s3://` URI; None outside `export`."""
+    format: Literal["ours", "published"] = "ours"
+    """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the
+    released code loads."""
+    step: int | None = Field(default=None, ge=0)
+    """Checkpoint of this step; None takes the newest good one, or, for `verify`, all."""

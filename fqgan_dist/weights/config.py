@@ -6,9 +6,11 @@ file whose sha256 can be pinned.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
@@ -19,7 +21,7 @@ _RANDOM = "random"
 
 
 class WeightsConfig(Config):
-    """Where the weights of one frozen network come from."""
+    """Where the weights of one network come from."""
 
     source: str
     """`hub`, `random`, or the path or URI of a `.safetensors` file."""
@@ -45,13 +47,12 @@ class WeightsConfig(Config):
             )
         return source
 
-    @model_validator(mode="after")
-    def _check_effect(self) -> WeightsConfig:
+    def find_problems(self) -> Iterator[str]:
+        """Find settings that have no effect on the source."""
         if self.is_random and self.sha256 is not None:
-            raise ValueError("sha256: random weights have no file to check - remove it")
+            yield "sha256: random weights have no file to check - remove it"
         if not self.is_random and self.seed != 0:
-            raise ValueError(f"seed: {self.seed} has no effect on {self.source!r} - remove it")
-        return self
+            yield f"seed: {self.seed} has no effect on {self.source!r} - remove it"
 
     @property
     def is_hub(self) -> bool:
@@ -67,6 +68,10 @@ class WeightsConfig(Config):
     def is_file(self) -> bool:
         """Whether the weights are a safetensors file, local or remote."""
         return not (self.is_hub or self.is_random)
+
+    def identity(self) -> dict[str, Any]:
+        """Name the weights by what decides them: a file of a known hash may be moved."""
+        return {"sha256": self.sha256} if self.is_file and self.sha256 else self.model_dump()
 
     def find_file(self, staged: Path | None) -> Path:
         """Name the local file of a `path or URI` source.
@@ -85,3 +90,24 @@ class WeightsConfig(Config):
                 "it first and pass weights_path"
             )
         return Path(self.source)
+
+
+def _check_is_file(weights: WeightsConfig) -> WeightsConfig:
+    if not weights.is_file:
+        raise ValueError(
+            f"source: {weights.source!r} holds no model of this project - expected a .safetensors "
+            "file as `fqgan checkpoints export` writes it (a path or URI) - a model that starts "
+            "from random weights needs no init_from"
+        )
+    return weights
+
+
+InitialWeights = Annotated[WeightsConfig, AfterValidator(_check_is_file)]
+"""Weights that a training starts from."""
+
+
+class FetchTarget(Config):
+    """Where the weights shall go."""
+
+    to: str = Field(min_length=1)
+    """A directory or `s3://bucket/prefix`; made if it is missing."""

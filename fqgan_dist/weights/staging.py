@@ -1,4 +1,4 @@
-"""Bringing weights files of pretrained networks to this machine."""
+"""Bringing files of weights to this machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import hashlib
 import os
 from pathlib import Path
 
+from torch import nn
+
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.names import is_remote
 from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import load_safetensors_checked
+from fqgan_dist.weights.tensors import load_into
 
 
 def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
@@ -25,33 +29,19 @@ def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
         ConfigError: there is no such file.
         DataError: it cannot be read.
     """
-    return bring_file(config.source, field=f"{field}.source") if config.is_file else None
-
-
-def bring_file(source: str, *, field: str) -> Path:
-    """Return a local file with the bytes of a file or object.
-
-    Args:
-        source: path or URI.
-        field: the setting that names it, for messages.
-
-    Raises:
-        ConfigError: there is no such file.
-        DataError: it cannot be read.
-    """
+    if not config.is_file:
+        return None
+    source = config.source
     if not is_remote(source):
         path = Path(source)
         if not path.is_file():
-            raise ConfigError(
-                f"{field}: {source!r}: no such file; expected a safetensors file (path or s3:// "
-                f"URI), or 'random' for a trial"
-            )
+            raise ConfigError(describe_missing_file(field, source))
         return path
     folder, name = locate_file(source)
     try:
         data = folder.read_bytes(name)
     except FileNotFoundError as error:
-        raise ConfigError(f"{field}: {source!r}: no such object") from error
+        raise ConfigError(f"{field}.source: {source!r}: no such object") from error
     cache = Storage(_cache_folder())
     cached = f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if not cache.exists(cached):
@@ -59,6 +49,28 @@ def bring_file(source: str, *, field: str) -> Path:
     path = cache.local_path(cached)
     assert path is not None, "the cache is a local folder"
     return path
+
+
+def load_initial_weights(module: nn.Module, config: WeightsConfig | None, *, field: str) -> None:
+    """Copy the weights that a training starts from into a module; None leaves it as it is.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it is damaged, or of another architecture: names and shapes that differ are told.
+    """
+    if config is None:
+        return
+    path = resolve_weights(config, field=field)
+    assert path is not None, "RunConfig allows files only"
+    load_into(module, load_safetensors_checked(path, config.sha256), source=f"{field}: {path}")
+
+
+def describe_missing_file(field: str, source: str) -> str:
+    """Say that a file of weights is not there; `field` is where the weights stand."""
+    return (
+        f"{field}.source: {source!r}: no such file; expected a .safetensors file (a path or s3:// "
+        "URI)"
+    )
 
 
 def is_missing(source: str) -> bool:

@@ -44,7 +44,13 @@ MODELS = [(variant, size) for variant in NUM_CODEBOOKS for size in SIZES]
 def build_full_size(variant: str, size: str) -> FactorizedTransformer:
     sizes = dict(SIZES[size])
     head = AutoregressiveHeadConfig(num_layers=sizes.pop("head_layers"))
-    config = AutoregressiveConfig(num_codebooks=NUM_CODEBOOKS[variant], factor_head=head, **sizes)
+    config = AutoregressiveConfig(
+        num_codebooks=NUM_CODEBOOKS[variant],
+        codebook_size=16384,
+        grid_size=16,
+        factor_head=head,
+        **sizes,
+    )
     with torch.device("meta"):
         return FactorizedTransformer(config)
 

@@ -322,6 +322,9 @@ def test_the_loader_reads_by_places_and_runs_nothing(shards: Path, canary: Path)
         num_views=None,
         micro_batch_size=1,
         micro_batches_per_step=1,
+        window_shards=8,
+        loader_workers=0,
+        max_damaged_in_a_row=1,
     )
     (batch,) = itertools.islice(loader.batches(0, [0]), 1)
     assert batch[0].keys == ["a"]

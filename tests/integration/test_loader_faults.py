@@ -58,7 +58,7 @@ def build_loader(storage: Storage, **options: object) -> ImageLoader:
         micro_batch_size=BATCH[0],
         micro_batches_per_step=BATCH[1],
         window_shards=2,
-        **options,  # type: ignore[arg-type]
+        **({"loader_workers": 0, "max_damaged_in_a_row": 1} | options),  # type: ignore[arg-type]
     )
 
 

@@ -109,6 +109,9 @@ def test_dataset_in_a_bucket_is_the_dataset_on_a_disk(storage: Storage, tmp_path
             num_views=None,
             micro_batch_size=4,
             micro_batches_per_step=2,
+            window_shards=8,
+            loader_workers=0,
+            max_damaged_in_a_row=1,
         )
         for root in (local, storage)
     ]

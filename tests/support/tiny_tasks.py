@@ -61,7 +61,7 @@ def build_tokenizer_task(
     return TokenizerTask(
         engine=engine_type(tokenizer, engine(name="tokenizer")),
         discriminator_engine=engine_type(discriminator, engine(name="discriminator")),
-        perceptual=build_perceptual_loss(settings.perceptual, seed=0),
+        perceptual=build_perceptual_loss(settings.perceptual),
         teachers=teachers,
         losses=settings.losses,
         training=settings.training,

@@ -77,7 +77,9 @@ def test_sections_that_disagree_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "autoregressive.model.grid_size=8") == WRONG_USAGE
-    assert "autoregressive.model.grid_size is 8" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "autoregressive.model.grid_size is 8, but tokenizer.model.image_size" in message
+    assert "gives 4; remove grid_size" in message
 
 
 def test_sizes_that_do_not_divide_are_refused(
@@ -138,7 +140,8 @@ def test_a_dry_run_finds_a_teacher_of_another_size(
 ) -> None:
     code = run(tmp_path, "--dry-run", "tokenizer.model.codebooks.1.feature_dim=18")
     assert code == WRONG_USAGE
-    assert "teacher 'dinov2' is 18, but the network gives 16" in capsys.readouterr().err
+    message = "codebooks.1.feature_dim is 18, but teachers.networks.0 (dinov2) gives 16; remove"
+    assert message in capsys.readouterr().err
 
 
 def test_a_mistyped_data_path_is_named_and_can_be_corrected(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -95,6 +96,46 @@ def _reachable(annotation: Any) -> set[type[Config]]:
         fields = annotation.model_fields.values()
         return {annotation}.union(*(_reachable(field.annotation) for field in fields))
     return set().union(*(_reachable(inner) for inner in get_args(annotation)))
+
+
+class Roof(Config):
+    width: int
+    height: int
+
+    def find_problems(self) -> Iterator[str]:
+        if self.width > 9:
+            yield f"width: {self.width} is too wide"
+        if self.height > 9:
+            yield f"height: {self.height} is too high"
+
+
+class Street(Config):
+    roofs: tuple[Roof, ...] = ()
+    length: int
+
+    def find_problems(self) -> list[str]:
+        return ["length: 0 houses"] if self.length == 0 else []
+
+
+def test_each_problem_that_a_group_finds_is_a_line_and_is_counted() -> None:
+    wide, fine = {"width": 10, "height": 11}, {"width": 1, "height": 1}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"roofs": [wide, fine, wide], "length": "x"}, Street, source="street.yaml")
+    assert str(caught.value).splitlines() == [
+        "street.yaml: 5 problem(s)",
+        "  roofs.0: width: 10 is too wide",
+        "  roofs.0: height: 11 is too high",
+        "  roofs.2: width: 10 is too wide",
+        "  roofs.2: height: 11 is too high",
+        "  length: 'x': Input should be a valid integer, unable to parse string as an integer",
+    ]
+    with pytest.raises(ConfigError, match=r"1 problem\(s\)\n  length: 0 houses$"):
+        parse_config({"length": 0}, Street, source="street.yaml")
+
+
+def test_problems_are_found_in_a_group_that_is_built_by_code() -> None:
+    with pytest.raises(ValidationError, match="10 is too wide; height: 11 is too high"):
+        Roof(width=10, height=11)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -10,6 +10,8 @@ from fqgan_dist.errors import ConfigError
 
 VALUES = {
     "num_codebooks": 2,
+    "codebook_size": 64,
+    "grid_size": 16,
     "width": 64,
     "num_layers": 2,
     "num_heads": 4,

@@ -72,6 +72,8 @@ def make_loader(storage: Storage, **changes: object) -> ImageLoader:
         "micro_batch_size": 3,
         "micro_batches_per_step": 4,
         "window_shards": 2,
+        "loader_workers": 0,
+        "max_damaged_in_a_row": 1,
     }
     return ImageLoader(storage, "data", **(options | changes))  # pyright: ignore[reportArgumentType]
 
@@ -331,6 +333,7 @@ def make_code_loader(storage: Storage, **changes: object) -> CodeLoader:
         "micro_batch_size": 3,
         "micro_batches_per_step": 4,
         "window_shards": 2,
+        "loader_workers": 0,
     }
     return CodeLoader(storage, "data", **(options | changes))  # pyright: ignore[reportArgumentType]
 

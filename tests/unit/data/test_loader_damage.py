@@ -63,6 +63,7 @@ def make_loader(storage: Storage, **changes: object) -> ImageLoader:
         "micro_batch_size": BATCH,
         "micro_batches_per_step": MICRO_BATCHES,
         "window_shards": 2,
+        "loader_workers": 0,
         "max_damaged_in_a_row": 5,
     }
     return ImageLoader(storage, "", **(options | changes))  # pyright: ignore[reportArgumentType]

@@ -10,8 +10,9 @@ from open_clip import pretrained as open_clip_pretrained
 
 from fqgan_dist.config import load_config
 from fqgan_dist.diagnosis.verdict import Verdict
-from fqgan_dist.diagnosis.weights import check_file, check_network, list_networks
+from fqgan_dist.diagnosis.weights import check_file, check_weights
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.frozen_networks import needed_weights
 from fqgan_dist.weights.files import save_safetensors
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
@@ -28,7 +29,7 @@ HUB = (
 
 def check_all(*overrides: str) -> dict[str, Verdict]:
     config = load_config(TINY, overrides, RunConfig)
-    return {network.field: check_network(network) for network in list_networks(config)}
+    return {needed.field: check_weights(needed) for needed in needed_weights(config)}
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from fqgan_dist.autoregressive.config import AutoregressiveConfig
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import CheckpointError, ConfigError
-from fqgan_dist.stages.checkpoints import CheckpointTarget, run_checkpoint_action
+from fqgan_dist.stages.checkpoints import run_checkpoint_action
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.tokenizer.published import from_published_state_dict, read_published_file
 from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.training.config import CheckpointTarget
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
 

@@ -88,10 +88,10 @@ def test_missing_files_are_notes_but_conflicts_are_errors(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         plan(
             tmp_path,
-            "tokenizer.model.codebooks.1.feature_dim=18",
+            "tokenizer.model.codebook_size=70000",
             "codes.views={policy: random_crop_flip, image_size: 32}",
         )
-    assert "'dinov2' is 18" in str(caught.value)
+    assert "70000" in str(caught.value)
     assert "codes.views.policy" in str(caught.value)
 
 

@@ -88,6 +88,9 @@ def test_teachers_see_the_very_pixels_of_training(
         num_views=1,
         micro_batch_size=5,
         micro_batches_per_step=1,
+        window_shards=8,
+        loader_workers=0,
+        max_damaged_in_a_row=1,
     )
     with contextlib.closing(loader.batches(0, range(1))) as stream:
         for [batch] in itertools.islice(stream, 3):

@@ -22,12 +22,17 @@ from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.inception import build_inception
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.weights_fetch import FetchTarget, fetch_weights
-from fqgan_dist.teachers.config import PUBLISHED_DINOV2, Dinov2Architecture
+from fqgan_dist.stages.weights_fetch import fetch_weights
+from fqgan_dist.teachers.config import (
+    PUBLISHED_CLIP,
+    PUBLISHED_DINOV2,
+    ClipArchitecture,
+    Dinov2Architecture,
+)
 from fqgan_dist.teachers.teacher import build_teacher
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss
-from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.config import FetchTarget, WeightsConfig
 from fqgan_dist.weights.files import save_safetensors
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
@@ -54,8 +59,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     monkeypatch.setattr("torch.hub.urlopen", refuse)
-    sizes = Dinov2Architecture(image_size=32, patch_size=8, width=16, num_layers=1, num_heads=2)
-    monkeypatch.setitem(PUBLISHED_DINOV2, DINOV2_NAME, sizes)
+    sizes = {"image_size": 32, "patch_size": 8, "width": 16, "num_layers": 1, "num_heads": 2}
+    monkeypatch.setitem(PUBLISHED_DINOV2, DINOV2_NAME, Dinov2Architecture(**sizes))
+    clip_sizes = ClipArchitecture(**sizes, projection_dim=8)
+    monkeypatch.setitem(PUBLISHED_CLIP, CLIP_NAME, clip_sizes)
     register_clip(monkeypatch, tmp_path)
     return folder
 
@@ -155,11 +162,11 @@ def test_fetched_perceptual_network_is_torchvisions(
     code, report, _ = fetch(tmp_path / "weights", *HUB_PERCEPTUAL, capsys=capsys)
     assert code == DONE
     config = load_config(TINY, report["overrides"], RunConfig).tokenizer.perceptual
-    assert config.is_file
-    assert config.weights_sha256 is not None
-    found = build_perceptual_loss(config, seed=0).state_dict()
-    hub_config = PerceptualConfig(network="squeeze", weights="torchvision")
-    for name, tensor in build_perceptual_loss(hub_config, seed=0).state_dict().items():
+    assert config.weights.is_file
+    assert config.weights.sha256 is not None
+    found = build_perceptual_loss(config).state_dict()
+    hub_config = PerceptualConfig(network="squeeze")
+    for name, tensor in build_perceptual_loss(hub_config).state_dict().items():
         assert torch.equal(found[name], tensor), name
 
 
@@ -226,10 +233,7 @@ def test_without_access_every_network_is_named_and_the_others_are_fetched(
         "perceptual-squeeze": "failed",
         "inception": "failed",
     }
-    assert [text.partition("=")[0] for text in report["overrides"]] == [
-        f"{CLIP}.weights.source",
-        f"{CLIP}.weights.sha256",
-    ]
+    assert [text.partition("=")[0] for text in report["overrides"]] == [f"{CLIP}.weights"]
     assert "DataError: 3 of 4 network(s) could not be fetched; repeat the command on" in message
     for network in (
         rf"teachers\.networks\.0 \(dinov2\): {DINOV2_NAME}: transformers cannot download",
@@ -280,8 +284,8 @@ def test_text_gives_settings_that_a_shell_takes(
     assert main(["weights", "fetch", str(TINY), f"to={folder}", *HUB_DINOV2]) == DONE
     text = capsys.readouterr().out
     sha256 = hashlib.sha256((folder / "dinov2.safetensors").read_bytes()).hexdigest()
-    assert f"  '{DINOV2}.weights.source={folder}/dinov2.safetensors'\n" in text
-    assert f"  {DINOV2}.weights.sha256={sha256}\n" in text
+    group = f"{{source: {folder}/dinov2.safetensors, sha256: {sha256}}}"
+    assert f"  '{DINOV2}.weights={group}'\n" in text
     assert "evaluation.inception (inception): not needed, weights are random" in text
 
 

@@ -20,8 +20,9 @@ from fqgan_dist.stages.adm_reference import hash_adm_reference
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.weights.files import save_safetensors
-from fqgan_dist.weights.staging import bring_file
+from fqgan_dist.weights.staging import resolve_weights
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def test_files_of_weights_are_found(
     sha256 = save_safetensors(tmp_path / "x", {"weight": torch.zeros(2)})
     storage.write_file("a/x.safetensors", tmp_path / "x")
     uri = storage.uri("a/x.safetensors")
-    assert bring_file(uri, field="weights").read_bytes() == (tmp_path / "x").read_bytes()
+    path = resolve_weights(WeightsConfig(source=uri), field="weights")
+    assert path is not None
+    assert path.read_bytes() == (tmp_path / "x").read_bytes()
     assert hash_adm_reference(uri) == sha256
     assert check_file("weights", uri, sha256).status == "ok"
 

@@ -10,8 +10,8 @@ from support.photograph_crops import draw_crops
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.teachers.clip import build_clip, download_clip, find_clip_sizes
-from fqgan_dist.teachers.config import ClipArchitecture, ClipTeacherConfig
+from fqgan_dist.teachers.clip import build_clip, download_clip
+from fqgan_dist.teachers.config import PUBLISHED_CLIP, ClipArchitecture, ClipTeacherConfig
 from fqgan_dist.teachers.teacher import build_teacher
 from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.weights.files import save_safetensors
@@ -143,10 +143,21 @@ def test_wrong_sha256_is_refused(checkpoint: Path):
         build_teacher(ClipTeacherConfig(architecture=SIZES, weights=weights), device="cpu")
 
 
-def test_named_sizes_are_open_clips():
-    assert find_clip_sizes("ViT-L-14-quickgelu") == ClipArchitecture(
-        image_size=224, patch_size=14, width=1024, num_layers=24, num_heads=16, projection_dim=768
+@pytest.mark.parametrize("name", PUBLISHED_CLIP)
+def test_named_sizes_are_open_clips(name: str):
+    settings = open_clip.get_model_config(name)
+    assert settings["quick_gelu"]
+    vision = settings["vision_cfg"]
+    assert PUBLISHED_CLIP[name] == ClipArchitecture(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=vision["width"],
+        num_layers=vision["layers"],
+        num_heads=vision["width"] // vision.get("head_width", 64),
+        projection_dim=settings["embed_dim"],
     )
+    # Anything else would be another network than the plain vision transformer that we build.
+    assert vision.keys() <= {"image_size", "layers", "width", "patch_size", "head_width"}
 
 
 def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

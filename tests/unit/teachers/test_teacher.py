@@ -15,7 +15,7 @@ from fqgan_dist.teachers.config import (
     Dinov2TeacherConfig,
     TeacherConfig,
 )
-from fqgan_dist.teachers.teacher import Teacher, build_teacher, find_feature_dim
+from fqgan_dist.teachers.teacher import Teacher, build_teacher
 from fqgan_dist.weights.config import WeightsConfig
 
 SMALL_CLIP = ClipArchitecture(image_size=64, patch_size=8, width=64, num_layers=3, num_heads=4)
@@ -53,7 +53,7 @@ def test_features_have_the_declared_shape(teacher: Teacher):
     features = teacher(draw_crops(1, 0)[:3])
     assert features.shape == (3, teacher.feature_dim)
     assert features.dtype == torch.float32
-    assert teacher.feature_dim == find_feature_dim(make_config(teacher.name))
+    assert teacher.feature_dim == make_config(teacher.name).feature_dim
 
 
 def test_uint8_and_float_images_give_the_same_features(teacher: Teacher):

@@ -6,7 +6,6 @@ from pydantic import ValidationError
 from fqgan_dist.config import Config, parse_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
-from fqgan_dist.teachers.teacher import find_feature_dim
 
 HUB = {"source": "hub"}
 CLIP_SIZES = {"image_size": 64, "patch_size": 8, "width": 64, "num_layers": 3, "num_heads": 4}
@@ -41,7 +40,7 @@ def test_published_teachers_are_told_apart_by_kind():
 def test_feature_widths_are_those_of_the_paper(kind: str, architecture: str, width: int):
     values = {"teachers": [{"kind": kind, "architecture": architecture, "weights": HUB}]}
     (config,) = parse_config(values, Holder, source="test").teachers
-    assert find_feature_dim(config) == width
+    assert config.feature_dim == width
 
 
 @pytest.mark.parametrize(
@@ -73,12 +72,21 @@ def test_wrong_settings_are_refused(values: dict[str, object], message: str):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("ViT-B-61", "not in open_clip"),
+        ("ViT-B-61", "'ViT-B-61' is unknown - expected one of ViT-B-32-quickgelu, "),
         ("ViT-B-16", "plain GELU - expected QuickGELU"),
-        ("RN50-quickgelu", "not a plain vision transformer"),
+        ("RN50-quickgelu", "is unknown"),  # no plain vision transformer
     ],
 )
 def test_unusable_clip_architectures_are_refused(architecture: str, message: str):
-    config = ClipTeacherConfig.model_validate({"architecture": architecture, "weights": HUB})
     with pytest.raises(ConfigError, match=message):
-        find_feature_dim(config)
+        parse_config(
+            {"architecture": architecture, "weights": HUB}, ClipTeacherConfig, source="test"
+        )
+
+
+def test_all_problems_of_a_teacher_are_reported():
+    values = {"architecture": {**CLIP_SIZES, "num_heads": 5, "patch_size": 7}, "weights": HUB}
+    with pytest.raises(ConfigError, match="2 problem") as caught:
+        parse_config(values, ClipTeacherConfig, source="test")
+    assert "64 is not a multiple of num_heads (5)" in str(caught.value)
+    assert "64 is not a multiple of patch_size (7)" in str(caught.value)

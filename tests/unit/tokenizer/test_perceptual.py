@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lpips
 import pytest
@@ -12,11 +13,20 @@ from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import PerceptualLoss, build_perceptual_loss
+from fqgan_dist.weights.config import WeightsConfig
+
+
+def make_random(seed: int) -> PerceptualConfig:
+    return PerceptualConfig(network="squeeze", weights=WeightsConfig(source="random", seed=seed))
+
+
+def make_file(path: Path, *, sha256: str | None = None) -> WeightsConfig:
+    return WeightsConfig(source=str(path), sha256=sha256)
 
 
 @pytest.fixture(scope="module")
 def random_loss() -> PerceptualLoss:
-    return build_perceptual_loss(PerceptualConfig(network="squeeze", weights="random"), seed=1)
+    return build_perceptual_loss(make_random(1))
 
 
 def draw_images(seed: int) -> Tensor:
@@ -75,24 +85,22 @@ def test_dropout_is_active_in_train_mode_only(random_loss: PerceptualLoss) -> No
 
 
 def test_dropout_can_be_left_out() -> None:
-    config = PerceptualConfig(network="squeeze", weights="random", dropout=False)
-    loss = build_perceptual_loss(config, seed=1)
+    loss = build_perceptual_loss(make_random(1).model_copy(update={"dropout": False}))
     assert loss.training
     assert loss(draw_images(1), draw_images(2)) == loss(draw_images(1), draw_images(2))
 
 
 def test_random_weights_follow_the_seed_and_leave_torchs_generator() -> None:
-    config = PerceptualConfig(network="squeeze", weights="random")
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    losses = [build_perceptual_loss(config, seed=seed).eval() for seed in (1, 1, 2)]
+    losses = [build_perceptual_loss(make_random(seed)).eval() for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
     values = [loss(draw_images(1), draw_images(2)).item() for loss in losses]
     assert values[0] == values[1] != values[2]
 
 
 def test_random_weights_are_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    build_perceptual_loss(PerceptualConfig(network="squeeze", weights="random"), seed=1)
+    build_perceptual_loss(make_random(1))
     assert "not comparable with published numbers" in caplog.text
 
 
@@ -105,12 +113,13 @@ def test_linear_weights_are_those_of_lpips(random_loss: PerceptualLoss) -> None:
 def test_weights_of_a_file(random_loss: PerceptualLoss, tmp_path: Path) -> None:
     path = tmp_path / "squeezenet.safetensors"
     save_file({**torchvision_names(random_loss), "classifier.1.weight": torch.zeros(3)}, path)
-    config = PerceptualConfig(network="squeeze", weights=str(path))
+    config = PerceptualConfig(network="squeeze", weights=make_file(path))
     expected = random_loss.eval()(draw_images(1), draw_images(2))
-    loaded = build_perceptual_loss(config, seed=2).eval()
+    loaded = build_perceptual_loss(config).eval()
     assert torch.equal(loaded(draw_images(1), draw_images(2)), expected)
-    fetched = PerceptualConfig(network="squeeze", weights="s3://bucket/squeezenet.safetensors")
-    copied = build_perceptual_loss(fetched, seed=2, weights_path=path).eval()
+    remote = WeightsConfig(source="s3://bucket/squeezenet.safetensors")
+    fetched = PerceptualConfig(network="squeeze", weights=remote)
+    copied = build_perceptual_loss(fetched, weights_path=path).eval()
     assert torch.equal(copied(draw_images(1), draw_images(2)), expected)
 
 
@@ -121,15 +130,15 @@ def test_weights_of_another_network_are_refused(
     state = torchvision_names(random_loss)
     save_file({**state, "features.0.weight": torch.zeros(2, 3, 3, 3)}, path)
     with pytest.raises(DataError, match="1 tensors have another shape"):
-        build_perceptual_loss(PerceptualConfig(network="squeeze", weights=str(path)), seed=1)
+        build_perceptual_loss(PerceptualConfig(network="squeeze", weights=make_file(path)))
     with pytest.raises(DataError, match="tensors are missing"):
-        build_perceptual_loss(PerceptualConfig(network="alex", weights=str(path)), seed=1)
+        build_perceptual_loss(PerceptualConfig(network="alex", weights=make_file(path)))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    config = PerceptualConfig(network="squeeze", weights=str(tmp_path / "none.safetensors"))
+    config = PerceptualConfig(network="squeeze", weights=make_file(tmp_path / "none.safetensors"))
     with pytest.raises(DataError, match=r"none\.safetensors: weights cannot be read"):
-        build_perceptual_loss(config, seed=1)
+        build_perceptual_loss(config)
 
 
 def test_other_bytes_than_the_pinned_ones_are_refused(
@@ -137,22 +146,56 @@ def test_other_bytes_than_the_pinned_ones_are_refused(
 ) -> None:
     path = tmp_path / "squeezenet.safetensors"
     save_file(torchvision_names(random_loss), path)
-    config = PerceptualConfig(network="squeeze", weights=str(path), weights_sha256="0" * 64)
+    config = PerceptualConfig(network="squeeze", weights=make_file(path, sha256="0" * 64))
     with pytest.raises(DataError, match="sha256 is"):
-        build_perceptual_loss(config, seed=1)
+        build_perceptual_loss(config)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"weights": "imagenet"}, "weights: 'imagenet' is no source of weights"),
-        ({"weights": "random", "weights_sha256": "0" * 64}, "has no effect on 'random'"),
+        ({"weights": "imagenet"}, "weights.source: 'imagenet' is no weights source"),
+        ({"weights": "random", "weights_sha256": "0" * 64}, "random weights have no file to check"),
+        ({"weights": {"source": "hub"}, "weights_sha256": "0" * 64}, "weights_sha256: unknown"),
     ],
 )
-def test_wrong_settings_are_named(values: dict[str, str], message: str) -> None:
+def test_wrong_settings_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(values, PerceptualConfig, source="test")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("former", "weights"),
+    [
+        ({}, {"source": "hub"}),
+        ({"weights": "torchvision"}, {"source": "hub"}),
+        ({"weights": "random"}, {"source": "random"}),
+        (
+            {"weights": "a/b.safetensors", "weights_sha256": "0" * 64},
+            {"source": "a/b.safetensors", "sha256": "0" * 64},
+        ),
+    ],
+)
+def test_the_former_spelling_is_read_and_kept_in_records(
+    former: dict[str, str], weights: dict[str, str]
+) -> None:
+    config = parse_config({"network": "alex", **former}, PerceptualConfig, source="test")
+    assert config == parse_config(
+        {"network": "alex", "weights": weights}, PerceptualConfig, source="test"
+    )
+    assert config.identity(training_seed=0) == {
+        "network": "alex",
+        "weights": "torchvision",
+        "weights_sha256": None,
+        "dropout": True,
+        **former,
+    }
+
+
+def test_a_record_holds_the_seed_of_random_weights_if_it_is_not_the_trainings() -> None:
+    assert "weights_seed" not in make_random(3).identity(training_seed=3)
+    assert make_random(3).identity(training_seed=0)["weights_seed"] == 3
 
 
 def test_shapes_must_agree(random_loss: PerceptualLoss) -> None:

@@ -36,3 +36,11 @@ def test_find_file(tmp_path: Path):
     assert remote.find_file(tmp_path / "b.safetensors") == tmp_path / "b.safetensors"
     with pytest.raises(ConfigError, match="stage it first"):
         remote.find_file(None)
+
+
+def test_a_file_of_a_known_hash_may_be_moved():
+    here, there = (
+        WeightsConfig(source=f"{folder}/a.safetensors", sha256="0" * 64) for folder in ("a", "b")
+    )
+    assert here.identity() == there.identity()
+    assert here.identity() != WeightsConfig(source="a/a.safetensors").identity()
