@@ -1,13 +1,17 @@
 # make quickstart   environment, then the whole pipeline on bundled photographs
-# make test         environment if needed, then the tests
+# make test         environment if needed, then the tests: each promise once, 12 minutes
+# make test-full    the long rest, 75 minutes; PART=2/5 runs one of five parts
+# make test-gpu     what needs a CUDA GPU
 # make check        format, lint, types
 # make golden       write the recorded values anew; look at the difference before committing it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PART ?= 1/1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test check format golden clean
+.PHONY: quickstart test test-full test-gpu check format golden clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,7 +23,13 @@ quickstart: $(STAMP)
 	$(BIN)/fqgan run configs/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-full: $(STAMP)
+	$(PYTEST) -m 'full and not gpu' --part $(PART)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

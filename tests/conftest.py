@@ -22,6 +22,9 @@ settings.load_profile("project")
 _TESTS_DIR = Path(__file__).resolve().parent
 if str(_TESTS_DIR) not in sys.path:
     sys.path.insert(0, str(_TESTS_DIR))  # for `support`, under any import mode
+
+from support.tiers import parse_part, split  # noqa: E402  found by the path above
+
 pytest.register_assert_rewrite("support.storage_contract")  # its tests say what differs, as others
 
 _DATA_VARIABLE = "FQGAN_TEST_DATA"
@@ -58,6 +61,22 @@ def without_root() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="of the files, in parts of one length: K/N")
+
+
+@pytest.hookimpl(trylast=True)  # of what the markers have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of one part of the files."""
+    number, count = parse_part(config.getoption("--part"))
+    if count == 1:
+        return
+    files = {item: item.path.relative_to(_TESTS_DIR).as_posix() for item in items}
+    part = split(sorted(set(files.values())), count)[number]
+    config.hook.pytest_deselected(items=[item for item in items if files[item] not in part])
+    items[:] = [item for item in items if files[item] in part]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -88,8 +88,9 @@ SCHEME_HOME = "fqgan_dist.storage"
 TEXT_TESTS = {
     "startswith", "endswith", "removeprefix", "removesuffix", "split", "rsplit", "partition",
     "rpartition", "find", "rfind", "index", "rindex", "count", "replace",
-    "match", "fullmatch", "search", "compile",
+    "match", "fullmatch", "search",
 }  # fmt: skip
+"""Not `compile` and `sub`: patterns that hide passwords in any text look for what follows `://`."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,6 @@ def test_only_the_storage_room_asks_for_schemes() -> None:
         each
         for module, path in find_modules().items()
         for each in find_scheme_tests(module, path.read_text(encoding="utf-8"))
-        if module != "fqgan_dist.credentials"  # hides passwords in any text, URI or not
     ]
     assert not found, "ask fqgan_dist.storage.names instead:\n" + "\n".join(found)
 
@@ -365,6 +365,7 @@ def test_the_search_finds_questions_for_schemes(source: str) -> None:
         "storage = Storage(f's3://{bucket}')",
         "if reference.startswith('adm:') or '/' in name: pass",
         "is_remote = names.is_remote(source)",
+        "hidden = re.compile('(?<=://)[^@]+@').sub('***@', line)",
     ],
 )
 def test_the_search_leaves_other_texts_alone(source: str) -> None:

@@ -26,7 +26,7 @@ from fqgan_dist.stages.stage import (
 )
 from fqgan_dist.stages.stage_record import StageRecord
 from fqgan_dist.stages.summary import load_summary
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
 _PAGE = "report.html"
@@ -87,7 +87,7 @@ def collect_inputs(context: RunContext) -> ReportInputs:
         summary=summary,
         config_yaml=storage.read_bytes("config.yaml").decode(),
         environment=json.loads(storage.read_bytes("environment.json")),
-        metrics=_read_metrics(storage),
+        metrics=_read_metrics(context),
         originals=_to_pixels(figures["originals"]),
         reconstructions=_to_pixels(figures["reconstructions"]),
         single_codebook=_group(
@@ -98,13 +98,13 @@ def collect_inputs(context: RunContext) -> ReportInputs:
     )
 
 
-def _read_metrics(storage: Storage) -> dict[str, list[Record]]:
-    paths = {stage: f"{stage}/metrics.jsonl" for stage in ("tokenizer", "autoregressive")}
-    return {
-        stage: parse_metrics(storage.read_bytes(path), name=storage.uri(path))
-        for stage, path in paths.items()
-        if storage.exists(path)
-    }
+def _read_metrics(context: RunContext) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for stage in find_trainings(context.config):
+        storage, path = context.storage_of(stage), f"{stage}/metrics.jsonl"
+        if storage.exists(path):
+            found[stage] = parse_metrics(storage.read_bytes(path), name=storage.uri(path))
+    return found
 
 
 def _group(

@@ -21,6 +21,7 @@ from torch import Tensor
 from fqgan_dist.autoregressive import published as published_autoregressive
 from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
@@ -146,8 +147,8 @@ def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
 
 
 def _prune(store: CheckpointStore, config: RunConfig, stage: TrainedStage) -> ActionResult:
-    section = config.tokenizer if stage == "tokenizer" else config.autoregressive
-    removed = [commit.step for commit in store.prune(section.training.checkpoint.retention)]
+    retention = find_trainings(config)[stage].checkpoint.retention
+    removed = [commit.step for commit in store.prune(retention)]
     kept = [commit.step for commit in store.list_commits()]
     text = f"{store}: deleted steps {removed or 'none'}, kept {kept}"
     return ActionResult({"removed": removed, "kept": kept}, text)

@@ -16,6 +16,7 @@ from fqgan_dist.stages.run import (
     write_summary,
 )
 from fqgan_dist.stages.stage import find_stage
+from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.training.process_group import process_group
 from fqgan_dist.world import World
@@ -26,7 +27,7 @@ def join_ranks(config: RunConfig, world: World) -> AbstractContextManager[None]:
 
     One process needs no group, unless DeepSpeed trains in it.
     """
-    trainings = (config.tokenizer.training, config.autoregressive.training)
+    trainings = find_trainings(config).values()
     if world.world_size == 1 and all(training.engine == "plain" for training in trainings):
         return nullcontext()
     return process_group(world, select_device(config.device, world))

@@ -10,7 +10,7 @@ from typing import Any
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.stage import Stage, StageOutcome, StageOutput, all_stages
 from fqgan_dist.stages.training import Loader, hash_weights, run_training
 from fqgan_dist.stages.training_task import TrainingTask
 from fqgan_dist.training.config import TrainingConfig
@@ -103,3 +103,12 @@ class TrainingStage(Stage):
             training.schedule.kind,
             training.steps,
         )
+
+
+def find_trainings(config: RunConfig) -> dict[str, TrainingConfig]:
+    """Return the training settings of all stages that train, named by the run or not."""
+    return {
+        stage.name: stage.training(config)
+        for stage in all_stages()
+        if issubclass(stage, TrainingStage)
+    }

@@ -32,8 +32,11 @@ CASES = [
 
 
 LAUNCHERS = (
-    pytest.param("ray", marks=pytest.mark.ray),
-    pytest.param("torchrun", marks=pytest.mark.slow),  # the same processes, without Ray
+    pytest.param(
+        "ray", marks=[pytest.mark.ray, pytest.mark.full("every ZeRO stage at 1 to 3 ranks")]
+    ),
+    # The same processes, without Ray.
+    pytest.param("torchrun", marks=pytest.mark.full("every ZeRO stage at 1 to 3 ranks")),
 )
 
 

@@ -6,6 +6,7 @@ run is in loss_groups_worker.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -24,23 +25,32 @@ from fqgan_dist.training.run import main as train
 WORKER = Path(__file__).with_name("loss_groups_worker.py")
 TASKS = ("tokenizer", "autoregressive")
 ALONE = (1, 1)
-SHARED = ((2, 2), (4, 2), (6, 2), (3, 3))
+_MORE = pytest.mark.full("more ranks; two that share a micro-batch are compared always")
+SHARED = (
+    (2, 2),
+    *(pytest.param(run, marks=_MORE) for run in ((4, 2), (6, 2), (3, 3))),
+)
 """World sizes and ranks per micro-batch. There are four micro-batches of six images: three groups
 have idle passes."""
 
-Results = dict[tuple[int, int], dict[str, dict[str, Tensor]]]
+
+class Results:
+    """Losses and gradients of a step by task, made at the first look at each run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @functools.cache  # noqa: B019  as long as the module's tests
+    def __getitem__(self, run: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
+        world_size, size = run
+        finish(start_torchrun(WORKER, str(self.folder), str(size), world_size=world_size))
+        files = {task: self.folder / f"{task}-{world_size}-{size}.safetensors" for task in TASKS}
+        return {task: load_file(path) for task, path in files.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("loss_groups")
-    # One after the other: CI has two cores.
-    for world_size, size in (ALONE, *SHARED):
-        finish(start_torchrun(WORKER, str(folder), str(size), world_size=world_size))
-    return {
-        run: {task: load_file(folder / f"{task}-{run[0]}-{run[1]}.safetensors") for task in TASKS}
-        for run in (ALONE, *SHARED)
-    }
+    return Results(tmp_path_factory.mktemp("loss_groups"))
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -122,7 +132,15 @@ def prepared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("engine", ["plain", "deepspeed"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "plain",
+        pytest.param(
+            "deepspeed", marks=pytest.mark.full("as with DDP; ZeRO is compared in training_run")
+        ),
+    ],
+)
 def test_two_ranks_train_the_stage_on_the_micro_batches_of_one(
     prepared_root: Path, tmp_path: Path, engine: str
 ) -> None:

@@ -161,6 +161,7 @@ def run_haunted(context: RunContext, stage: str, killer: Killer, num_files: int)
         haunting.result()
 
 
+@pytest.mark.full("ten random kills; each kind of loss has a test of its own in test_actor_pools")
 def test_ten_random_kills_change_no_byte(
     local_ray: None, unbroken_root: Path, context: RunContext
 ) -> None:

@@ -244,6 +244,7 @@ def test_actors_die_with_a_killed_driver(cluster: Cluster, tmp_path: Path) -> No
     wait_until(lambda: not psutil.pid_exists(pid))
 
 
+@pytest.mark.full("starts a node; growth is proven by test_pool_queue")
 def test_node_that_joins_a_running_pool_gets_the_work_that_waits(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,6 +259,7 @@ def test_node_that_joins_a_running_pool_gets_the_work_that_waits(
     assert first != second == node.node_id
 
 
+@pytest.mark.full("waits for a shortage to be noticed; its words are proven without Ray")
 def test_resources_that_no_node_has_are_named(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

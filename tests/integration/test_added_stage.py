@@ -83,8 +83,8 @@ def test_its_pool_and_its_settings_are_checked_like_all(tmp_path: Path) -> None:
     plan = plan_run(load(tmp_path, "execution=ray", pool))
     assert plan["placement"]["pools"]["toy"]["max_actors"] == 2
     assert "pool of toy" in render_plan(plan)
-    with pytest.raises(ConfigError, match=r"toy\.wieght: unknown setting; did you mean 'weight'\?"):
-        load(tmp_path, "toy.wieght=1")
+    with pytest.raises(ConfigError, match=r"toy\.weihgt: unknown setting; did you mean 'weight'\?"):
+        load(tmp_path, "toy.weihgt=1")
     with pytest.raises(ConfigError, match=r"stages: 'tooy' is no stage; did you mean 'toy'\?"):
         load(tmp_path, "stages=[tooy]")
 

@@ -38,6 +38,7 @@ def connection(cluster: Cluster) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.full("starts a cluster of two nodes")
 def test_every_node_is_checked(
     cluster: Cluster,
     connection: None,

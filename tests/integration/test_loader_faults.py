@@ -96,7 +96,10 @@ def expected(tmp_path: Path) -> list[ImageBatch]:
 
 
 @pytest.mark.parametrize("faults", [BROKEN_LINE, WRONG_BYTES], ids=["broken", "wrong"])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "cached",
+    [True, pytest.param(False, marks=pytest.mark.full("as with the cache, which is tried always"))],
+)
 def test_three_epochs_over_a_bad_line_are_exact(
     proxy: FaultProxy,
     root: str,

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import pytest
 from support.radosgw import S3_BUCKET
 
-from fqgan_dist.stages.training import LedgerFile, MetricsFile
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
-from fqgan_dist.telemetry.metrics import parse_metrics
-from fqgan_dist.telemetry.observer import LocalObserver
+from fqgan_dist.telemetry.metrics import MetricsFile, parse_metrics
+from fqgan_dist.telemetry.published import PublishedRecords
+from fqgan_dist.telemetry.sinks.sink import TrackedRun
+from fqgan_dist.telemetry.sinks.tensorboard import build_sink
 from fqgan_dist.world import World
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
@@ -78,13 +79,14 @@ def test_the_log_of_a_process_that_fails_is_there_to_its_last_line(storage: Stor
 def test_metrics_and_tensorboard_are_published_and_continued(storage: Storage) -> None:
     scalars: dict[int, int] = {}
     for resumed_step in (0, 1):
-        with MetricsFile(storage, "tokenizer", LocalObserver()) as file:
-            writer = file.open(resumed_step)
-            writer.write(resumed_step + 1, {"tokenizer/loss/total": 0.5}, images_seen=8)
-            file.publish()
+        run = TrackedRun(storage=storage, stage="tokenizer", name="trial")
+        for sink in (MetricsFile(storage, "tokenizer/metrics.jsonl"), build_sink(run)):
+            sink.open(resumed_step)
+            sink.write(resumed_step + 1, {"tokenizer/loss/total": 0.5}, images_seen=8)
+            sink.flush()
             published = storage.list("tokenizer/tensorboard")
             scalars[resumed_step] = _count_events(storage, published)
-            writer.close()
+            sink.close()
     records = parse_metrics(storage.read_bytes("tokenizer/metrics.jsonl"), name="metrics")
     assert [record["step"] for record in records] == [1, 2]
     assert scalars == {0: 1, 1: 2}
@@ -94,11 +96,13 @@ def test_the_ledger_is_published_continued_and_emptied_by_a_new_start(storage: S
     path = "tokenizer/damaged_samples.jsonl"
     found: list[list[int]] = []
     for resumed_step in (0, 1, 0):
-        with LedgerFile(storage, path) as file, file.open(resumed_step) as writer:
-            file.publish()
-            before = storage.read_bytes(path) if storage.exists(path) else b""
-            writer.write({"step": resumed_step + 1})
-            file.publish()
+        ledger = PublishedRecords(storage, path)
+        ledger.open(resumed_step)
+        ledger.flush()
+        before = storage.read_bytes(path) if storage.exists(path) else b""
+        ledger.write({"step": resumed_step + 1})
+        ledger.flush()
+        ledger.close()
         for data in (before, storage.read_bytes(path)):
             records = parse_records(data, name=path, kind="ledger")
             found.append([record["step"] for record in records])

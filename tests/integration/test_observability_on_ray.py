@@ -149,7 +149,13 @@ def train(arguments: dict[str, Any]) -> None:
 
 # Ray Train imports Ray Data, which sets its own deprecated options.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raise",
+        pytest.param("kill", marks=pytest.mark.full("as an exception, which is tried always")),
+    ],
+)
 def test_the_first_failing_ranks_cause_comes_first(how: str, tmp_path: Path) -> None:
     trainer = TorchTrainer(
         train,

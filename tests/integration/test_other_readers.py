@@ -85,7 +85,11 @@ def real_dataset(
     [
         ("imagenet-sample", "train"),
         ("imagenet-sample", "val"),
-        pytest.param("tiny-imagenet-20", "train", marks=pytest.mark.slow),
+        pytest.param(
+            "tiny-imagenet-20",
+            "train",
+            marks=pytest.mark.full("10,000 images; val is read always"),
+        ),
         ("tiny-imagenet-20", "val"),
     ],
 )

@@ -62,6 +62,7 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float) -> bool:
     return False
 
 
+@pytest.mark.full("waits for an autoscaler")
 def test_a_head_without_slots_grows_for_the_run_and_shrinks_after_it(
     cluster: RayCluster, tmp_path: Path
 ) -> None:

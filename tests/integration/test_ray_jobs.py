@@ -27,6 +27,9 @@ TRAINING = [
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
+A_WHOLE_PIPELINE = pytest.mark.full("whole pipelines as jobs; small jobs and other kills are tried")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with run_ray_cluster([NodeSpec(num_cpus=2)]) as cluster:
@@ -108,6 +111,9 @@ def test_a_job_without_the_token_is_refused(cluster: RayCluster) -> None:
     assert len(cluster.list_jobs()) == before
 
 
+@pytest.mark.full(
+    "whole pipelines as jobs; kills and resumption are proven without Ray, jobs by small ones"
+)
 def test_the_same_job_again_does_nothing_and_says_so(
     cluster: RayCluster, finished_run: Path
 ) -> None:
@@ -122,6 +128,9 @@ def test_the_same_job_again_does_nothing_and_says_so(
     assert {Path(path).parent.name for path in changed} <= {"logs"}
 
 
+@pytest.mark.full(
+    "whole pipelines as jobs; kills and resumption are proven without Ray, jobs by small ones"
+)
 def test_a_killed_driver_is_resumed_to_the_same_bits(
     cluster: RayCluster, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +145,9 @@ def test_a_killed_driver_is_resumed_to_the_same_bits(
     assert metrics(root) == metrics(finished_run)
 
 
+@pytest.mark.full(
+    "whole pipelines as jobs; kills and resumption are proven without Ray, jobs by small ones"
+)
 def test_a_killed_train_worker_is_replaced_and_the_run_ends_with_the_same_bits(
     cluster: RayCluster, finished_run: Path, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def run_on_s3(
     return json.loads(objects["summary.json"])
 
 
+@pytest.mark.full("a pipeline on two nodes; one on S3 and one on Ray run always")
 def test_the_pipeline_runs_on_object_storage_and_leaks_no_credentials(
     s3_credentials: None,
 ) -> None:
@@ -87,7 +88,7 @@ def test_the_pipeline_runs_on_object_storage_and_leaks_no_credentials(
         assert len(cluster.log_files("worker-*-*.err")) > 2
 
 
-@pytest.mark.slow
+@pytest.mark.full("a quickstart; `make quickstart` runs it without object storage")
 @pytest.mark.timeout(3600)
 def test_the_whole_quickstart_runs_on_object_storage(s3_credentials: None, tmp_path: Path) -> None:
     root = f"s3://{S3_BUCKET}/quickstart"
@@ -99,6 +100,7 @@ def test_the_whole_quickstart_runs_on_object_storage(s3_credentials: None, tmp_p
     subprocess.run([*targets, str(path)], check=True)
 
 
+@pytest.mark.full("starts a cluster of two nodes")
 def test_a_local_root_that_one_node_does_not_see_is_refused_before_anything_starts(
     tmp_path: Path,
 ) -> None:

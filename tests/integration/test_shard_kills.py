@@ -96,6 +96,7 @@ def test_a_job_that_is_killed_anywhere_and_resumed_is_the_unbroken_one(
     assert main(["verify", str(tmp_path / "0"), "deep=true", "workers=1"]) == 0
 
 
+@pytest.mark.full("the same kills as on a local disk")
 @pytest.mark.usefixtures("s3_credentials")
 def test_a_job_on_s3_that_is_killed_and_resumed_is_the_unbroken_one(
     images: Path, whole: dict[str, bytes], tmp_path: Path

@@ -10,8 +10,7 @@ import torch
 from support.datasets import build_photographs
 from support.memory_store import MemoryBucket, open_memory_bucket
 
-from data_tools.stats import compute_stats
-from data_tools.verify import VerifyOptions, verify
+from data_tools.cli import main
 from fqgan_dist.data.index import load_index
 from fqgan_dist.diagnosis.storage import check_access, check_speed
 from fqgan_dist.diagnosis.weights import check_file
@@ -20,7 +19,6 @@ from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.stages.adm_reference import hash_adm_reference
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
-from fqgan_dist.telemetry.observer import SILENT
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.weights.config import WeightsConfig
 from fqgan_dist.weights.files import save_safetensors
@@ -60,8 +58,8 @@ def test_a_dataset_is_made_verified_and_read_as_a_source(storage: Storage) -> No
     index = build_photographs(storage, "data")
     uri = storage.child("data").root
     assert load_index(storage, "data").dataset_id == index.dataset_id
-    assert verify(uri, VerifyOptions(workers=1), observer=SILENT).damages == []
-    assert compute_stats(uri, observer=SILENT).num_samples == index.num_samples
+    assert main(["verify", uri, "workers=1"]) == 0
+    assert main(["stats", uri]) == 0
     with open_source(f"{uri}/shard-{{000000..000001}}.tar") as source:
         assert len(source) == sum(shard.count for shard in index.shards[:2])
     with (
@@ -69,6 +67,8 @@ def test_a_dataset_is_made_verified_and_read_as_a_source(storage: Storage) -> No
         open_source(uri, is_shared=True),
     ):
         pass
+    storage.write_bytes(f"data/{index.shards[0].file}", b"damaged")
+    assert main(["verify", uri, "workers=1"]) == 3
 
 
 def test_files_of_weights_are_found(

@@ -174,7 +174,7 @@ def test_an_architecture_without_published_weights_is_refused():
         download_clip("ViT-H-14-quickgelu")
 
 
-@pytest.mark.slow
+@pytest.mark.full("builds a network of full size; the loading is proven with a small one")
 def test_full_size_hub_weights_load_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     repository = tmp_path / "models--timm--vit_base_patch16_clip_224.openai"
     snapshot = repository / "snapshots" / "0123456789"
