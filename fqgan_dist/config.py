@@ -111,6 +111,12 @@ def parse_config(
         ) from None
 
 
+def describe_unknown(name: str, known: Sequence[str]) -> str:
+    """Say what a name that nobody knows may have meant, or else what is known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
 def dump_config(config: Config) -> str:
     """Write a config as YAML that loads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -210,9 +216,7 @@ def _describe(problem: Any, config_type: type[Config]) -> list[str]:
     location, known = _locate(config_type, problem["loc"])
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return [f"{dotted}: unknown setting; {hint}"]
+        return [f"{dotted}: unknown setting; {describe_unknown(str(location[-1]), known)}"]
     if problem["type"] == "missing":
         return [f"{dotted}: required, but not given"]
     start = f"{dotted}: " if dotted else ""

@@ -6,7 +6,6 @@ What follows from other settings, such as the generator's number of codebooks, n
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from fqgan_dist.autoregressive.config import AutoregressiveConfig, SamplesConfig
-from fqgan_dist.config import Config
+from fqgan_dist.config import Config, describe_unknown
 from fqgan_dist.data.config import DataConfig, ViewConfig
 from fqgan_dist.evaluation.config import EvaluationConfig
 from fqgan_dist.orchestration.config import RayConfig
@@ -153,9 +152,7 @@ class RunConfig(Config):
         ):
             for name in names:
                 if name not in known:
-                    near = difflib.get_close_matches(name, known, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                    yield f"{field}: {name!r} is no stage; {hint}"
+                    yield f"{field}: {name!r} is no stage; {describe_unknown(name, known)}"
 
     def _find_disagreements(self) -> Iterator[str]:
         for each in _DERIVED:

@@ -24,7 +24,7 @@ from fqgan_dist.stages.stage import (
     build_stages,
     find_stage,
 )
-from fqgan_dist.telemetry.sinks.optional import find_sinks
+from fqgan_dist.telemetry.optional_sinks import find_sinks
 from fqgan_dist.weights.staging import describe_missing_file, is_missing
 
 

@@ -15,11 +15,11 @@ from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.shards import DatasetIds
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.training_task import TrainingTask
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.metrics import MetricsFile
 from fqgan_dist.telemetry.observer import LocalObserver, ObserverSink
+from fqgan_dist.telemetry.optional_sinks import build_sinks
 from fqgan_dist.telemetry.published import PublishedRecords
-from fqgan_dist.telemetry.sinks.optional import build_sinks
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
 from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.hooks import AccountForLoading, ShowProgress, WriteMetrics

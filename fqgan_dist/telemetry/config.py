@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
 
-from fqgan_dist.config import Config
+from fqgan_dist.config import Config, describe_unknown
 
-SinkName = Literal["tensorboard", "wandb", "mlflow"]
-"""Sinks that may be asked for: each is the module of that name in `telemetry/sinks/`, and where it
-needs a package that the project does not, an extra of that name."""
+
+def sink_names() -> list[str]:
+    """List the sinks that may be asked for: the modules in `telemetry/sinks/`, not imported.
+
+    Where one needs a package that the project does not, an extra of its name brings it.
+    """
+    return sorted(
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "sinks")])
+    )
 
 
 class TelemetryConfig(Config):
     """Where a training's metrics go; `metrics.jsonl` is always written."""
 
-    sinks: tuple[SinkName, ...] = ("tensorboard",)
-    """Services that are given every record too. Where theirs is and who may write there, `wandb`
-    and `mlflow` read from their own environment variables. One that fails is left out; training
-    goes on."""
+    sinks: tuple[str, ...] = ("tensorboard",)
+    """Services that are given every record too: `tensorboard`, `wandb`, `mlflow`. Where theirs is
+    and who may write there, the last two read from their own environment variables. One that fails
+    is left out; training goes on."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find sinks that are named twice."""
-        for name in sorted({name for name in self.sinks if self.sinks.count(name) > 1}):
-            yield f"sinks: {name} is named twice; name each once"
+        """Find sinks that are unknown or named twice."""
+        for name in sorted(set(self.sinks)):
+            if name not in sink_names():
+                yield f"sinks: {name!r} is no sink; {describe_unknown(name, sink_names())}"
+            elif self.sinks.count(name) > 1:
+                yield f"sinks: {name} is named twice; name each once"

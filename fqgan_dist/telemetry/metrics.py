@@ -26,7 +26,7 @@ _METRIC_NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)+")
 
 
 class MetricsFile:
-    """The metrics of one stage; a `MetricSink` (sinks/sink.py), the one that is always there."""
+    """The metrics of one stage; a `MetricSink` (metric_sink.py), the one that is always there."""
 
     def __init__(
         self, storage: Storage, path: str, *, clock: Callable[[], float] = time.time

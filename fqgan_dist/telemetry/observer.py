@@ -81,7 +81,7 @@ class LocalObserver(SilentObserver):
 
 
 class ObserverSink:
-    """Passes a training's metrics on to an observer; a `MetricSink` (sinks/sink.py)."""
+    """Passes a training's metrics on to an observer; a `MetricSink` (metric_sink.py)."""
 
     def __init__(self, observer: Observer, stage: str) -> None:
         self._observer = observer

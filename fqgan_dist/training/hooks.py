@@ -9,9 +9,9 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from fqgan_dist.data.batches import LoadReport, merge_reports
+from fqgan_dist.telemetry.metric_sink import MetricSink
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.published import PublishedRecords
-from fqgan_dist.telemetry.sinks.sink import MetricSink
 from fqgan_dist.world import World
 
 

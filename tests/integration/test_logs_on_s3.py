@@ -14,9 +14,9 @@ from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.telemetry.metric_sink import TrackedRun
 from fqgan_dist.telemetry.metrics import MetricsFile, parse_metrics
 from fqgan_dist.telemetry.published import PublishedRecords
-from fqgan_dist.telemetry.sinks.sink import TrackedRun
 from fqgan_dist.telemetry.sinks.tensorboard import build_sink
 from fqgan_dist.world import World
 

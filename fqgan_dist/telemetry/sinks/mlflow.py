@@ -15,7 +15,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 
 _TAG = "fqgan_dist.id"
 

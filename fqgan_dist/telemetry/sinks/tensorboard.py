@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.published import PublishedFolder
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import wandb
 
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.published import PublishedFolder
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
 
 
 def build_sink(run: TrackedRun) -> MetricSink:

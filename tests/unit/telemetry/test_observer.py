@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
+from fqgan_dist.telemetry.metric_sink import MetricSink
 from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer, ObserverSink
-from fqgan_dist.telemetry.sinks.sink import MetricSink
 
 
 def test_it_tracks_in_this_process_and_survives_pickling(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.sinks.sink import TrackedRun
+from fqgan_dist.telemetry.metric_sink import TrackedRun
 
 LOSS, PSNR = "tokenizer/loss/total", "tokenizer/validation/psnr"
 

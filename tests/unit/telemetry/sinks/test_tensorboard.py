@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.sinks.sink import TrackedRun
+from fqgan_dist.telemetry.metric_sink import TrackedRun
 from fqgan_dist.telemetry.sinks.tensorboard import build_sink
 
 LOSS = "tokenizer/loss/commitment"

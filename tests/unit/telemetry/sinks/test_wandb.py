@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.sinks.sink import TrackedRun
+from fqgan_dist.telemetry.metric_sink import TrackedRun
 
 LOSS = "tokenizer/loss/total"
 _BLOCK = 32768

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.sinks.optional import build_sinks, find_sinks
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry import config as telemetry_config
+from fqgan_dist.telemetry.config import TelemetryConfig
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry.optional_sinks import build_sinks, find_sinks
 
 
 class ToySink:
@@ -148,3 +151,19 @@ def test_every_session_has_the_same_id_and_every_training_its_own(tmp_path: Path
     again = TrackedRun(storage=storage, stage="tokenizer", name="renamed").load_id()
     other = TrackedRun(storage=storage, stage="autoregressive", name="trial").load_id()
     assert first == again != other
+
+
+def test_a_module_in_the_folder_may_be_named_in_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TelemetryConfig(sinks=("mlflow", "wandb")).sinks == ("mlflow", "wandb")
+    with pytest.raises(
+        ConfigError, match=r"sinks: 'toi' is no sink; known: mlflow, tensor.*, wandb"
+    ):
+        parse_config({"sinks": ["toi"]}, TelemetryConfig, source="test")
+    (tmp_path / "sinks").mkdir()
+    (tmp_path / "sinks" / "toy.py").write_text("")
+    monkeypatch.setattr(telemetry_config, "__file__", str(tmp_path / "config.py"))
+    assert TelemetryConfig(sinks=("toy",)).sinks == ("toy",)
+    with pytest.raises(ConfigError, match=r"sinks: 'toi' is no sink; did you mean 'toy'\?"):
+        parse_config({"sinks": ["toi"]}, TelemetryConfig, source="test")

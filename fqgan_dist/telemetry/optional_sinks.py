@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fqgan_dist.credentials import scrub
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.telemetry.sinks.sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 
 logger = logging.getLogger(__name__)
 
