@@ -17,7 +17,6 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, NeededWeights
 from fqgan_dist.storage.storage import locate_file
-from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig
 from fqgan_dist.tokenizer.config import PerceptualConfig
 
 _READ_BYTES = 8 * 2**20
@@ -105,28 +104,14 @@ def _hash(file: BinaryIO) -> str:
 
 def _find_hub_state(network: FrozenNetwork) -> HubState:
     match network.settings:
-        case ClipTeacherConfig() as teacher:
-            return _find_clip(str(teacher.architecture))
-        case Dinov2TeacherConfig() as teacher:
-            from transformers.utils import SAFE_WEIGHTS_NAME
-
-            return _find_in_repository(str(teacher.architecture), [SAFE_WEIGHTS_NAME])
         case PerceptualConfig() as perceptual:
             return _find_perceptual(perceptual.network)
         case InceptionConfig():
             return _find_inception()
+        case teacher:
+            from fqgan_dist.teachers.teacher import find_hub_files
 
-
-def _find_clip(architecture: str) -> HubState:
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-    from open_clip.pretrained import get_pretrained_cfg
-
-    from fqgan_dist.teachers.clip import HUB_TAG
-
-    repository, _, name = get_pretrained_cfg(architecture, HUB_TAG)["hf_hub"].rpartition("/")
-    return _find_in_repository(
-        repository, [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-    )
+            return _find_in_repository(*find_hub_files(teacher))
 
 
 def _find_in_repository(repository: str, names: list[str]) -> HubState:

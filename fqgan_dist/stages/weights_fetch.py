@@ -26,12 +26,10 @@ from fqgan_dist.evaluation.inception import build_inception
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, frozen_networks
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.teachers.clip import build_clip
-from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig
+from fqgan_dist.teachers.teacher import load_hub_weights
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss, copy_backbone_weights
-from fqgan_dist.weights.config import FetchTarget, WeightsConfig
-from fqgan_dist.weights.files import load_safetensors_checked
+from fqgan_dist.weights.config import FetchTarget
 
 State = Literal["written", "kept", "not needed", "failed"]
 
@@ -117,26 +115,12 @@ def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
 def _load(network: FrozenNetwork) -> Mapping[str, Tensor]:
     """Download and check a network of the hub."""
     match network.settings:
-        case ClipTeacherConfig() as config:
-            return build_clip(config, weights_path=None).state_dict()
-        case Dinov2TeacherConfig() as config:
-            return _load_dinov2(config)
         case PerceptualConfig() as config:
             return copy_backbone_weights(build_perceptual_loss(config))
         case InceptionConfig() as config:
             return build_inception(config, device="cpu").network.state_dict()
-
-
-def _load_dinov2(config: Dinov2TeacherConfig) -> Mapping[str, Tensor]:
-    # transformers' model classes take a second to import: only who needs a DINOv2 pays.
-    from fqgan_dist.teachers.dinov2 import build_dinov2, download_dinov2
-
-    path = download_dinov2(str(config.architecture))
-    weights = WeightsConfig(source=str(path), sha256=config.weights.sha256)
-    build_dinov2(config.model_copy(update={"weights": weights}), weights_path=None)
-    # The tensors of the hub's file, not the built network's: transformers renames when it loads,
-    # and the names inside change with its version.
-    return load_safetensors_checked(path, weights.sha256)
+        case config:
+            return load_hub_weights(config)
 
 
 def _check_names(names: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.teachers.clip import build_clip
+from fqgan_dist.teachers.clip import HUB_TAG, build_clip
 from fqgan_dist.teachers.config import ClipTeacherConfig, Dinov2TeacherConfig, TeacherConfig
+from fqgan_dist.weights.config import WeightsConfig
+from fqgan_dist.weights.files import load_safetensors_checked
 from fqgan_dist.weights.tensors import hash_tensors, warn_random_weights
 
 _FINGERPRINT_VERSION = 1
@@ -160,6 +163,46 @@ def build_teacher(
         preprocessing=preprocessing,
         fingerprint=fingerprint,
     ).to(device)
+
+
+def load_hub_weights(config: TeacherConfig) -> Mapping[str, Tensor]:
+    """Download a teacher's weights and check that they are those of the configured network.
+
+    Returns:
+        Tensors by the names that a weights file of this kind has.
+
+    Raises:
+        ConfigError: the hub has no such network.
+        DataError: the hub cannot be reached, or what it has is damaged.
+    """
+    match config:
+        case ClipTeacherConfig():
+            return build_clip(config, weights_path=None).state_dict()
+        case Dinov2TeacherConfig():
+            from fqgan_dist.teachers.dinov2 import build_dinov2, download_dinov2
+
+            path = download_dinov2(str(config.architecture))
+            weights = WeightsConfig(source=str(path), sha256=config.weights.sha256)
+            build_dinov2(config.model_copy(update={"weights": weights}), weights_path=None)
+            # The tensors of the hub's file, not the built network's: transformers renames when it
+            # loads, and the names inside change with its version.
+            return load_safetensors_checked(path, weights.sha256)
+
+
+def find_hub_files(config: TeacherConfig) -> tuple[str, list[str]]:
+    """Name a teacher's repository on Hugging Face's hub, and the files of which one will do."""
+    match config:
+        case ClipTeacherConfig():
+            from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+            from open_clip.pretrained import get_pretrained_cfg
+
+            entry = get_pretrained_cfg(str(config.architecture), HUB_TAG)
+            repository, _, name = entry["hf_hub"].rpartition("/")
+            return repository, [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+        case Dinov2TeacherConfig():
+            from transformers.utils import SAFE_WEIGHTS_NAME
+
+            return str(config.architecture), [SAFE_WEIGHTS_NAME]
 
 
 def _compute_fingerprint(description: dict[str, object], network: nn.Module) -> str:
