@@ -10,6 +10,8 @@ from pydantic import Field
 from fqgan_dist.config import Config
 from fqgan_dist.weights.config import WeightsConfig
 
+FEATURE_DIM = 2048
+"""Size of the network's features."""
 PUBLISHED_RESOLUTION = 299
 """Input side of the published network, pixels."""
 SMALLEST_RESOLUTION = 75

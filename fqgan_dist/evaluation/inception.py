@@ -30,8 +30,6 @@ from fqgan_dist.weights.files import (
 )
 from fqgan_dist.weights.tensors import hash_tensors, load_into, warn_random_weights
 
-FEATURE_DIM = 2048
-"""Size of the features."""
 _SHORT_HASH = 16
 
 

@@ -10,21 +10,17 @@ import numpy as np
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.report.figures import render_pngs
 from fqgan_dist.report.inputs import ReportInputs
-from fqgan_dist.report.page import build_report
 from fqgan_dist.stages.evaluation import Evaluated, EvaluationStage, figure_file
 from fqgan_dist.stages.frozen_networks import describe_random_weights
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import (
     RunContext,
     Stage,
-    StageNotFinishedError,
     StageOutcome,
     StageOutput,
     build_stages,
 )
-from fqgan_dist.stages.stage_record import StageRecord
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
@@ -68,6 +64,10 @@ class ReportStage(Stage):
         """Write `report.html` and the figures as PNG files."""
         if not self.context.world.is_main:
             return StageOutcome(None)
+        # matplotlib: half a CPU-second of every process that knows the stages.
+        from fqgan_dist.report.figures import render_pngs
+        from fqgan_dist.report.page import build_report
+
         storage = self.context.storage
         inputs = collect_inputs(self.context)
         for name, data in render_pngs(inputs).items():
@@ -123,7 +123,7 @@ def _collect_notes(context: RunContext) -> list[str]:
     """Say what a reader must know before comparing numbers."""
     notes = describe_random_weights(context.config)
     records = {
-        stage.name: _find_record(stage)
+        stage.name: stage.find_record()
         for stage in build_stages(context)
         if stage.is_wanted(context.config)
     }
@@ -141,10 +141,3 @@ def _collect_notes(context: RunContext) -> list[str]:
     if unfinished:
         problems.append(f"stages that have not finished: {', '.join(unfinished)}")
     return notes + problems
-
-
-def _find_record(stage: Stage) -> StageRecord | None:
-    try:
-        return stage.load_record()
-    except StageNotFinishedError:
-        return None

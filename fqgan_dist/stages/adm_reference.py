@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.evaluation.inception import FEATURE_DIM
+from fqgan_dist.evaluation.config import FEATURE_DIM
 from fqgan_dist.evaluation.moments import load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
 from fqgan_dist.storage.storage import locate_file

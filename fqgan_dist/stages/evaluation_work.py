@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
-from fqgan_dist.evaluation.inception import InceptionFeatures, build_inception
 from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.id_ranges import IdRanges
@@ -34,6 +33,9 @@ from fqgan_dist.teachers.teacher import Teacher
 from fqgan_dist.tokenizer.losses import info_nce_loss
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 from fqgan_dist.weights.staging import resolve_weights
+
+if TYPE_CHECKING:
+    from fqgan_dist.evaluation.inception import InceptionFeatures
 
 NUM_FIGURE_IMAGES = 12
 SAMPLES_PER_CLASS = 4
@@ -53,6 +55,9 @@ class EvaluationModels(ProcessLocalCaches):
     @functools.cached_property
     def inception(self) -> InceptionFeatures:
         """The feature network."""
+        # torch-fidelity imports torchvision: 2 CPU-seconds of every process that knows the stages.
+        from fqgan_dist.evaluation.inception import build_inception
+
         config = self.context.config.evaluation.inception
         path = resolve_weights(config.weights, field="evaluation.inception.weights")
         inception = build_inception(config, device=self.context.device, weights_path=path)

@@ -19,7 +19,6 @@ from fqgan_dist.stages.placement import (
 from fqgan_dist.stages.stage import (
     RunContext,
     Stage,
-    StageNotFinishedError,
     all_stages,
     build_stages,
     find_stage,
@@ -94,10 +93,7 @@ def find_missing_files(stage: type[Stage], config: RunConfig) -> Iterator[str]:
 
 
 def _is_done(stage: Stage) -> bool:
-    try:
-        record = stage.load_record()
-    except (StageNotFinishedError, ConfigError):  # a file that decides its inputs is missing
-        return False
+    record = stage.find_record()
     return record is not None and record.is_done
 
 

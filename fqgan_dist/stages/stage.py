@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.config import Config
 from fqgan_dist.devices import select_device
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages import catalog
 from fqgan_dist.stages.catalog import StageEntry
@@ -245,6 +245,17 @@ class Stage(ABC):
             record = former if former is not None and has_inputs(former, inputs) else None
         return record
 
+    def find_record(self) -> StageRecord | None:
+        """Read the stage's record, None also where what decides its inputs is not there.
+
+        Raises:
+            DataError: the record is damaged.
+        """
+        try:
+            return self.load_record()
+        except (StageNotFinishedError, ConfigError):  # an earlier stage, or a file, is missing
+            return None
+
     def save_record(self, record: StageRecord) -> None:
         """Replace the stage's record for its inputs."""
         save_record(self.context.storage, self._record_path(record.inputs), record)
@@ -259,10 +270,7 @@ class Stage(ABC):
             return []
         storage, folder = self.context.storage, record_path(self.name).removesuffix(".json")
         paths = [f"{folder}/{name}" for name in storage.list(folder)] + [f"{folder}.json"]
-        try:
-            present = self.load_record()
-        except StageNotFinishedError:
-            present = None
+        present = self.find_record()
         found = [load_record(storage, path) for path in paths]
         return [record for record in found if record is not None and record != present]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fqgan_dist.stages.stage import RunContext, StageNotFinishedError, build_stages
+from fqgan_dist.stages.stage import RunContext, build_stages
 from fqgan_dist.stages.stage_record import StageRecord
 
 Summary = dict[str, dict[str, Any]]
@@ -21,10 +21,7 @@ def load_summary(context: RunContext) -> Summary:
     summary: Summary = {}
     metrics: dict[str, Any] = {}
     for stage in build_stages(context):
-        try:
-            record = stage.load_record()
-        except StageNotFinishedError:
-            record = None
+        record = stage.find_record()
         others = stage.list_other_records()
         if record is None and not others:
             continue

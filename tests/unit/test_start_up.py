@@ -11,6 +11,7 @@ import pytest
 TINY = str(Path(__file__).resolve().parents[1] / "support" / "tiny.yaml")
 HEAVY = (
     *("torch", "torchvision", "torch_fidelity", "transformers", "open_clip", "lpips", "numpy"),
+    "matplotlib",
     *("pyarrow", "s3fs", "fsspec", "PIL", "rich", "ray", "deepspeed"),
 )
 
@@ -63,3 +64,10 @@ def test_help_imports_nothing_heavy() -> None:
         "from fqgan_dist.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as leaving:\n    assert leaving.code == 0"
     )
+
+
+def test_a_process_that_knows_the_stages_has_imported_no_network_of_others() -> None:
+    """Every train worker and every actor is one; torchvision alone is two CPU-seconds."""
+    found = find_heavy_imports("from fqgan_dist.stages.stage import all_stages\nall_stages()")
+    networks = {"torchvision", "torch_fidelity", "transformers", "open_clip", "lpips"}
+    assert not found & {*networks, "matplotlib", "ray", "deepspeed"}

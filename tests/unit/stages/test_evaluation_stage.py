@@ -17,6 +17,7 @@ from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import is_stage_done
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.stage_record import StageRecord, record_path, save_record
+from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
@@ -104,3 +105,14 @@ def test_pending_evaluation_needs_teachers_inception_and_reference(tmp_path: Pat
     np.savez(files[2], mu=np.zeros(2), sigma=np.eye(2))  # its content is an input
     save_stage(context, "evaluation", {})
     check_run(context)
+
+
+def test_a_reference_that_is_not_there_keeps_no_summary_from_being_written(
+    tmp_path: Path,
+) -> None:
+    """A training whose evaluation comes later, for example."""
+    missing = f"evaluation.adm_reference={tmp_path}/none.npz"
+    context = finish_tokenizer(open_context(tmp_path, PUBLISHED, missing))
+    with pytest.raises(ConfigError, match="none.npz"):
+        EvaluationStage(context).load_record()
+    assert list(load_summary(context)) == ["shards", "tokenizer"]
