@@ -113,6 +113,6 @@ def test_a_reference_that_is_not_there_keeps_no_summary_from_being_written(
     """A training whose evaluation comes later, for example."""
     missing = f"evaluation.adm_reference={tmp_path}/none.npz"
     context = finish_tokenizer(open_context(tmp_path, PUBLISHED, missing))
-    with pytest.raises(ConfigError, match="none.npz"):
+    with pytest.raises(ConfigError, match=r"none\.npz"):
         EvaluationStage(context).load_record()
     assert list(load_summary(context)) == ["shards", "tokenizer"]
