@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.engines import EngineOptions, open_engine
 from data_tools.shard import WorkSummary, list_problems, select_options
-from fqgan_dist.data.index import load_index
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset, plan_extension
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.sources.opening import open_source
@@ -69,18 +69,18 @@ def extend(
         ClusterError: see `open_engine`.
     """
     started = time.monotonic()
-    storage = Storage(destination)
+    folder = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ExtensionConfig)
     with open_source(source_uri, observer=observer, **source_options) as source:
         if is_dry_run:
-            return _preview(storage, source, config)
-        with open_engine(options, storage, source, observer) as run_chunks:
+            return _preview(folder, source, config)
+        with open_engine(options, folder, source, observer) as run_chunks:
             index, report = extend_dataset(
-                source, storage, "", config, source_options=source_options, run_chunks=run_chunks
+                source, folder, config, source_options=source_options, run_chunks=run_chunks
             )
     return ExtendSummary(
-        destination=storage.root,
+        destination=folder.root,
         dataset_id=index.dataset_id,
         former_id=report.former_id,
         was_complete=report.work.was_complete,
@@ -93,14 +93,15 @@ def extend(
     )
 
 
-def _preview(storage: Storage, source: SourceListing, config: ExtensionConfig) -> ExtendSummary:
-    index = load_index(storage, "")
-    extension = plan_extension(source, storage, "", index, config)
+def _preview(folder: Storage, source: SourceListing, config: ExtensionConfig) -> ExtendSummary:
+    dataset = Dataset.open(folder)
+    index = dataset.index
+    extension = plan_extension(source, dataset, config)
     num_added = 0 if extension is None else extension.plan.num_samples
     return ExtendSummary(
-        destination=storage.root,
+        destination=folder.root,
         dataset_id=None,
-        former_id=index.dataset_id,
+        former_id=dataset.id,
         was_complete=extension is None,
         num_samples=index.num_samples + num_added,
         num_added=num_added,

@@ -160,8 +160,8 @@ def split(
                     f"{len(listing)} images; give it a greater share"
                 )
         for part, chosen in zip(options.parts, rows, strict=True):
-            storage = Storage(destination).child(part)
-            made[part] = _make(job, listing.select(chosen), storage, configs[part])
+            folder = Storage(destination).child(part)
+            made[part] = _make(job, listing.select(chosen), folder, configs[part])
     return SplitSummary(made)
 
 
@@ -227,7 +227,7 @@ def choose_parts(names: Sequence[str], shares: Sequence[float], seed: int) -> li
 
 
 def _load(uri: str) -> tuple[DatasetIndex, ImagePolicy]:
-    index = load_index(Storage(uri), "")
+    index = load_index(Storage(uri))
     return index, ImagePolicy.parse_description(index.image_policy)
 
 
@@ -276,11 +276,11 @@ def _check_effect(options: RearrangeOptions, configs: Iterable[ShardingConfig]) 
 
 
 def _make(
-    job: _Job, listing: SourceListing, storage: Storage, config: ShardingConfig
+    job: _Job, listing: SourceListing, folder: Storage, config: ShardingConfig
 ) -> ShardSummary:
     return make_dataset(
         listing,
-        storage,
+        folder,
         config,
         job.options,
         source_options={"format": "webdataset"},

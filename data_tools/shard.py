@@ -133,7 +133,7 @@ def shard(
         ClusterError: see `open_engine`.
     """
     classes, descriptions = read_classes(options.classes) if options.classes else (None, None)
-    storage = Storage(destination)
+    folder = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ShardingConfig)
     with open_source(
@@ -148,7 +148,7 @@ def shard(
             descriptions = {name: text for name, text in descriptions.items() if name in used}
         return make_dataset(
             source,
-            storage,
+            folder,
             config,
             options,
             source_options=source_options,
@@ -161,7 +161,7 @@ def shard(
 
 def make_dataset(
     source: SourceListing,
-    storage: Storage,
+    folder: Storage,
     config: ShardingConfig,
     engine: EngineOptions,
     *,
@@ -180,19 +180,13 @@ def make_dataset(
     started = time.monotonic()
     named = {"classes": classes, "class_descriptions": class_descriptions}
     if is_dry_run:
-        return _preview(storage, source, config, **named)
-    with open_engine(engine, storage, source, observer) as run_chunks:
+        return _preview(folder, source, config, **named)
+    with open_engine(engine, folder, source, observer) as run_chunks:
         index, report = build_dataset(
-            source,
-            storage,
-            "",
-            config,
-            source_options=source_options,
-            run_chunks=run_chunks,
-            **named,
+            source, folder, config, source_options=source_options, run_chunks=run_chunks, **named
         )
     return ShardSummary(
-        destination=storage.root,
+        destination=folder.root,
         dataset_id=index.dataset_id,
         was_complete=report.was_complete,
         num_classes=index.num_classes,
@@ -216,11 +210,11 @@ def select_options(options: Config, part: type[PartT]) -> PartT:
 
 
 def _preview(
-    storage: Storage, source: SourceListing, config: ShardingConfig, **named: Any
+    folder: Storage, source: SourceListing, config: ShardingConfig, **named: Any
 ) -> ShardSummary:
     plan = plan_dataset(source, config, **named)
     return ShardSummary(
-        destination=storage.root,
+        destination=folder.root,
         dataset_id=None,
         was_complete=False,
         num_classes=len(plan.classes),

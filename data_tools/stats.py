@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fqgan_dist.config import Config
-from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_index, load_samples
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import ShardEntry, load_samples
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
@@ -120,12 +121,12 @@ def compute_stats(uri: str, *, observer: Observer) -> DatasetStats:
     Raises:
         DataError: there is no dataset, or its index or a table is damaged.
     """
-    storage = Storage(uri)
-    index = load_index(storage, "")
+    dataset = Dataset.open(Storage(uri))
+    index = dataset.index
     columns = {name: Histogram() for name in ("sizes", "widths", "heights")}
     class_counts = np.zeros(index.num_classes, np.int64)
     mixtures = Histogram()
-    load = partial(load_samples, storage, "")
+    load = partial(load_samples, dataset.folder)
     tables = load_in_threads(load, index.shards, threads=_THREADS, ahead=_THREADS)
     with observer.track(len(index.shards), "reading tables", "shards") as bar:
         for entry, table in zip(index.shards, tables, strict=True):
@@ -133,12 +134,12 @@ def compute_stats(uri: str, *, observer: Observer) -> DatasetStats:
                 histogram.add(getattr(table, name))
             counts = np.bincount(table.labels, minlength=index.num_classes)
             if len(counts) > index.num_classes:
-                _refuse_label(storage, index, entry, len(counts) - 1)
+                _refuse_label(dataset, entry, len(counts) - 1)
             class_counts += counts
             mixtures.add(np.array([np.count_nonzero(counts)]))
             bar.advance()
     return DatasetStats(
-        dataset_id=index.dataset_id,
+        dataset_id=dataset.id,
         name=index.name,
         split=index.split,
         image_policy=index.image_policy,
@@ -156,10 +157,10 @@ def compute_stats(uri: str, *, observer: Observer) -> DatasetStats:
     )
 
 
-def _refuse_label(storage: Storage, index: DatasetIndex, entry: ShardEntry, label: int) -> None:
+def _refuse_label(dataset: Dataset, entry: ShardEntry, label: int) -> None:
     raise DataError(
-        f"{storage.uri(entry.samples_file)}: label {label}, but the index has "
-        f"{index.num_classes} classes; see `fqgan-data verify`"
+        f"{dataset.folder.uri(entry.samples_file)}: label {label}, but the index has "
+        f"{dataset.index.num_classes} classes; see `fqgan-data verify`"
     )
 
 

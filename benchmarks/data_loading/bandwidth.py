@@ -34,6 +34,7 @@ from benchmarks.paired import (
     judge_limit,
     measure_contention,
 )
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.storage.storage import Storage
 
@@ -247,8 +248,7 @@ def _measure_first_batch(settings: Settings, folder: Path, gateway: Gateway) -> 
 def _time_first_batch(settings: Settings) -> float:
     start = time.perf_counter()
     loader = ImageLoader(
-        Storage(f"s3://{S3_BUCKET}/dataset"),
-        "",
+        Dataset.open(Storage(f"s3://{S3_BUCKET}/dataset")),
         seed=0,
         view=view_config(settings.image_size),
         num_views=None,

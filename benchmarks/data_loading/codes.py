@@ -22,6 +22,7 @@ from benchmarks.data_loading.settings import Settings
 from benchmarks.data_loading.synthetic import make_image, make_table, publish, write_table
 from benchmarks.paired import Finding, WrongResultError, run_rounds
 from fqgan_dist.data.batches import CodeBatch
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import CodeLoader
 from fqgan_dist.data.records import CodeStore
 from fqgan_dist.data.views import CropRecord
@@ -120,8 +121,7 @@ def write_files(codes: np.ndarray, folder: Path) -> int:
 def open_packed(folder: Path) -> CodeLoader:
     """Open packed codes for training."""
     return CodeLoader(
-        Storage(folder),
-        "",
+        Dataset.open(Storage(folder)),
         codes=CodeStore(Storage(folder), "codes", _FINGERPRINT),
         seed=0,
         micro_batch_size=_BATCH_SIZE,

@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks.data_loading.measured_process import Batch
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.storage.storage import Storage
@@ -51,8 +52,7 @@ def view_config(size: int) -> ViewConfig:
 def load_ours(folder: Path, size: int, batch_size: int, workers: int) -> Iterator[Batch]:
     """Load with `ImageLoader` from our shards; every image is checked against its digest."""
     loader = ImageLoader(
-        Storage(folder),
-        "",
+        Dataset.open(Storage(folder)),
         seed=_SEED,
         view=view_config(size),
         num_views=None,

@@ -114,8 +114,8 @@ def make_shards(tree: Path, destination: Path, *options: str) -> Storage:
 def read_dataset(dataset: Storage) -> list[bytes]:
     """Read all encoded images of a dataset, in the order of their labels."""
     found: list[tuple[int, bytes]] = []
-    for entry in load_index(dataset, "").shards:
-        table = load_samples(dataset, "", entry)
+    for entry in load_index(dataset).shards:
+        table = load_samples(dataset, entry)
         ranges = [
             (entry.file, int(offset), int(size))
             for offset, size in zip(table.offsets, table.sizes, strict=True)

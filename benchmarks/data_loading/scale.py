@@ -25,6 +25,7 @@ from benchmarks.paired import (
     measure_contention,
 )
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.storage.storage import Storage
 
@@ -107,8 +108,7 @@ def _run_alone(dataset: Path) -> Run:
 
 def _open(dataset: Path) -> ImageLoader:
     return ImageLoader(
-        Storage(dataset),
-        "",
+        Dataset.open(Storage(dataset)),
         seed=0,
         view=ViewConfig(policy="random_crop_flip", image_size=_IMAGE_SIZE),
         num_views=None,

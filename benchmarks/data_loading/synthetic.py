@@ -36,7 +36,7 @@ def publish(folder: Path, entries: Sequence[ShardEntry]) -> DatasetIndex:
         image_policy={"kind": "original"},
         shards=list(entries),
     )
-    write_index(Storage(folder), "", index)
+    write_index(Storage(folder), index)
     return index
 
 

@@ -33,7 +33,7 @@ TABLE_SUFFIX = ".samples.parquet"
 _HASH_BLOCK_BYTES = 8 * 2**20
 _READS = 2
 
-# Names from an index are joined to a storage prefix, so they must stay below it on every system.
+# Names from an index are joined to a folder, so they must stay below it on every system.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.tar")
 _PROBLEMS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,99}\.problems\.jsonl")
 _MAX_KEY_LENGTH = 200
@@ -111,7 +111,7 @@ class ShardEntry(Config):
     """One shard: a tar file and its table of samples."""
 
     file: ShardName
-    """Name of the tar file, below the dataset's prefix."""
+    """Name of the tar file, in the dataset's folder."""
     count: int = Field(ge=1)
     """Number of samples."""
     bytes: int = Field(ge=1)
@@ -147,7 +147,7 @@ class ProblemTable(Config):
     """A table of what was left out: one `SourceProblem` as JSON per line, sorted by name."""
 
     file: Annotated[str, AfterValidator(_check_problems_name)]
-    """Name of the file, below the dataset's prefix."""
+    """Name of the file, in the dataset's folder."""
     count: int = Field(ge=1)
     """Number of its lines."""
     sha256: Sha256
@@ -240,21 +240,21 @@ class SampleTable:
         return len(self.keys)
 
 
-def load_index(storage: Storage, prefix: str) -> DatasetIndex:
+def load_index(folder: Storage) -> DatasetIndex:
     """Read a dataset's index.
 
     Raises:
         DataError: there is no index, it is not valid, or it was changed by hand.
     """
-    path = join_path(prefix, INDEX_NAME)
+    source = folder.uri(INDEX_NAME)
     try:
-        data = storage.read_bytes(path)
+        data = folder.read_bytes(INDEX_NAME)
     except FileNotFoundError as error:
         raise DataError(
-            f"{storage.uri(path)}: no such file; expected a finished dataset there: run "
+            f"{source}: no such file; expected a finished dataset there: run "
             "`fqgan-data shard`, or correct the path"
         ) from error
-    return parse_index(data, source=storage.uri(path))
+    return parse_index(data, source=source)
 
 
 def former_index_name(dataset_id: str) -> str:
@@ -262,18 +262,18 @@ def former_index_name(dataset_id: str) -> str:
     return f"index-{dataset_id[:16]}.json"
 
 
-def load_pinned_index(storage: Storage, prefix: str, dataset_id: str) -> DatasetIndex:
+def load_pinned_index(folder: Storage, dataset_id: str) -> DatasetIndex:
     """Read the index of the dataset that a run was started on.
 
     Raises:
         DataError: as `load_index`, or the dataset is another one by now.
     """
-    index = load_index(storage, prefix)
+    index = load_index(folder)
     if index.dataset_id == dataset_id:
         return index
-    path = storage.uri(join_path(prefix, INDEX_NAME))
+    path = folder.uri(INDEX_NAME)
     former = former_index_name(dataset_id)
-    if not storage.exists(join_path(prefix, former)):
+    if not folder.exists(former):
         raise DataError(
             f"{path}: dataset {index.dataset_id[:16]}, expected {dataset_id[:16]}, which this run "
             "was started on; restore it, or start a new run"
@@ -312,20 +312,19 @@ def parse_index(data: bytes, *, source: str) -> DatasetIndex:
     return index
 
 
-def write_index(storage: Storage, prefix: str, index: DatasetIndex) -> None:
+def write_index(folder: Storage, index: DatasetIndex) -> None:
     """Publish a dataset by writing its index, once all its shards are there.
 
     Raises:
         DataError: another index is there already.
     """
-    path = join_path(prefix, INDEX_NAME)
     data = index.to_bytes()
     try:
-        storage.create_bytes(path, data)
+        folder.create_bytes(INDEX_NAME, data)
     except FileExistsError as error:
-        if storage.read_bytes(path) != data:
+        if folder.read_bytes(INDEX_NAME) != data:
             raise DataError(
-                f"{storage.uri(path)}: another dataset is there already; choose another "
+                f"{folder.uri(INDEX_NAME)}: another dataset is there already; choose another "
                 "destination, or delete it first"
             ) from error
 
@@ -376,15 +375,14 @@ def decode_samples(data: bytes, *, source: str) -> tuple[SampleTable, dict[str, 
     return samples, metadata
 
 
-def load_samples(storage: Storage, prefix: str, entry: ShardEntry) -> SampleTable:
+def load_samples(folder: Storage, entry: ShardEntry) -> SampleTable:
     """Read the table of samples of a shard.
 
     Raises:
         DataError: the table is missing, damaged, or not of this shard.
     """
-    path = join_path(prefix, entry.samples_file)
-    source = storage.uri(path)
-    data = _read_expected(storage, path, entry.samples_sha256)
+    source = folder.uri(entry.samples_file)
+    data = _read_expected(folder, entry.samples_file, entry.samples_sha256)
     samples, _ = decode_samples(data, source=source)
     if len(samples) != entry.count:
         raise DataError(f"{source}: {len(samples)} samples, the index has {entry.count}")
@@ -393,7 +391,7 @@ def load_samples(storage: Storage, prefix: str, entry: ShardEntry) -> SampleTabl
     return samples
 
 
-def _read_expected(storage: Storage, path: str, sha256: str) -> bytes:
+def _read_expected(folder: Storage, path: str, sha256: str) -> bytes:
     """Read an object of known hash; wrong bytes are read again, as the way may have changed them.
 
     Raises:
@@ -402,28 +400,28 @@ def _read_expected(storage: Storage, path: str, sha256: str) -> bytes:
     found = ""
     for _ in range(_READS):
         try:
-            data = storage.read_bytes(path)
+            data = folder.read_bytes(path)
         except FileNotFoundError as error:
             raise DataError(
-                f"{storage.uri(path)}: no such file; the dataset is not complete"
+                f"{folder.uri(path)}: no such file; the dataset is not complete"
             ) from error
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
             return data
     raise DataError(
-        f"{storage.uri(path)}: damaged: its sha256 is {found}, the index has {sha256}; "
+        f"{folder.uri(path)}: damaged: its sha256 is {found}, the index has {sha256}; "
         "copy the dataset again, or make it again with `fqgan-data shard`"
     )
 
 
-def hash_object(storage: Storage, path: str) -> tuple[str, int]:
+def hash_object(folder: Storage, path: str) -> tuple[str, int]:
     """Compute the sha256 (hex) and the size in bytes of a stored object, a block at a time.
 
     Raises:
         FileNotFoundError: there is no such object.
     """
     digest, size = hashlib.sha256(), 0
-    with storage.open_read(path) as stream:
+    with folder.open_read(path) as stream:
         while block := stream.read(_HASH_BLOCK_BYTES):
             digest.update(block)
             size += len(block)
@@ -447,8 +445,3 @@ def _check_samples(samples: SampleTable, source: str) -> None:
     for values, minimum in zip(_number_columns(samples), minima, strict=True):
         if len(values) and int(values.min()) < minimum:
             raise DataError(f"{source}: {int(values.min())} is below the least possible, {minimum}")
-
-
-def join_path(prefix: str, name: str) -> str:
-    """Join a dataset's prefix, which may be empty, and a name below it."""
-    return f"{prefix.rstrip('/')}/{name}" if prefix.rstrip("/") else name

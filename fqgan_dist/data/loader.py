@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
-from fqgan_dist.data.index import DatasetIndex, load_index, load_pinned_index
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
@@ -25,7 +25,6 @@ from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.loss_group import ALONE, LossGroup
-from fqgan_dist.storage.storage import Storage
 
 __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
 
@@ -52,7 +51,7 @@ class _StepLoader(Generic[BatchT]):
 
     def __init__(
         self,
-        index: DatasetIndex,
+        dataset: Dataset,
         build: Callable[[], _Source[BatchT]],
         *,
         plan: BatchPlan,
@@ -60,7 +59,7 @@ class _StepLoader(Generic[BatchT]):
     ) -> None:
         if loader_workers < 0:
             raise ValueError(f"loader_workers {loader_workers}: expected 0 or more")
-        self.index = index
+        self.dataset = dataset
         self.plan = plan
         self._build = build
         self._loader_workers = loader_workers
@@ -69,12 +68,12 @@ class _StepLoader(Generic[BatchT]):
     @property
     def num_samples(self) -> int:
         """Samples in the dataset."""
-        return self.index.num_samples
+        return self.dataset.index.num_samples
 
     @property
     def dataset_id(self) -> str:
         """The sha256 of the dataset's index."""
-        return self.index.dataset_id
+        return self.dataset.id
 
     def take_report(self) -> LoadReport:
         """Tell what was done for the batches handed out since the last call."""
@@ -145,8 +144,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
 
     def __init__(
         self,
-        storage: Storage,
-        prefix: str,
+        dataset: Dataset,
         *,
         seed: int,
         view: ViewConfig,
@@ -158,13 +156,11 @@ class ImageLoader(_StepLoader[ImageBatch]):
         loader_workers: int,
         max_damaged_in_a_row: int,
         cache: ShardCacheConfig | None = None,
-        dataset_id: str | None = None,
     ) -> None:
-        """Open a dataset; only its index is read.
+        """Fix which batches there are; nothing is read yet.
 
         Args:
-            storage: where the dataset is.
-            prefix: its folder.
+            dataset: the images.
             seed: keys the order and the random crops.
             view: how images are cropped.
             num_views: epoch e uses view e mod `num_views`. None: every epoch has a view of its own
@@ -178,15 +174,12 @@ class ImageLoader(_StepLoader[ImageBatch]):
             max_damaged_in_a_row: a damaged sample is replaced by another one; as many damaged ones
                 one after another, replacements included, are an error. 1: the first one is.
             cache: where whole shards are kept on this machine; None: images are read by range.
-            dataset_id: the dataset that it must be; None: whichever is there.
 
         Raises:
-            DataError: there is no dataset, its index is damaged, or it is another dataset.
             ConfigError: `num_views` does not fit the policy or the features.
         """
         if max_damaged_in_a_row < 1:
             raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
-        index = _open_index(storage, prefix, dataset_id)
         plan = BatchPlan(
             seed=seed,
             window_shards=window_shards,
@@ -195,8 +188,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
         )
         build = partial(
             ImageSource,
-            storage.child(prefix),
-            index,
+            dataset,
             plan,
             view=view,
             num_views=_check_num_views(view, num_views, has_features=features is not None),
@@ -204,7 +196,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
             max_damaged_in_a_row=max_damaged_in_a_row,
             cache=cache,
         )
-        super().__init__(index, build, plan=plan, loader_workers=loader_workers)
+        super().__init__(dataset, build, plan=plan, loader_workers=loader_workers)
         self._warned: set[str] = set()
 
     def _account(self, batches: Sequence[ImageBatch]) -> None:
@@ -225,8 +217,7 @@ class CodeLoader(_StepLoader[CodeBatch]):
 
     def __init__(
         self,
-        storage: Storage,
-        prefix: str,
+        dataset: Dataset,
         *,
         codes: CodeStore,
         seed: int,
@@ -234,13 +225,11 @@ class CodeLoader(_StepLoader[CodeBatch]):
         micro_batches_per_step: int,
         window_shards: int,
         loader_workers: int,
-        dataset_id: str | None = None,
     ) -> None:
-        """Open a dataset and its codes; only the dataset's index is read.
+        """Fix which batches there are; nothing is read yet.
 
         Args:
-            storage: where the dataset is.
-            prefix: its folder.
+            dataset: the images whose codes these are.
             codes: codes of every shard.
             seed: keys the order and the choice of views.
             micro_batch_size: samples per micro-batch (B).
@@ -248,26 +237,15 @@ class CodeLoader(_StepLoader[CodeBatch]):
             window_shards: shards that are mixed with each other; one view of their codes is kept in
                 memory.
             loader_workers: spawned processes that read; 0: threads of this process.
-            dataset_id: the dataset that it must be; None: whichever is there.
-
-        Raises:
-            DataError: there is no dataset, its index is damaged, or it is another dataset.
         """
-        index = _open_index(storage, prefix, dataset_id)
         plan = BatchPlan(
             seed=seed,
             window_shards=window_shards,
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
         )
-        build = partial(CodeSource, storage.child(prefix), index, plan, codes=codes)
-        super().__init__(index, build, plan=plan, loader_workers=loader_workers)
-
-
-def _open_index(storage: Storage, prefix: str, dataset_id: str | None) -> DatasetIndex:
-    if dataset_id is None:
-        return load_index(storage, prefix)
-    return load_pinned_index(storage, prefix, dataset_id)
+        build = partial(CodeSource, dataset, plan, codes=codes)
+        super().__init__(dataset, build, plan=plan, loader_workers=loader_workers)
 
 
 def _check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:

@@ -20,7 +20,8 @@ import torch
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, Replacement
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
-from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import SampleTable, load_samples
 from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
 from fqgan_dist.data.records import CodeStore, FeatureStore
@@ -28,7 +29,6 @@ from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
-from fqgan_dist.storage.storage import Storage
 
 
 class MicroBatchIndex(NamedTuple):
@@ -91,21 +91,20 @@ class _Samples:
 
     def __init__(
         self,
-        dataset: Storage,
-        index: DatasetIndex,
+        dataset: Dataset,
         plan: BatchPlan,
     ) -> None:
         self.order = SampleOrder(
-            [shard.count for shard in index.shards],
-            dataset_id=index.dataset_id,
+            [shard.count for shard in dataset.index.shards],
+            dataset_id=dataset.id,
             seed=plan.seed,
             window_shards=plan.window_shards,
         )
         self.dataset = dataset
-        self.shards = index.shards
+        self.shards = dataset.index.shards
         self.plan = plan
         # A batch straddles two windows, or more where shards are small.
-        counts = sorted(shard.count for shard in index.shards)
+        counts = sorted(shard.count for shard in self.shards)
         num_windows = 2 + plan.micro_batch_size // sum(counts[: plan.window_shards])
         self.cached_shards = num_windows * plan.window_shards
         self._tables = BoundedCache(self._load_table, self.cached_shards)
@@ -141,7 +140,7 @@ class _Samples:
         return itertools.islice(free, slot - first, None, size)
 
     def _load_table(self, shard: int) -> SampleTable:
-        return load_samples(self.dataset, "", self.shards[shard])
+        return load_samples(self.dataset.folder, self.shards[shard])
 
 
 class _Image(NamedTuple):
@@ -159,8 +158,7 @@ class ImageSource(_Samples):
 
     def __init__(
         self,
-        dataset: Storage,
-        index: DatasetIndex,
+        dataset: Dataset,
         plan: BatchPlan,
         *,
         view: ViewConfig,
@@ -169,8 +167,8 @@ class ImageSource(_Samples):
         max_damaged_in_a_row: int,
         cache: ShardCacheConfig | None,
     ) -> None:
-        super().__init__(dataset, index, plan)
-        self._reader = SampleReader(dataset, index, load_table=self.table, cache=cache)
+        super().__init__(dataset, plan)
+        self._reader = SampleReader(dataset, load_table=self.table, cache=cache)
         self._is_cached = cache is not None
         self._upcoming: list[int] = []
         self._lock = threading.Lock()
@@ -229,7 +227,7 @@ class ImageSource(_Samples):
             return data
         key = table.keys[place.row]
         view = place.epoch if self._num_views is None else place.epoch % self._num_views
-        name = f"{self.dataset.uri(self.shards[place.shard].file)}: sample {key!r}"
+        name = f"{self.dataset.folder.uri(self.shards[place.shard].file)}: sample {key!r}"
         try:
             pixels, _ = load_view(
                 data, self._view, seed=self.plan.seed, key=key, view=view, name=name
@@ -281,7 +279,7 @@ class ImageSource(_Samples):
         with self._lock:
             stats, former = self._reader.stats(), self._reported
             hits = stats.cache.hits if stats.cache else 0
-            self._reported = (stats.samples, hits, stats.bytes, self.dataset.num_retries)
+            self._reported = (stats.samples, hits, stats.bytes, self.dataset.folder.num_retries)
             samples, hits, read, retries = (
                 now - before for now, before in zip(self._reported, former, strict=True)
             )
@@ -332,13 +330,12 @@ class CodeSource(_Samples):
 
     def __init__(
         self,
-        dataset: Storage,
-        index: DatasetIndex,
+        dataset: Dataset,
         plan: BatchPlan,
         *,
         codes: CodeStore,
     ) -> None:
-        super().__init__(dataset, index, plan)
+        super().__init__(dataset, plan)
         self._codes = codes
         self._drawn = BoundedCache(self._draw_codes, self.cached_shards)
 

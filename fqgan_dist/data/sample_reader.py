@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fqgan_dist.data.config import ShardCacheConfig
-from fqgan_dist.data.index import DatasetIndex, SampleTable, image_digest
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import SampleTable, image_digest
 from fqgan_dist.data.shard_cache import CacheStats, ShardCache
 from fqgan_dist.errors import DataError
-from fqgan_dist.storage.storage import Storage
 
 _STORE_READS = 2
 """Reads of a sample from the store: the bytes of the first may have been changed on the way."""
@@ -47,8 +47,7 @@ class SampleReader:
 
     def __init__(
         self,
-        dataset: Storage,
-        index: DatasetIndex,
+        dataset: Dataset,
         *,
         load_table: Callable[[int], SampleTable],
         cache: ShardCacheConfig | None,
@@ -56,14 +55,12 @@ class SampleReader:
         """Name what is read; nothing is touched yet.
 
         Args:
-            dataset: the dataset's folder.
-            index: its index.
+            dataset: the samples.
             load_table: gives the table of samples of a shard, by its number in the index; it is
                 called for every read, so it remembers. Picklable if the reader is to be.
             cache: where whole shards are kept on this machine; None: every sample is read by range.
         """
         self._dataset = dataset
-        self._index = index
         self._load_table = load_table
         self._cache_config = cache
         self._start()
@@ -72,7 +69,7 @@ class SampleReader:
         config = self._cache_config
         self._cache = None
         if config is not None:
-            self._cache = ShardCache(self._dataset, self._index, config)
+            self._cache = ShardCache(self._dataset, config)
             # A reader that is forgotten, or whose process ends, needs nothing more.
             weakref.finalize(self, self._cache.stop)
         self._lock = threading.Lock()
@@ -125,7 +122,7 @@ class SampleReader:
             self._cache.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_dataset", "_index", "_load_table", "_cache_config")
+        names = ("_dataset", "_load_table", "_cache_config")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,8 +130,8 @@ class SampleReader:
         self._start()
 
     def _locate(self, shard: int, row: int) -> _Sample:
-        if not 0 <= shard < len(self._index.shards):
-            raise ValueError(f"shard {shard}: expected 0 to {len(self._index.shards) - 1}")
+        if not 0 <= shard < len(self._dataset.index.shards):
+            raise ValueError(f"shard {shard}: expected 0 to {len(self._dataset.index.shards) - 1}")
         table = self._load_table(shard)
         if not 0 <= row < len(table):
             raise ValueError(f"row {row} of shard {shard}: expected 0 to {len(table) - 1}")
@@ -168,12 +165,12 @@ class SampleReader:
     def _read_stored(self, samples: Sequence[_Sample]) -> list[bytes]:
         if not samples:
             return []
-        files = [self._index.shards[sample.shard].file for sample in samples]
+        files = [self._dataset.index.shards[sample.shard].file for sample in samples]
         ranges = [
             (file, sample.offset, sample.size) for file, sample in zip(files, samples, strict=True)
         ]
         try:
-            return self._dataset.read_ranges(ranges)
+            return self._dataset.folder.read_ranges(ranges)
         except FileNotFoundError as error:
             raise DataError(
                 f"{error.filename}: no such file; the dataset is not complete"
@@ -185,16 +182,16 @@ class SampleReader:
     def _check_sizes(self, shards: set[int]) -> None:
         """Raise DataError if a stored shard is not as long as it was made."""
         for shard in sorted(shards):
-            entry = self._index.shards[shard]
-            size = self._dataset.size(entry.file)
+            entry = self._dataset.index.shards[shard]
+            size = self._dataset.folder.size(entry.file)
             if size != entry.bytes:
                 raise DataError(
-                    f"{self._dataset.uri(entry.file)}: {size} bytes, the index has {entry.bytes}; "
-                    "copy the shard again"
+                    f"{self._dataset.folder.uri(entry.file)}: {size} bytes, the index has "
+                    f"{entry.bytes}; copy the shard again"
                 )
 
     def _describe_damage(self, sample: _Sample) -> DataError:
-        uri = self._dataset.uri(self._index.shards[sample.shard].file)
+        uri = self._dataset.folder.uri(self._dataset.index.shards[sample.shard].file)
         return DataError(
             f"{uri}: sample {sample.key!r}: damaged: its {sample.size} bytes at offset "
             f"{sample.offset} are not those of the table of samples, also when read again; "

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from fqgan_dist.data.cache_folder import CacheFolder, Claim, DatasetUse, Refusal
 from fqgan_dist.data.config import ShardCacheConfig
-from fqgan_dist.data.index import DatasetIndex, ShardEntry
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import ShardEntry
 from fqgan_dist.errors import DataError
-from fqgan_dist.storage.storage import Storage
 
 _logger = logging.getLogger(__name__)
 
@@ -57,17 +57,15 @@ class CacheStats:
 class ShardCache:
     """One process's view of the cache, for one dataset; safe to use from several threads."""
 
-    def __init__(self, dataset: Storage, index: DatasetIndex, config: ShardCacheConfig) -> None:
+    def __init__(self, dataset: Dataset, config: ShardCacheConfig) -> None:
         """Name the cache; nothing is touched before a shard is asked for.
 
         Args:
-            dataset: the dataset's folder in its store.
-            index: its index.
+            dataset: whose shards are cached.
             config: where the cache is and how large.
         """
         self._dataset = dataset
-        self._shards = index.shards
-        self._dataset_id = index.dataset_id
+        self._shards = dataset.index.shards
         self._folder = CacheFolder(
             config.find_folder(),
             max_bytes=int(config.max_gib * 2**30),
@@ -130,7 +128,7 @@ class ShardCache:
         entry = self._shards[shard]
         _logger.warning(
             "%s: the copy in the cache (%s) is damaged; it is removed and fetched again",
-            self._dataset.uri(entry.file),
+            self._dataset.folder.uri(entry.file),
             self._folder.path,
         )
         self._count(damaged=1)
@@ -194,7 +192,7 @@ class ShardCache:
     def _fetch(self, shard: int) -> None:
         entry = self._shards[shard]
         if self._use is None:
-            self._use = self._folder.join(self._dataset_id, (each.sha256 for each in self._shards))
+            self._use = self._folder.join(self._dataset.id, (each.sha256 for each in self._shards))
         claim, evicted = self._folder.claim(entry.sha256, entry.bytes)
         self._count(evictions=evicted)
         match claim:
@@ -209,9 +207,10 @@ class ShardCache:
                     self._download(shard, entry, claim)
 
     def _download(self, shard: int, entry: ShardEntry, claim: Claim) -> None:
-        uri = self._dataset.uri(entry.file)
+        folder = self._dataset.folder
+        uri = folder.uri(entry.file)
         try:
-            sha256, size = self._dataset.download(entry.file, claim.part, progress=self._check_stop)
+            sha256, size = folder.download(entry.file, claim.part, progress=self._check_stop)
         except _StoppedError:
             return
         except (DataError, FileNotFoundError) as error:  # of the store; the rest is of the disk
@@ -231,7 +230,7 @@ class ShardCache:
         self._retry_later(shard, float("inf") if is_final else _FAILED_RETRY_S)
         _logger.warning(
             "%s: what arrived has sha256 %s and %d bytes, the index has %s and %d; %s",
-            self._dataset.uri(entry.file),
+            self._dataset.folder.uri(entry.file),
             sha256,
             size,
             entry.sha256,
@@ -287,7 +286,7 @@ class ShardCache:
                 "shard cache %s: %s; samples that are not in it are read from %s; %s",
                 self._folder.path,
                 reason,
-                self._dataset.root,
+                self._dataset.folder.root,
                 advice,
             )
 

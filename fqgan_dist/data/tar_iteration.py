@@ -17,7 +17,6 @@ from fqgan_dist.data.index import (
     SampleTable,
     ShardEntry,
     image_digest,
-    join_path,
     load_samples,
 )
 from fqgan_dist.errors import DataError
@@ -28,32 +27,28 @@ _TAR_MAGIC = b"ustar"
 _BLOCK_BYTES = 2**20
 
 
-def iterate_shard(
-    storage: Storage, prefix: str, entry: ShardEntry
-) -> Iterator[tuple[str, int, bytes]]:
+def iterate_shard(folder: Storage, entry: ShardEntry) -> Iterator[tuple[str, int, bytes]]:
     """Yield key, label and encoded image of every sample of a shard, in the order of its table.
 
     Every image is verified before it is given out. The hash of the whole shard is known only after
     the last one.
 
     Args:
-        storage: where the dataset is.
-        prefix: the dataset's folder; "" for the root.
+        folder: of the dataset.
         entry: the shard.
 
     Raises:
         DataError: the shard or its table is missing, not a plain tar, damaged, or not the one of
             the index.
     """
-    path = join_path(prefix, entry.file)
-    source = storage.uri(path)
-    table = load_samples(storage, prefix, entry)
+    source = folder.uri(entry.file)
+    table = load_samples(folder, entry)
     _check_order(table, source)
     try:
-        size = storage.size(path)
+        size = folder.size(entry.file)
         if size != entry.bytes:
             raise DataError(f"{source}: {size} bytes, the index has {entry.bytes}; copy it again")
-        with storage.open_read(path) as file:
+        with folder.open_read(entry.file) as file:
             _check_plain_tar(file, source)
             stream = _HashedStream(file, source)
             yield from _read_samples(stream, table)

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fqgan_dist.chunks import RunChunks, run_in_processes
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     INDEX_NAME,
     DatasetIndex,
     ProblemTable,
     ShardEntry,
     SourceProblem,
-    join_path,
-    load_index,
     write_index,
 )
 from fqgan_dist.errors import DataError
@@ -71,8 +70,7 @@ class FinishedPlan:
 
 def build_dataset(
     source: SourceListing,
-    storage: Storage,
-    prefix: str,
+    folder: Storage,
     config: ShardingConfig,
     *,
     classes: Sequence[str] | None = None,
@@ -87,8 +85,7 @@ def build_dataset(
 
     Args:
         source: the images.
-        storage: where to write.
-        prefix: folder of the dataset below the storage's root; "" for the root itself.
+        folder: of the dataset.
         config: what to write.
         classes: class names in the order of their labels; None: those of the source.
         class_descriptions: readable names of classes; None: those of the source.
@@ -103,29 +100,28 @@ def build_dataset(
         ClusterError: from `run_chunks`.
     """
     plan = plan_dataset(source, config, classes=classes, class_descriptions=class_descriptions)
-    present = _load_present(storage, prefix, plan)
-    if present is not None and not find_missing_files(storage, prefix, present):
-        problems = load_problems(storage, prefix, present)
-        return present, ShardingReport(True, 0, len(present.shards), problems)
+    present = _open_present(folder, plan)
+    if present is not None and not find_missing_files(present):
+        kept = len(present.index.shards)
+        return present.index, ShardingReport(True, 0, kept, load_problems(present))
     is_new = publish_plan(
-        storage, prefix, BASE_PLAN, plan, source, config, source_options=source_options or {}
+        folder, BASE_PLAN, plan, source, config, source_options=source_options or {}
     )
     done = run_plan(
         plan,
         source,
         config,
-        storage,
-        prefix,
+        folder,
         BASE_PLAN,
         is_new=is_new,
         run_chunks=run_chunks,
         log_storage=log_storage,
     )
     if present is not None:
-        check_remade(storage, prefix, present, done.entries)
-        return present, done.report
+        check_remade(present, done.entries)
+        return present.index, done.report
     index = _make_index(plan, source, config, done)
-    write_index(storage, prefix, index)
+    write_index(folder, index)
     return index, done.report
 
 
@@ -133,8 +129,7 @@ def run_plan(
     plan: DatasetPlan,
     source: SourceListing,
     config: ShardingConfig,
-    storage: Storage,
-    prefix: str,
+    folder: Storage,
     stem: str,
     *,
     is_new: bool,
@@ -147,8 +142,7 @@ def run_plan(
         plan: the plan.
         source: its images.
         config: what is made.
-        storage: where to write.
-        prefix: folder of the dataset.
+        folder: of the dataset.
         stem: name of the plan's files without their endings.
         is_new: whether no other job can have worked on it.
         run_chunks: processes work.
@@ -157,19 +151,19 @@ def run_plan(
     Raises:
         DataError: as `build_dataset`.
     """
-    folder = ShardFolder(storage, prefix)
-    found = _load_all(folder, plan.shards)
+    shard_folder = ShardFolder(folder)
+    found = _load_all(shard_folder, plan.shards)
     kept = [
         shard
         for shard, one in zip(plan.shards, found, strict=True)
         if one and one.entry is not None
     ]
     if kept:
-        run_chunks(CheckWork(folder, kept, split=config.split, log_storage=log_storage))
-    rows = PlannedRows(storage, prefix, stem, plan.header_sha256)
+        run_chunks(CheckWork(shard_folder, kept, split=config.split, log_storage=log_storage))
+    rows = PlannedRows(folder, stem, plan.header_sha256)
     run_chunks(
         ShardWork(
-            folder,
+            shard_folder,
             plan.shards,
             rows,
             source.reader,
@@ -180,42 +174,42 @@ def run_plan(
             log_storage=log_storage,
         )
     )
-    shards = [one for one in _load_all(folder, plan.shards) if one is not None]
+    shards = [one for one in _load_all(shard_folder, plan.shards) if one is not None]
     assert len(shards) == len(plan.shards), "work is over when all shards are there"
     problems = sort_problems(
         [*source.problems, *(problem for shard in shards for problem in shard.problems)]
     )
-    table = write_problems(storage, prefix, stem, problems)
+    table = write_problems(folder, stem, problems)
     report = _report(plan, source, found, shards, problems)
     return FinishedPlan([shard.entry for shard in shards if shard.entry], table, report)
 
 
-def find_missing_files(storage: Storage, prefix: str, index: DatasetIndex) -> set[str]:
-    """List the files that an index names and that are not there."""
+def find_missing_files(dataset: Dataset) -> set[str]:
+    """List the files that a dataset's index names and that are not there."""
+    index = dataset.index
     needed = {name for shard in index.shards for name in (shard.file, shard.samples_file)}
-    return (needed | {table.file for table in index.problem_tables}) - set(storage.list(prefix))
+    return (needed | {table.file for table in index.problem_tables}) - set(dataset.folder.list())
 
 
-def check_remade(
-    storage: Storage, prefix: str, index: DatasetIndex, entries: Sequence[ShardEntry]
-) -> None:
+def check_remade(dataset: Dataset, entries: Sequence[ShardEntry]) -> None:
     """Check shards that were deleted, because they were damaged, and made again.
 
     Raises:
         DataError: they are not what the index names, or others are still missing.
     """
-    known = {entry.file: entry for entry in index.shards}
+    uri = dataset.folder.uri(INDEX_NAME)
+    known = {entry.file: entry for entry in dataset.index.shards}
     other = [entry.file for entry in entries if known.get(entry.file) != entry]
     if other:
         raise DataError(
-            f"{storage.uri(join_path(prefix, INDEX_NAME))}: {other[0]!r} was made again and is not "
-            "what it was: the source has changed; make the dataset in another destination"
+            f"{uri}: {other[0]!r} was made again and is not what it was: the source has changed; "
+            "make the dataset in another destination"
         )
-    if missing := sorted(find_missing_files(storage, prefix, index)):
+    if missing := sorted(find_missing_files(dataset)):
         raise DataError(
-            f"{storage.uri(join_path(prefix, INDEX_NAME))}: {len(missing)} files that it names are "
-            f"missing, and this job does not make them: {missing[:_SHOWN_NAMES]!r}; run the "
-            "`fqgan-data shard` or `extend` again that made them"
+            f"{uri}: {len(missing)} files that it names are missing, and this job does not make "
+            f"them: {missing[:_SHOWN_NAMES]!r}; run the `fqgan-data shard` or `extend` again that "
+            "made them"
         )
 
 
@@ -275,18 +269,18 @@ def _report(
     )
 
 
-def _load_present(storage: Storage, prefix: str, plan: DatasetPlan) -> DatasetIndex | None:
-    """Load the index of this very dataset, which may have been extended since.
+def _open_present(folder: Storage, plan: DatasetPlan) -> Dataset | None:
+    """Open this very dataset, which may have been extended since.
 
     Raises:
         DataError: another dataset is there.
     """
-    if not storage.exists(join_path(prefix, INDEX_NAME)):
+    if not folder.exists(INDEX_NAME):
         return None
-    index = load_index(storage, prefix)
-    if index.plans[:1] != [plan.plan_sha256]:
+    dataset = Dataset.open(folder)
+    if dataset.index.plans[:1] != [plan.plan_sha256]:
         raise DataError(
-            f"{storage.uri(join_path(prefix, INDEX_NAME))}: a dataset of another source or with "
+            f"{folder.uri(INDEX_NAME)}: a dataset of another source or with "
             "other settings is there; choose another destination, or delete it first"
         )
-    return index
+    return dataset

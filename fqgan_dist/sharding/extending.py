@@ -22,14 +22,13 @@ from pydantic import Field
 from fqgan_dist.chunks import RunChunks, run_in_processes
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     INDEX_NAME,
     DatasetIndex,
     SampleTable,
     former_index_name,
     image_digest,
-    join_path,
-    load_index,
     load_samples,
     parse_index,
 )
@@ -96,8 +95,8 @@ class PlannedExtension:
 
     stem: str
     """Name of the plan's files without their endings."""
-    base: DatasetIndex
-    """The dataset that is extended."""
+    base: Dataset
+    """The dataset that is extended, as it was before."""
     plan: DatasetPlan
     """New images and shards."""
     config: ShardingConfig
@@ -110,8 +109,7 @@ class PlannedExtension:
 
 def extend_dataset(
     source: SourceListing,
-    storage: Storage,
-    prefix: str,
+    folder: Storage,
     config: ExtensionConfig,
     *,
     source_options: Mapping[str, Any] | None = None,
@@ -124,8 +122,7 @@ def extend_dataset(
 
     Args:
         source: the images.
-        storage: where the dataset is.
-        prefix: its folder; "" for the root itself.
+        folder: of the dataset.
         config: what to do.
         source_options: how the source was opened, noted in the plan.
         run_chunks: makes the shards; it does not change the result.
@@ -139,28 +136,26 @@ def extend_dataset(
             that the dataset does not have, or another image with its key is there.
         ClusterError: from `run_chunks`.
     """
-    index = load_index(storage, prefix)
-    extension = plan_extension(source, storage, prefix, index, config)
+    dataset = Dataset.open(folder)
+    extension = plan_extension(source, dataset, config)
     if extension is None:
-        work = ShardingReport(True, 0, 0, load_problems(storage, prefix, index))
-        return index, ExtensionReport(work, num_present=len(source), former_id=index.dataset_id)
-    base = extension.base
+        work = ShardingReport(True, 0, 0, load_problems(dataset))
+        report = ExtensionReport(work, num_present=len(source), former_id=dataset.id)
+        return dataset.index, report
     is_new = publish_plan(
-        storage,
-        prefix,
+        folder,
         extension.stem,
         extension.plan,
         source,
         extension.config,
         source_options=source_options or {},
-        extends=base.dataset_id,
+        extends=extension.base.id,
     )
     done = run_plan(
         extension.plan,
         source,
         extension.config,
-        storage,
-        prefix,
+        folder,
         extension.stem,
         is_new=is_new,
         run_chunks=run_chunks,
@@ -171,17 +166,13 @@ def extend_dataset(
         num_added=sum(entry.count for entry in done.entries),
         num_present=extension.num_present,
         added_classes=extension.added_classes,
-        former_id=base.dataset_id,
+        former_id=extension.base.id,
     )
-    return _replace_index(storage, prefix, extension, done), report
+    return _replace_index(extension, done), report
 
 
 def plan_extension(
-    source: SourceListing,
-    storage: Storage,
-    prefix: str,
-    index: DatasetIndex,
-    config: ExtensionConfig,
+    source: SourceListing, dataset: Dataset, config: ExtensionConfig
 ) -> PlannedExtension | None:
     """Find what is new in a source and assign it to new shards; None: nothing is left to do.
 
@@ -189,21 +180,22 @@ def plan_extension(
         DataError: as `extend_dataset`.
     """
     request = _hash_request(source, config)
-    if request in index.plans and not find_missing_files(storage, prefix, index):
+    if request in dataset.index.plans and not find_missing_files(dataset):
         return None
-    stem, base = _find_place(storage, prefix, index, request)
-    policy = ImagePolicy.parse_description(base.image_policy)
+    stem, base = _choose_plan(dataset, request)
+    index = base.index
+    policy = ImagePolicy.parse_description(index.image_policy)
     keys = source.keys or make_keys(source.names)
-    is_present = _find_present(source, keys, storage, prefix, base, policy)
+    is_present = _find_present(source, keys, base, policy)
     rows = np.flatnonzero(~is_present)
     if not len(rows):
         return None
-    added = _find_new_classes(source.select(rows), base, config)
-    classes = [*base.classes, *added]
+    added = _find_new_classes(source.select(rows), index, config)
+    classes = [*index.classes, *added]
     descriptions = {
         name: text for name, text in source.class_descriptions.items() if name in added
-    } | base.class_descriptions
-    sharding = _inherit_config(base, policy, config)
+    } | index.class_descriptions
+    sharding = _inherit_config(index, policy, config)
     header = {
         "layout": LAYOUT,
         "request": request,
@@ -229,53 +221,50 @@ def _hash_request(source: SourceListing, config: ExtensionConfig) -> str:
     return digest.hexdigest()
 
 
-def _find_place(
-    storage: Storage, prefix: str, index: DatasetIndex, request: str
-) -> tuple[str, DatasetIndex]:
-    """Find the name of the plan, and the dataset that it extends.
+def _choose_plan(dataset: Dataset, request: str) -> tuple[str, Dataset]:
+    """Find or choose the name of the plan, and find the dataset that it extends.
 
     Raises:
         DataError: another extension is not finished.
     """
-    matches = [_PLAN_NAME.fullmatch(name) for name in storage.list(prefix)]
+    folder = dataset.folder
+    matches = [_PLAN_NAME.fullmatch(name) for name in folder.list()]
     numbers = sorted(int(match[1]) for match in matches if match is not None)
     for number in numbers:
         stem = _name_plan(number)
-        plan = load_plan(storage, prefix, stem)
+        plan = load_plan(folder, stem)
         assert plan is not None, "it was listed"
         if plan.plan_sha256 == request:
-            return stem, _load_base(storage, prefix, index, plan, stem)
-        if plan.plan_sha256 not in index.plans:
+            return stem, _open_base(dataset, plan, stem)
+        if plan.plan_sha256 not in dataset.index.plans:
             raise DataError(
-                f"{storage.uri(join_path(prefix, stem))}.json: an extension by "
-                f"{plan.source!r} is under way or was interrupted; expected at most one at a time: "
-                "wait for it, finish it by the same command, or delete its files "
-                f"{stem}* if no job runs"
+                f"{folder.uri(stem)}.json: an extension by {plan.source!r} is under way or was "
+                "interrupted; expected at most one at a time: wait for it, finish it by the same "
+                f"command, or delete its files {stem}* if no job runs"
             )
-    return _name_plan(max(numbers, default=0) + 1), index
+    return _name_plan(max(numbers, default=0) + 1), dataset
 
 
-def _load_base(
-    storage: Storage, prefix: str, index: DatasetIndex, plan: PlanFile, stem: str
-) -> DatasetIndex:
+def _open_base(dataset: Dataset, plan: PlanFile, stem: str) -> Dataset:
     assert plan.extends is not None, "the plan of an extension names the dataset"
-    if plan.extends == index.dataset_id:
-        return index
-    path = join_path(prefix, former_index_name(plan.extends))
+    if plan.extends == dataset.id:
+        return dataset
+    folder = dataset.folder
+    path = former_index_name(plan.extends)
     try:
-        base = parse_index(storage.read_bytes(path), source=storage.uri(path))
+        index = parse_index(folder.read_bytes(path), source=folder.uri(path))
     except FileNotFoundError as error:
         raise DataError(
-            f"{storage.uri(join_path(prefix, stem))}.json: it extends dataset "
-            f"{plan.extends[:16]}, and {INDEX_NAME} is {index.dataset_id[:16]}; the index was "
-            f"replaced by hand: restore it, or delete the files {stem}*"
+            f"{folder.uri(stem)}.json: it extends dataset {plan.extends[:16]}, and {INDEX_NAME} is "
+            f"{dataset.id[:16]}; the index was replaced by hand: restore it, or delete the files "
+            f"{stem}*"
         ) from error
-    if base.dataset_id != plan.extends:
+    if index.dataset_id != plan.extends:
         raise DataError(
-            f"{storage.uri(path)}: dataset {base.dataset_id[:16]}, expected {plan.extends[:16]} as "
+            f"{folder.uri(path)}: dataset {index.dataset_id[:16]}, expected {plan.extends[:16]} as "
             "its name says; restore it"
         )
-    return base
+    return Dataset(folder, index)
 
 
 def _name_plan(number: int) -> str:
@@ -285,9 +274,7 @@ def _name_plan(number: int) -> str:
 def _find_present(
     source: SourceListing,
     keys: Sequence[str],
-    storage: Storage,
-    prefix: str,
-    index: DatasetIndex,
+    dataset: Dataset,
     policy: ImagePolicy,
 ) -> np.ndarray:
     """Tell which images a dataset has, (n,) bool.
@@ -305,7 +292,7 @@ def _find_present(
     is_present = np.zeros(len(source), bool)
     conflicts: list[str] = []
     unclear: list[int] = []
-    for table in _load_tables(storage, prefix, index):
+    for table in _load_tables(dataset):
         for position, (key, size) in enumerate(zip(table.keys, table.sizes.tolist(), strict=True)):
             stem, _, _ = key.rpartition("-")
             rows = [
@@ -322,27 +309,26 @@ def _find_present(
                 others = [row for row in others if source.sizes[row] == size]
                 same += [row for row in others if image_digest(source.read(row)) == digest]
             is_present[same] = True
+    uri = dataset.folder.uri(INDEX_NAME)
     if conflicts:
         raise DataError(
-            f"{source.uri}: {len(conflicts)} images have the key of another image of "
-            f"{storage.uri(join_path(prefix, INDEX_NAME))}, by their sizes: "
-            f"{sorted(conflicts)[:_SHOWN_NAMES]!r}; rename them, or leave them out"
+            f"{source.uri}: {len(conflicts)} images have the key of another image of {uri}, by "
+            f"their sizes: {sorted(conflicts)[:_SHOWN_NAMES]!r}; rename them, or leave them out"
         )
     if names := sorted(source.names[row] for row in unclear if not is_present[row]):
         raise DataError(
-            f"{source.uri}: {len(names)} images, of which "
-            f"{storage.uri(join_path(prefix, INDEX_NAME))} has one of each name, as another size: "
-            f"{names[:_SHOWN_NAMES]!r}; leave out those that it has, and rename the others"
+            f"{source.uri}: {len(names)} images, of which {uri} has one of each name, as another "
+            f"size: {names[:_SHOWN_NAMES]!r}; leave out those that it has, and rename the others"
         )
     return is_present
 
 
-def _load_tables(storage: Storage, prefix: str, index: DatasetIndex) -> Iterator[SampleTable]:
+def _load_tables(dataset: Dataset) -> Iterator[SampleTable]:
     """Read all tables, some at a time: those of 12 million samples take gigabytes."""
     with ThreadPoolExecutor(_CONCURRENT_READS) as threads:
-        for start in range(0, len(index.shards), _CONCURRENT_READS):
-            shards = index.shards[start : start + _CONCURRENT_READS]
-            yield from threads.map(partial(load_samples, storage, prefix), shards)
+        for start in range(0, len(dataset.index.shards), _CONCURRENT_READS):
+            shards = dataset.index.shards[start : start + _CONCURRENT_READS]
+            yield from threads.map(partial(load_samples, dataset.folder), shards)
 
 
 def _find_new_classes(
@@ -373,15 +359,14 @@ def _inherit_config(
     )
 
 
-def _replace_index(
-    storage: Storage, prefix: str, extension: PlannedExtension, done: FinishedPlan
-) -> DatasetIndex:
+def _replace_index(extension: PlannedExtension, done: FinishedPlan) -> DatasetIndex:
     """Publish the extension, unless another job with the same plan has done so.
 
     Raises:
         DataError: the index is neither the former nor the new one.
     """
-    base, request = extension.base, extension.plan.plan_sha256
+    folder, base = extension.base.folder, extension.base.index
+    request = extension.plan.plan_sha256
     tables = [done.problem_table] if done.problem_table else []
     changes = {
         "classes": extension.plan.classes,
@@ -393,22 +378,22 @@ def _replace_index(
     }
     former_values = {name: getattr(base, name) for name in DatasetIndex.model_fields}
     extended = DatasetIndex.model_validate(former_values | changes)
-    former = join_path(prefix, former_index_name(base.dataset_id))
+    former = former_index_name(base.dataset_id)
     try:
-        storage.create_bytes(former, base.to_bytes())
+        folder.create_bytes(former, base.to_bytes())
     except FileExistsError as error:
         raise DataError(
-            f"{storage.uri(former)}: not the index that its name says; delete it, and run the same "
+            f"{folder.uri(former)}: not the index that its name says; delete it, and run the same "
             "command again"
         ) from error
-    current = load_index(storage, prefix)
-    if request in current.plans:
-        check_remade(storage, prefix, current, done.entries)
-        return current
-    if current.dataset_id != base.dataset_id:
+    current = Dataset.open(folder)
+    if request in current.index.plans:
+        check_remade(current, done.entries)
+        return current.index
+    if current.id != base.dataset_id:
         raise DataError(
-            f"{storage.uri(join_path(prefix, INDEX_NAME))}: it was changed by hand while it was "
-            "extended; restore it, and run the same command again"
+            f"{folder.uri(INDEX_NAME)}: it was changed by hand while it was extended; restore it, "
+            "and run the same command again"
         )
-    storage.write_bytes(join_path(prefix, INDEX_NAME), extended.to_bytes())
+    folder.write_bytes(INDEX_NAME, extended.to_bytes())
     return extended

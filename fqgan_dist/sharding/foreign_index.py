@@ -84,7 +84,7 @@ class IndexReport:
 class _ScanWork:
     """The scans of all shards; their results go to a scratch folder."""
 
-    storage: Storage
+    folder: Storage
     files: Sequence[str]
     sizes: Sequence[int]
     config: IndexConfig
@@ -105,7 +105,7 @@ class _ScanWork:
 
     def process(self, chunk: int) -> None:
         config = self.config
-        scan = scan_shard(self.storage, self.files[chunk], config, is_deep=config.deep)
+        scan = scan_shard(self.folder, self.files[chunk], config, is_deep=config.deep)
         self.scratch.write_bytes(_result_name(chunk), scan.to_bytes())
 
     def set_up_process(self, role: str, number: int) -> None:
@@ -118,7 +118,7 @@ class _ScanWork:
 
 
 def index_shards(
-    storage: Storage,
+    folder: Storage,
     config: IndexConfig,
     *,
     classes: Sequence[str] | None = None,
@@ -129,7 +129,7 @@ def index_shards(
     """Write tables of samples and an index beside the shards of a folder.
 
     Args:
-        storage: the folder of the shards.
+        folder: where the shards are.
         config: what is in them.
         classes: class names in the order of their labels; None: the numbers or names that occur.
         class_descriptions: readable names of classes; None: there are none.
@@ -140,15 +140,15 @@ def index_shards(
         DataError: no shards, or compressed, damaged or badly named ones; another index is there;
             two samples share a key; labels are missing, mixed or not in `classes`.
     """
-    files = _find_shards(storage, config.files)
-    if (finished := _load_finished(storage, config, files, classes)) is not None:
+    files = _find_shards(folder, config.files)
+    if (finished := _load_finished(folder, config, files, classes)) is not None:
         return IndexReport(True, finished)
     with open_spool_folder() as scratch:
-        work = _ScanWork(storage, list(files), list(files.values()), config, Storage(scratch))
+        work = _ScanWork(folder, list(files), list(files.values()), config, Storage(scratch))
         run_in_processes(work, workers=workers, observer=observer)
-        labelling = _choose_labels(storage, config, _survey(storage, work), classes)
-        entries, problems = _publish_tables(storage, work, labelling)
-    table = write_problems(storage, "", "index", problems)
+        labelling = _choose_labels(folder, config, _survey(folder, work), classes)
+        entries, problems = _publish_tables(folder, work, labelling)
+    table = write_problems(folder, "index", problems)
     num_empty = len(files) - len(entries)
     policy = _describe_policy(config) | {"label_kind": labelling.kind}
     index = DatasetIndex(
@@ -161,23 +161,23 @@ def index_shards(
         problems=problems[:NUM_INDEXED_PROBLEMS],
         problem_tables=[] if table is None else [table],
     )
-    write_index(storage, "", index)
+    write_index(folder, index)
     return IndexReport(False, index)
 
 
-def _find_shards(storage: Storage, pattern: str) -> dict[str, int]:
+def _find_shards(folder: Storage, pattern: str) -> dict[str, int]:
     """Give names and sizes of the shards, sorted.
 
     Raises:
         DataError: there are none, or their names or kinds are not usable.
     """
-    found = storage.list()
+    found = folder.list()
     names = [name for name in found if name.endswith(".tar") and fnmatch.fnmatchcase(name, pattern)]
     if not names:
         compressed = [name for name in found if name.endswith(_COMPRESSED)]
         what = f"only compressed ones ({compressed[0]} ...)" if compressed else "none"
         raise DataError(
-            f"{storage.root}: expected shards {pattern!r} directly in this folder, found {what}; "
+            f"{folder.root}: expected shards {pattern!r} directly in this folder, found {what}; "
             "name the folder that holds the .tar files, and unpack what is compressed: images are "
             "read from the middle of a shard"
         )
@@ -185,9 +185,9 @@ def _find_shards(storage: Storage, pattern: str) -> dict[str, int]:
         TypeAdapter(list[ShardName]).validate_python(names)
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise DataError(f"{storage.root}: {reason}; rename the shard") from None
+        raise DataError(f"{folder.root}: {reason}; rename the shard") from None
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(names, threads.map(storage.size, names), strict=True))
+        return dict(zip(names, threads.map(folder.size, names), strict=True))
 
 
 def _result_name(chunk: int) -> str:
@@ -195,7 +195,7 @@ def _result_name(chunk: int) -> str:
 
 
 def _load_finished(
-    storage: Storage,
+    folder: Storage,
     config: IndexConfig,
     files: Mapping[str, int],
     classes: Sequence[str] | None,
@@ -205,9 +205,9 @@ def _load_finished(
     Raises:
         DataError: another index is there.
     """
-    if not storage.exists(INDEX_NAME):
+    if not folder.exists(INDEX_NAME):
         return None
-    index = load_index(storage, "")
+    index = load_index(folder)
     policy = dict(index.image_policy)
     kind, num_empty = policy.pop("label_kind", None), policy.pop("empty_shards", 0)
     is_same = (
@@ -220,7 +220,7 @@ def _load_finished(
     )
     if not is_same:
         raise DataError(
-            f"{storage.uri(INDEX_NAME)}: an index of other shards or with other settings is there; "
+            f"{folder.uri(INDEX_NAME)}: an index of other shards or with other settings is there; "
             "look at it with `fqgan-data stats`, and delete it first if it shall be replaced"
         )
     return index
@@ -231,7 +231,7 @@ def _describe_policy(config: IndexConfig) -> dict[str, Any]:
     return {"kind": INDEXED, "files": config.files, "decoded": config.deep} | rules.describe()
 
 
-def _survey(storage: Storage, work: _ScanWork) -> set[str]:
+def _survey(folder: Storage, work: _ScanWork) -> set[str]:
     """Give the texts of all labels, once it is known that no two samples share a key.
 
     Raises:
@@ -245,26 +245,26 @@ def _survey(storage: Storage, work: _ScanWork) -> set[str]:
         texts.update(scan.labels)
         problems += scan.problems[: not problems]
     if finder.has_suspects:
-        _refuse_repeats(storage, work, finder)
+        _refuse_repeats(folder, work, finder)
     if not texts:
         first = f"{problems[0].name}: {problems[0].reason}" if problems else "they are empty"
         raise DataError(
-            f"{storage.root}: no shard holds a usable sample; the first problem: {first}; "
+            f"{folder.root}: no shard holds a usable sample; the first problem: {first}; "
             "say where classes and images are with class_key= and image_key="
         )
     return texts
 
 
-def _refuse_repeats(storage: Storage, work: _ScanWork, finder: RepeatFinder) -> None:
+def _refuse_repeats(folder: Storage, work: _ScanWork, finder: RepeatFinder) -> None:
     places: dict[str, str] = {}
     for file, scan in work.results():
         for key in filter(finder.is_suspect, (sample.key for sample in scan.samples)):
             if (other := places.setdefault(key, file)) != file:
-                raise DataError(f"{storage.root}: {describe_repeat(key, other, file)}")
+                raise DataError(f"{folder.root}: {describe_repeat(key, other, file)}")
 
 
 def _choose_labels(
-    storage: Storage, config: IndexConfig, texts: set[str], classes: Sequence[str] | None
+    folder: Storage, config: IndexConfig, texts: set[str], classes: Sequence[str] | None
 ) -> Labelling:
     """Decide what the texts of labels mean.
 
@@ -278,59 +278,57 @@ def _choose_labels(
     if kind == "auto":
         if numbers and numbers != texts:
             raise DataError(
-                f"{storage.root}: labels are numbers ({_show(numbers)}) and other texts "
+                f"{folder.root}: labels are numbers ({_show(numbers)}) and other texts "
                 f"({_show(texts - numbers)}); say which count with label_kind=numbers or names"
             )
         kind = "numbers" if numbers else "names"
     if kind == "numbers":
-        return Labelling(_name_numbers(storage, numbers, classes), "numbers")
-    return Labelling(_check_class_names(storage, texts, classes), "names")
+        return Labelling(_name_numbers(folder, numbers, classes), "numbers")
+    return Labelling(_check_class_names(folder, texts, classes), "names")
 
 
-def _name_numbers(storage: Storage, numbers: set[str], classes: Sequence[str] | None) -> list[str]:
+def _name_numbers(folder: Storage, numbers: set[str], classes: Sequence[str] | None) -> list[str]:
     greatest = max(map(int, numbers), default=0)
     if not numbers or greatest >= (_MAX_CLASSES if classes is None else len(classes)):
         expected = f"numbers from 0 to {(_MAX_CLASSES if classes is None else len(classes)) - 1}"
         raise DataError(
-            f"{storage.root}: labels go up to {greatest}; expected {expected}; correct the class "
+            f"{folder.root}: labels go up to {greatest}; expected {expected}; correct the class "
             "list, or say where classes are with class_key="
             if numbers
-            else f"{storage.root}: no label is a number; use label_kind=names"
+            else f"{folder.root}: no label is a number; use label_kind=names"
         )
     return [str(number) for number in range(greatest + 1)] if classes is None else list(classes)
 
 
 def _check_class_names(
-    storage: Storage, texts: set[str], classes: Sequence[str] | None
+    folder: Storage, texts: set[str], classes: Sequence[str] | None
 ) -> list[str]:
     if classes is not None:
         if unknown := texts - set(classes):
             raise DataError(
-                f"{storage.root}: {len(unknown)} labels are not in the given list of "
+                f"{folder.root}: {len(unknown)} labels are not in the given list of "
                 f"{len(classes)} classes: {_show(unknown)}; correct the list"
             )
         return list(classes)
     if len(texts) > _MAX_NAMED_CLASSES:
         raise DataError(
-            f"{storage.root}: {len(texts)} different labels ({_show(texts)}); these look like "
+            f"{folder.root}: {len(texts)} different labels ({_show(texts)}); these look like "
             "captions, not classes; use class_key=none, or another member"
         )
     try:
         return TypeAdapter(list[ClassName]).validate_python(sorted(texts))
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise DataError(
-            f"{storage.root}: {reason}; use class_key=none, or another member"
-        ) from None
+        raise DataError(f"{folder.root}: {reason}; use class_key=none, or another member") from None
 
 
 def _publish_tables(
-    storage: Storage, work: _ScanWork, labelling: Labelling
+    folder: Storage, work: _ScanWork, labelling: Labelling
 ) -> tuple[list[ShardEntry], list[SourceProblem]]:
     """Write the tables; give the shards that hold samples, and all problems, sorted."""
     entries: list[ShardEntry] = []
     problems: list[SourceProblem] = []
-    publish = partial(_publish_table, storage, labelling)
+    publish = partial(_publish_table, folder, labelling)
     results = load_in_threads(publish, work.results(), threads=_THREADS, ahead=_THREADS)
     for entry, found in results:
         problems += found
@@ -338,13 +336,13 @@ def _publish_tables(
             entries.append(entry)
     if not entries:
         raise DataError(
-            f"{storage.root}: no sample has a label that is a number; use label_kind=names"
+            f"{folder.root}: no sample has a label that is a number; use label_kind=names"
         )
     return entries, sort_problems(problems)
 
 
 def _publish_table(
-    storage: Storage, labelling: Labelling, result: tuple[str, ShardScan]
+    folder: Storage, labelling: Labelling, result: tuple[str, ShardScan]
 ) -> tuple[ShardEntry | None, list[SourceProblem]]:
     file, scan = result
     labelled = [(sample, labelling.number_of(sample.label)) for sample in scan.samples]
@@ -364,10 +362,10 @@ def _publish_table(
     used = replace(scan, samples=[sample for sample, _ in kept])
     table = encode_samples(used.tabulate([number for _, number in kept]), {})
     try:
-        storage.create_bytes(table_name(file), table)
+        folder.create_bytes(table_name(file), table)
     except FileExistsError as error:
         raise DataError(
-            f"{storage.uri(table_name(file))}: another table is there, of an index job with other "
+            f"{folder.uri(table_name(file))}: another table is there, of an index job with other "
             "settings that did not finish; delete the files *.samples.parquet first"
         ) from error
     entry = ShardEntry(

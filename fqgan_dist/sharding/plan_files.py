@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from fqgan_dist.chunks import ProcessLocalCaches
 from fqgan_dist.config import Config
-from fqgan_dist.data.index import ClassName, Sha256, join_path
+from fqgan_dist.data.index import ClassName, Sha256
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import Place, SourceListing
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, hash_shard
@@ -83,8 +83,7 @@ class PlanFile(Config):
 
 
 def publish_plan(
-    storage: Storage,
-    prefix: str,
+    folder: Storage,
     stem: str,
     plan: DatasetPlan,
     source: SourceListing,
@@ -96,8 +95,7 @@ def publish_plan(
     """Write a plan, unless this very plan is there already.
 
     Args:
-        storage: where the dataset is to be.
-        prefix: its folder.
+        folder: of the dataset.
         stem: name of the plan's files without their endings.
         plan: the plan.
         source: what it was made for.
@@ -111,11 +109,11 @@ def publish_plan(
     Raises:
         DataError: another plan is there.
     """
-    found = load_plan(storage, prefix, stem)
+    found = load_plan(folder, stem)
     if found is not None and found.plan_sha256 != plan.plan_sha256:
-        raise DataError(_describe_conflict(storage, prefix, stem, found, source, config))
+        raise DataError(_describe_conflict(folder, stem, found, source, config))
     rows = encode_rows(plan, source)
-    is_new = _publish_rows(storage, prefix, stem, rows, found)
+    is_new = _publish_rows(folder, stem, rows, found)
     if found is not None:
         return False
     file = PlanFile(
@@ -129,37 +127,37 @@ def publish_plan(
         options=config.model_dump(mode="json"),
         classes=plan.classes,
         class_descriptions=plan.class_descriptions,
-        rows_sha256=_hash_stored(storage, _rows_path(prefix, stem)),
+        rows_sha256=_hash_stored(folder, _rows_name(stem)),
         shards=plan.shards,
     )
     try:
-        storage.create_bytes(_json_path(prefix, stem), file.to_bytes())
+        folder.create_bytes(_json_name(stem), file.to_bytes())
     except FileExistsError:
-        winner = load_plan(storage, prefix, stem)
+        winner = load_plan(folder, stem)
         if winner is None or winner.plan_sha256 != plan.plan_sha256:
             raise DataError(
-                f"{storage.uri(_json_path(prefix, stem))}: another job has just begun another "
+                f"{folder.uri(_json_name(stem))}: another job has just begun another "
                 f"dataset there; {_advise(stem)}"
             ) from None
         return False
     return is_new
 
 
-def load_plan(storage: Storage, prefix: str, stem: str) -> PlanFile | None:
+def load_plan(folder: Storage, stem: str) -> PlanFile | None:
     """Read a plan; None where there is none.
 
     Raises:
         DataError: it is damaged.
     """
-    path = _json_path(prefix, stem)
+    path = _json_name(stem)
     try:
-        return PlanFile.model_validate_json(storage.read_bytes(path))
+        return PlanFile.model_validate_json(folder.read_bytes(path))
     except FileNotFoundError:
         return None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise DataError(
-            f"{storage.uri(path)}: not a valid plan ({'.'.join(map(str, problem['loc']))}: "
+            f"{folder.uri(path)}: not a valid plan ({'.'.join(map(str, problem['loc']))}: "
             f"{problem['msg']}); expected the file that a job wrote here: {_advise(stem)}"
         ) from None
 
@@ -201,17 +199,16 @@ def _tabulate(rows: np.ndarray, plan: DatasetPlan, source: SourceListing) -> pa.
 class PlannedRows(ProcessLocalCaches):
     """Reads the images of single shards of a plan."""
 
-    def __init__(self, storage: Storage, prefix: str, stem: str, header_sha256: str) -> None:
+    def __init__(self, folder: Storage, stem: str, header_sha256: str) -> None:
         """Name a plan without touching it.
 
         Args:
-            storage: where the dataset is.
-            prefix: its folder.
+            folder: of the dataset.
             stem: name of the plan's files without their endings.
             header_sha256: of the plan.
         """
-        self._storage = storage
-        self._path = _rows_path(prefix, stem)
+        self._folder = folder
+        self._file = _rows_name(stem)
         self._header_sha256 = header_sha256
 
     def read(self, number: int, shard: PlannedShard) -> list[PlannedSample]:
@@ -220,9 +217,9 @@ class PlannedRows(ProcessLocalCaches):
         Raises:
             DataError: the file is missing, damaged, or not of this plan.
         """
-        uri = self._storage.uri(self._path)
+        uri = self._folder.uri(self._file)
         try:
-            with self._storage.open_read(self._path) as stream:
+            with self._folder.open_read(self._file) as stream:
                 file = pq.ParquetFile(
                     stream, metadata=self._metadata, page_checksum_verification=True
                 )
@@ -251,25 +248,23 @@ class PlannedRows(ProcessLocalCaches):
     @functools.cached_property
     def _metadata(self) -> pq.FileMetaData:
         # Of thousands of row groups it takes megabytes: read once per process.
-        with self._storage.open_read(self._path) as stream:
+        with self._folder.open_read(self._file) as stream:
             return pq.read_metadata(cast(BinaryIO, stream))
 
 
-def _publish_rows(
-    storage: Storage, prefix: str, stem: str, data: bytes, found: PlanFile | None
-) -> bool:
+def _publish_rows(folder: Storage, stem: str, data: bytes, found: PlanFile | None) -> bool:
     """Write the parquet file; whether it was not there before."""
-    path = _rows_path(prefix, stem)
+    path = _rows_name(stem)
     has_same_bytes = found is not None and found.rows_sha256 == hashlib.sha256(data).hexdigest()
-    if has_same_bytes and storage.exists(path):
+    if has_same_bytes and folder.exists(path):
         return False
     try:
-        storage.create_bytes(path, data)
+        folder.create_bytes(path, data)
     except FileExistsError:
         # Other bytes may hold the same rows: another version of pyarrow wrote them.
-        if not _have_equal_rows(storage.read_bytes(path), data):
+        if not _have_equal_rows(folder.read_bytes(path), data):
             raise DataError(
-                f"{storage.uri(path)}: the plan of another job: the same images in another "
+                f"{folder.uri(path)}: the plan of another job: the same images in another "
                 f"source, or other images or settings; go on with that source, or {_advise(stem)}"
             ) from None
         return False
@@ -295,8 +290,7 @@ def _advise(stem: str) -> str:
 
 
 def _describe_conflict(
-    storage: Storage,
-    prefix: str,
+    folder: Storage,
     stem: str,
     found: PlanFile,
     source: SourceListing,
@@ -310,18 +304,18 @@ def _describe_conflict(
     count = sum(shard.count for shard in found.shards)
     changed.append(f"images: {count} there, {len(source)} listed here")
     return (
-        f"{storage.uri(_json_path(prefix, stem))}: the plan of another source or with other "
+        f"{folder.uri(_json_name(stem))}: the plan of another source or with other "
         f"settings is there ({'; '.join(changed)}); {_advise(stem)}"
     )
 
 
-def _hash_stored(storage: Storage, path: str) -> str:
-    return hashlib.sha256(storage.read_bytes(path)).hexdigest()
+def _hash_stored(folder: Storage, path: str) -> str:
+    return hashlib.sha256(folder.read_bytes(path)).hexdigest()
 
 
-def _json_path(prefix: str, stem: str) -> str:
-    return join_path(prefix, f"{stem}.json")
+def _json_name(stem: str) -> str:
+    return f"{stem}.json"
 
 
-def _rows_path(prefix: str, stem: str) -> str:
-    return join_path(prefix, f"{stem}.parquet")
+def _rows_name(stem: str) -> str:
+    return f"{stem}.parquet"

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from fqgan_dist.data.index import DatasetIndex, ProblemTable, SourceProblem, join_path
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import ProblemTable, SourceProblem
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 
@@ -26,13 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_problems(
-    storage: Storage, prefix: str, stem: str, problems: Sequence[SourceProblem]
+    folder: Storage, stem: str, problems: Sequence[SourceProblem]
 ) -> ProblemTable | None:
     """Write the table of problems of one plan, and log the first of them.
 
     Args:
-        storage: where the dataset is.
-        prefix: its folder.
+        folder: of the dataset.
         stem: name of the plan's files without their endings.
         problems: what was left out, sorted.
 
@@ -52,43 +52,39 @@ def write_problems(
     data = "".join(
         json.dumps(problem.model_dump(), ensure_ascii=False) + "\n" for problem in problems
     ).encode()
-    path = join_path(prefix, file)
     try:
-        storage.create_bytes(path, data)
+        folder.create_bytes(file, data)
     except FileExistsError as error:
         raise DataError(
-            f"{storage.uri(path)}: the table of problems of another job is there; choose another "
+            f"{folder.uri(file)}: the table of problems of another job is there; choose another "
             "destination, or delete it first"
         ) from error
     return ProblemTable(file=file, count=len(problems), sha256=hashlib.sha256(data).hexdigest())
 
 
-def load_problems(storage: Storage, prefix: str, index: DatasetIndex) -> list[SourceProblem]:
+def load_problems(dataset: Dataset) -> list[SourceProblem]:
     """Read all problems of a dataset, plan by plan.
 
     Raises:
         DataError: a table is missing or damaged.
     """
+    index = dataset.index
     if not index.problem_tables:
         return list(index.problems)
-    return [
-        problem
-        for table in index.problem_tables
-        for problem in _load_table(storage, join_path(prefix, table.file), table)
-    ]
+    tables = (_load_table(dataset.folder, table) for table in index.problem_tables)
+    return [problem for table in tables for problem in table]
 
 
-def _load_table(storage: Storage, path: str, table: ProblemTable) -> list[SourceProblem]:
+def _load_table(folder: Storage, table: ProblemTable) -> list[SourceProblem]:
+    uri = folder.uri(table.file)
     try:
-        data = storage.read_bytes(path)
+        data = folder.read_bytes(table.file)
     except FileNotFoundError as error:
-        raise DataError(f"{storage.uri(path)}: no such file; the index names it") from error
+        raise DataError(f"{uri}: no such file; the index names it") from error
     found = hashlib.sha256(data).hexdigest()
     if found != table.sha256:
-        raise DataError(
-            f"{storage.uri(path)}: damaged: its sha256 is {found}, the index has {table.sha256}"
-        )
+        raise DataError(f"{uri}: damaged: its sha256 is {found}, the index has {table.sha256}")
     try:
         return [SourceProblem.model_validate_json(line) for line in data.splitlines()]
     except ValidationError as error:
-        raise DataError(f"{storage.uri(path)}: not a table of problems: {error}") from error
+        raise DataError(f"{uri}: not a table of problems: {error}") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import (
-    DatasetIndex,
     SampleTable,
     ShardEntry,
     image_digest,
@@ -49,8 +49,7 @@ def describe_wrong_file(entry: ShardEntry, sha256: str, size: int) -> str | None
 
 
 def check_shard(
-    storage: Storage,
-    index: DatasetIndex,
+    dataset: Dataset,
     entry: ShardEntry,
     *,
     is_foreign: bool,
@@ -59,16 +58,15 @@ def check_shard(
     """Read a tar once, and compare it with its table.
 
     Args:
-        storage: the dataset's folder.
-        index: its index.
-        entry: the shard.
+        dataset: the dataset.
+        entry: its shard.
         is_foreign: whether somebody else made it, so that it was only indexed.
         left_out: `file/key` or `file/member` of what is in others' tars, but not in the dataset.
     """
-    check = _ShardCheck(storage, index, entry, left_out, is_foreign=is_foreign)
+    check = _ShardCheck(dataset, entry, left_out, is_foreign=is_foreign)
     try:
-        with storage.open_read(entry.file) as stream:
-            scan = TarScan(stream, source=storage.uri(entry.file))
+        with dataset.folder.open_read(entry.file) as stream:
+            scan = TarScan(stream, source=dataset.folder.uri(entry.file))
             check.check_samples(scan)
             reason = describe_wrong_file(entry, *scan.finish())
     except FileNotFoundError:
@@ -83,8 +81,7 @@ class _ShardCheck:
 
     def __init__(
         self,
-        storage: Storage,
-        index: DatasetIndex,
+        dataset: Dataset,
         entry: ShardEntry,
         left_out: Collection[str],
         *,
@@ -93,9 +90,11 @@ class _ShardCheck:
         self.findings = ShardFindings()
         self._file = entry.file
         self._left_out = left_out
-        self._rules = SampleRules.of_dataset(index.image_policy) if is_foreign else SampleRules()
-        self._labelling = Labelling.of_dataset(index, is_foreign=is_foreign)
-        self._table = _load_table(storage, entry)
+        self._rules = (
+            SampleRules.of_dataset(dataset.index.image_policy) if is_foreign else SampleRules()
+        )
+        self._labelling = Labelling.of_dataset(dataset.index, is_foreign=is_foreign)
+        self._table = _load_table(dataset.folder, entry)
         keys = [] if self._table is None else self._table.keys
         self._rows = {key: row for row, key in enumerate(keys)}
 
@@ -161,8 +160,8 @@ class _ShardCheck:
         return None
 
 
-def _load_table(storage: Storage, entry: ShardEntry) -> SampleTable | None:
+def _load_table(folder: Storage, entry: ShardEntry) -> SampleTable | None:
     try:
-        return load_samples(storage, "", entry)
+        return load_samples(folder, entry)
     except DataError:
         return None  # reported where the tables are checked

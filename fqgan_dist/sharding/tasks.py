@@ -22,7 +22,6 @@ from fqgan_dist.data.index import (
     SourceProblem,
     encode_samples,
     hash_object,
-    join_path,
     table_name,
 )
 from fqgan_dist.errors import DataError
@@ -60,9 +59,7 @@ class ShardFolder:
     """Where the shards of a plan are published."""
 
     storage: Storage
-    """Of the dataset."""
-    prefix: str
-    """Folder of the dataset."""
+    """The dataset's folder."""
 
     def load(self, shard: PlannedShard) -> PublishedShard | None:
         """Find a shard; None if it has to be made.
@@ -70,7 +67,7 @@ class ShardFolder:
         Raises:
             DataError: another job's shard is there, or a damaged one.
         """
-        path, table_path = self._paths(shard)
+        table_path = table_name(shard.file)
         try:
             table = self.storage.read_bytes(table_path)
         except FileNotFoundError:
@@ -85,12 +82,12 @@ class ShardFolder:
         if count == 0:
             return PublishedShard(None, problems)
         try:
-            size = self.storage.size(path)
+            size = self.storage.size(shard.file)
         except FileNotFoundError:
             return None
         if size != int(metadata[_TAR_BYTES]):
             raise DataError(
-                f"{self.storage.uri(path)}: damaged: it has {size} bytes, expected "
+                f"{self.storage.uri(shard.file)}: damaged: it has {size} bytes, expected "
                 f"{metadata[_TAR_BYTES]}; delete it, and run again to make it anew"
             )
         entry = ShardEntry(
@@ -108,7 +105,6 @@ class ShardFolder:
         Raises:
             DataError: another file is there.
         """
-        path, table_path = self._paths(shard)
         problems = [problem.model_dump() for problem in built.problems]
         metadata = {
             _PLAN: shard.sha256,
@@ -117,8 +113,8 @@ class ShardFolder:
             _PROBLEMS: json.dumps(problems),
         }
         if len(built.table):
-            self._create(path, built.tar)
-        self._create(table_path, encode_samples(built.table, metadata))
+            self._create(shard.file, built.tar)
+        self._create(table_name(shard.file), encode_samples(built.table, metadata))
 
     def check(self, shard: PlannedShard) -> None:
         """Read a published shard whole.
@@ -129,11 +125,10 @@ class ShardFolder:
         published = self.load(shard)
         if published is None or published.entry is None:
             return
-        path, _ = self._paths(shard)
-        sha256, _ = hash_object(self.storage, path)
+        sha256, _ = hash_object(self.storage, shard.file)
         if sha256 != published.entry.sha256:
             raise DataError(
-                f"{self.storage.uri(path)}: damaged: its sha256 is {sha256}, expected "
+                f"{self.storage.uri(shard.file)}: damaged: its sha256 is {sha256}, expected "
                 f"{published.entry.sha256}; delete it, and run again to make it anew"
             )
 
@@ -156,10 +151,6 @@ class ShardFolder:
                 f"{self.storage.uri(path)}: another file is there: it is damaged, or of another "
                 f"source or with other settings; {_ADVICE}"
             ) from error
-
-    def _paths(self, shard: PlannedShard) -> tuple[str, str]:
-        names = shard.file, table_name(shard.file)
-        return join_path(self.prefix, names[0]), join_path(self.prefix, names[1])
 
 
 class _WorkOnShards:

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from fqgan_dist.chunks import ProcessLocalCaches, run_in_processes
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     INDEX_NAME,
-    DatasetIndex,
     SampleTable,
     ShardEntry,
     hash_object,
-    load_index,
     load_samples,
     table_name,
 )
@@ -84,7 +83,7 @@ class VerifyReport:
 
 
 def verify_dataset(
-    storage: Storage,
+    folder: Storage,
     *,
     is_deep: bool,
     workers: int = 1,
@@ -93,7 +92,7 @@ def verify_dataset(
     """Check a dataset against its index.
 
     Args:
-        storage: the dataset's folder.
+        folder: of the dataset.
         is_deep: whether to decode every image and to compare it with its table, too.
         workers: processes that read shards.
         observer: is told how far it is.
@@ -102,26 +101,26 @@ def verify_dataset(
         DataError: there is no dataset, or the storage cannot be read.
     """
     report = VerifyReport()
-    if not storage.exists(INDEX_NAME):
-        raise DataError(f"{storage.uri(INDEX_NAME)}: no such file; name the folder of a dataset")
+    if not folder.exists(INDEX_NAME):
+        raise DataError(f"{folder.uri(INDEX_NAME)}: no such file; name the folder of a dataset")
     try:
-        index = load_index(storage, "")
+        dataset = Dataset.open(folder)
     except DataError as error:
         report.damages.append(Damage(INDEX_NAME, str(error)))
         return report
-    report.dataset_id, report.num_samples = index.dataset_id, index.num_samples
-    report.num_shards = len(index.shards)
-    planned = _check_companions(storage, index, report)
-    _find_repeats(storage, index, report, is_deep=is_deep, observer=observer)
+    report.dataset_id, report.num_samples = dataset.id, dataset.index.num_samples
+    report.num_shards = len(dataset.index.shards)
+    planned = _check_companions(dataset, report)
+    _find_repeats(dataset, report, is_deep=is_deep, observer=observer)
     if is_deep:
         with open_spool_folder() as scratch:
-            work = _ShardChecks(storage, index, planned, Storage(scratch))
+            work = _ShardChecks(dataset, planned, Storage(scratch))
             run_in_processes(work, workers=workers, observer=observer)
             for findings in work.results():
                 report.damages += findings.damages
                 report.num_decoded += findings.num_decoded
     else:
-        _check_hashes(storage, index, report, workers=workers, observer=observer)
+        _check_hashes(dataset, report, workers=workers, observer=observer)
     report.damages.sort(key=lambda damage: (damage.where, damage.reason))
     return report
 
@@ -130,8 +129,7 @@ def verify_dataset(
 class _ShardChecks(ProcessLocalCaches):
     """Checks of all samples of all shards; their results go to a scratch folder."""
 
-    storage: Storage
-    index: DatasetIndex
+    dataset: Dataset
     planned: frozenset[str]
     scratch: Storage
 
@@ -140,22 +138,21 @@ class _ShardChecks(ProcessLocalCaches):
     local_reason = None
 
     def chunks(self) -> Sequence[int]:
-        return range(len(self.index.shards))
+        return range(len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
-        return _count_mib(self.index.shards[chunk])
+        return _count_mib(self.dataset.index.shards[chunk])
 
     def is_done(self, chunk: int) -> bool:
         return self.scratch.exists(_result_name(chunk))
 
     def process(self, chunk: int) -> None:
-        entry = self.index.shards[chunk]
-        is_indexed = self.index.image_policy.get("kind") == INDEXED
+        entry = self.dataset.index.shards[chunk]
+        is_indexed = self.dataset.index.image_policy.get("kind") == INDEXED
         findings = ShardFindings()
         for _ in range(_LOOKS):
             findings = check_shard(
-                self.storage,
-                self.index,
+                self.dataset,
                 entry,
                 is_foreign=is_indexed and entry.file not in self.planned,
                 left_out=self._left_out,
@@ -176,12 +173,12 @@ class _ShardChecks(ProcessLocalCaches):
 
     @cached_property
     def _left_out(self) -> frozenset[str]:
-        if self.index.image_policy.get("kind") != INDEXED:
+        if self.dataset.index.image_policy.get("kind") != INDEXED:
             return frozenset()
         try:
-            problems = load_problems(self.storage, "", self.index)
+            problems = load_problems(self.dataset)
         except DataError:  # reported where these tables are checked
-            problems = self.index.problems
+            problems = self.dataset.index.problems
         return frozenset(problem.name for problem in problems)
 
 
@@ -194,18 +191,19 @@ def _count_mib(entry: ShardEntry) -> int:
 
 
 def _check_hashes(
-    storage: Storage,
-    index: DatasetIndex,
+    dataset: Dataset,
     report: VerifyReport,
     *,
     workers: int,
     observer: Observer,
 ) -> None:
+    shards = dataset.index.shards
+
     def find_fault(entry: ShardEntry) -> str | None:
         reason = None
         for _ in range(_LOOKS):
             try:
-                reason = describe_wrong_file(entry, *hash_object(storage, entry.file))
+                reason = describe_wrong_file(entry, *hash_object(dataset.folder, entry.file))
             except FileNotFoundError:
                 return "missing"
             if reason is None:
@@ -213,21 +211,22 @@ def _check_hashes(
         return reason
 
     # Threads: hashing lets go of the interpreter lock.
-    reasons = load_in_threads(find_fault, index.shards, threads=workers, ahead=workers)
-    with observer.track(sum(map(_count_mib, index.shards)), "verifying", "MiB") as bar:
-        for entry, reason in zip(index.shards, reasons, strict=True):
+    reasons = load_in_threads(find_fault, shards, threads=workers, ahead=workers)
+    with observer.track(sum(map(_count_mib, shards)), "verifying", "MiB") as bar:
+        for entry, reason in zip(shards, reasons, strict=True):
             if reason is not None:
                 report.damages.append(Damage(entry.file, reason))
             bar.advance(_count_mib(entry))
 
 
 def _check_tables(
-    storage: Storage, index: DatasetIndex, report: VerifyReport, bar: ProgressBar
+    dataset: Dataset, report: VerifyReport, bar: ProgressBar
 ) -> Iterator[tuple[ShardEntry, SampleTable]]:
     """Yield every table that is whole, with its shard."""
-    load = partial(_try_to_load, storage)
-    tables = load_in_threads(load, index.shards, threads=_THREADS, ahead=_THREADS)
-    for entry, table in zip(index.shards, tables, strict=True):
+    shards = dataset.index.shards
+    load = partial(_try_to_load, dataset.folder)
+    tables = load_in_threads(load, shards, threads=_THREADS, ahead=_THREADS)
+    for entry, table in zip(shards, tables, strict=True):
         if isinstance(table, DataError):
             report.damages.append(Damage(entry.samples_file, str(table)))
         else:
@@ -235,28 +234,28 @@ def _check_tables(
         bar.advance()
 
 
-def _try_to_load(storage: Storage, entry: ShardEntry) -> SampleTable | DataError:
+def _try_to_load(folder: Storage, entry: ShardEntry) -> SampleTable | DataError:
     fault = DataError("never read")
     for _ in range(_LOOKS):
         try:
-            return load_samples(storage, "", entry)
+            return load_samples(folder, entry)
         except DataError as error:
             fault = error
     return fault
 
 
 def _find_repeats(
-    storage: Storage,
-    index: DatasetIndex,
+    dataset: Dataset,
     report: VerifyReport,
     *,
     is_deep: bool,
     observer: Observer,
 ) -> None:
     """Check all tables; find keys and, where it is deep, images that occur twice."""
+    index = dataset.index
     keys, images = RepeatFinder(), RepeatFinder()
     with observer.track(len(index.shards), "reading tables", "shards") as bar:
-        for entry, table in _check_tables(storage, index, report, bar):
+        for entry, table in _check_tables(dataset, report, bar):
             keys.add(table.keys)
             if is_deep:
                 images.add(map(bytes, table.digests))
@@ -272,7 +271,7 @@ def _find_repeats(
     places: dict[str, str] = {}
     groups: dict[bytes, list[str]] = {}
     with observer.track(len(index.shards), "reading tables", "shards") as bar:
-        for entry, table in _check_tables(storage, index, VerifyReport(), bar):
+        for entry, table in _check_tables(dataset, VerifyReport(), bar):
             for key, digest in zip(table.keys, map(bytes, table.digests), strict=True):
                 if keys.is_suspect(key):
                     other = places.setdefault(key, entry.file)
@@ -286,51 +285,50 @@ def _find_repeats(
     report.duplicates = repeated[:_MAX_SHOWN_DUPLICATES]
 
 
-def _check_companions(
-    storage: Storage, index: DatasetIndex, report: VerifyReport
-) -> frozenset[str]:
+def _check_companions(dataset: Dataset, report: VerifyReport) -> frozenset[str]:
     """Check problem tables and plans, and list the files that nothing names.
 
     Returns:
         The shards that plans name: those that were made by us.
     """
+    folder, index = dataset.folder, dataset.index
     known = {INDEX_NAME} | {
         name for entry in index.shards for name in (entry.file, entry.samples_file)
     }
     for table in index.problem_tables:
         known.add(table.file)
-        _check_file(storage, table.file, table.sha256, report)
-    names = storage.list()
+        _check_file(folder, table.file, table.sha256, report)
+    names = folder.list()
     planned: set[str] = set()
     for name in names:
         if (former := _FORMER_INDEX.fullmatch(name)) is not None:
             known.add(name)
-            _check_file(storage, name, former[1], report)
+            _check_file(folder, name, former[1], report)
         if (plan_name := _PLAN.fullmatch(name)) is not None:
             known |= {name, f"{plan_name[1]}.parquet"}
-            planned |= _check_plan(storage, plan_name[1], report)
+            planned |= _check_plan(folder, plan_name[1], report)
     # A shard without any usable image is a table alone, and not in the index.
     known.update(map(table_name, planned))
     report.unlisted_files = sorted(map(show_name, set(names) - known))
     return frozenset(planned)
 
 
-def _check_plan(storage: Storage, stem: str, report: VerifyReport) -> set[str]:
+def _check_plan(folder: Storage, stem: str, report: VerifyReport) -> set[str]:
     """Check a plan; give the shards that it names."""
     try:
-        plan = load_plan(storage, "", stem)
+        plan = load_plan(folder, stem)
     except DataError as error:
         report.damages.append(Damage(f"{stem}.json", str(error)))
         return set()
     assert plan is not None, "it was in the list of files"
-    _check_file(storage, f"{stem}.parquet", plan.rows_sha256, report)
+    _check_file(folder, f"{stem}.parquet", plan.rows_sha256, report)
     return {shard.file for shard in plan.shards}
 
 
-def _check_file(storage: Storage, name: str, sha256: str, report: VerifyReport) -> None:
+def _check_file(folder: Storage, name: str, sha256: str, report: VerifyReport) -> None:
     """Check the hash of a file, of which the beginning may be all that is known."""
     try:
-        found, _ = hash_object(storage, name)
+        found, _ = hash_object(folder, name)
     except FileNotFoundError:
         report.damages.append(Damage(name, "missing"))
         return

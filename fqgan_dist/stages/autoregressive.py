@@ -17,7 +17,7 @@ from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
 from fqgan_dist.stages.codes import CodeIds, code_store, read_all_codes
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.shards import DatasetIds, dataset_prefix, open_dataset
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.training import load_weights, training_settings
 from fqgan_dist.stages.training_plan import plan_autoregressive
@@ -120,15 +120,13 @@ def build_code_loader(context: RunContext) -> CodeLoader:
     """Build the loader of the training codes."""
     config, training = context.config, context.config.autoregressive.training
     return CodeLoader(
-        context.storage_of(DatasetIds.stage),
-        dataset_prefix(context, "train"),
+        open_dataset(context, "train"),
         codes=code_store(context, "train"),
         seed=config.data.seed,
         micro_batch_size=training.micro_batch_size,
         micro_batches_per_step=training.micro_batches_per_step,
         window_shards=config.data.window_shards,
         loader_workers=config.data.loader_workers,
-        dataset_id=context.read(DatasetIds).train,
     )
 
 

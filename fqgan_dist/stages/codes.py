@@ -173,7 +173,7 @@ def read_all_codes(
     for entry in dataset.index.shards:
         if remaining <= 0:
             break
-        table = load_samples(dataset.folder, "", entry)
+        table = load_samples(dataset.folder, entry)
         codes.append(store.read(entry, table.keys)[:remaining, 0].astype(np.int64))
         labels.append(table.labels[:remaining].astype(np.int64))
         remaining -= entry.count

@@ -289,7 +289,7 @@ def _choose_figure_rows(dataset: Dataset) -> list[int]:
     """Choose validation images to show: the first of each class, then the first of all."""
     labels: list[int] = []
     for entry in dataset.index.shards:
-        labels += load_samples(dataset.folder, "", entry).labels.tolist()
+        labels += load_samples(dataset.folder, entry).labels.tolist()
         if len(set(labels)) >= min(NUM_FIGURE_IMAGES, dataset.index.num_classes):
             break
     first_of_class = [row for row, label in enumerate(labels) if label not in labels[:row]]

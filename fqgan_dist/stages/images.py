@@ -55,7 +55,7 @@ def read_shard(
     """
     samples_per_batch = max(1, batch_size // len(views))
     pending: list[tuple[str, int, bytes]] = []
-    for sample in iterate_shard(dataset.folder, "", entry):
+    for sample in iterate_shard(dataset.folder, entry):
         pending.append(sample)
         if len(pending) == samples_per_batch:
             yield _crop_all(pending, entry, view, views, seed)
@@ -76,10 +76,10 @@ def read_rows(dataset: Dataset, rows: range, view: ViewConfig) -> CroppedImages:
     for shard, entry in enumerate(dataset.index.shards):
         wanted = range(max(rows.start - first, 0), min(rows.stop - first, entry.count))
         if wanted:
-            tables[shard] = load_samples(dataset.folder, "", entry)
+            tables[shard] = load_samples(dataset.folder, entry)
             pairs += [(shard, row) for row in wanted]
         first += entry.count
-    reader = SampleReader(dataset.folder, dataset.index, load_table=tables.__getitem__, cache=None)
+    reader = SampleReader(dataset, load_table=tables.__getitem__, cache=None)
     samples: list[tuple[str, int, bytes]] = []
     for (shard, row), data in zip(pairs, reader.read(pairs), strict=True):
         if isinstance(data, DataError):

@@ -12,7 +12,7 @@ import numpy as np
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.dataset import Dataset
-from fqgan_dist.data.index import DatasetIndex, load_pinned_index
+from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
@@ -114,18 +114,12 @@ class ShardsStage(Stage):
         )
         return build_dataset(
             source,
-            self.context.storage,
-            dataset_prefix(self.context, split),
+            self.context.storage.child(_split_path(self.context, split)),
             config,
             classes=classes,
             run_chunks=run_chunks,
             log_storage=self.context.storage,
         )
-
-
-def dataset_prefix(context: RunContext, split: str) -> str:
-    """Where a split's shards are, below the root."""
-    return f"data/{context.config.data.name}/{split}"
 
 
 def open_dataset(context: RunContext, split: str) -> Dataset:
@@ -135,8 +129,13 @@ def open_dataset(context: RunContext, split: str) -> Dataset:
         DataError: the stage has not finished, or the dataset is another one by now.
     """
     dataset_id = getattr(context.read(DatasetIds), split)
-    folder = context.storage_of(DatasetIds.stage).child(dataset_prefix(context, split))
-    return Dataset(folder, load_pinned_index(folder, "", dataset_id))
+    folder = context.storage_of(DatasetIds.stage).child(_split_path(context, split))
+    return Dataset.open(folder, expected_id=dataset_id)
+
+
+def _split_path(context: RunContext, split: str) -> str:
+    """Name the folder of a split's shards, below the root of a run."""
+    return f"data/{context.config.data.name}/{split}"
 
 
 @contextmanager

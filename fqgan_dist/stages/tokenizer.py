@@ -14,7 +14,7 @@ from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import HeldOutImages
-from fqgan_dist.stages.shards import DatasetIds, dataset_prefix
+from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import FeatureIds, build_online_teachers, feature_store
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
@@ -139,8 +139,7 @@ def build_image_loader(context: RunContext) -> ImageLoader:
     config = context.config
     training = config.tokenizer.training
     return ImageLoader(
-        context.storage_of(DatasetIds.stage),
-        dataset_prefix(context, "train"),
+        open_dataset(context, "train"),
         seed=config.data.seed,
         window_shards=config.data.window_shards,
         view=config.data.views,
@@ -151,7 +150,6 @@ def build_image_loader(context: RunContext) -> ImageLoader:
         loader_workers=config.data.loader_workers,
         max_damaged_in_a_row=config.data.damage_limit,
         cache=config.data.cache,
-        dataset_id=context.read(DatasetIds).train,
     )
 
 

@@ -115,8 +115,8 @@ def test_two_ranks_train_a_stage_and_fqgan_run_takes_it_as_done(
 
 def damage_every_fourth_image(root: Path) -> None:
     storage = Storage(root).child("data/photographs/train")
-    for entry in load_index(storage, "").shards:
-        table = load_samples(storage, "", entry)
+    for entry in load_index(storage).shards:
+        table = load_samples(storage, entry)
         for row in range(0, len(table), 4):
             flip_byte(storage, entry.file, int(table.offsets[row]))
 

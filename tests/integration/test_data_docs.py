@@ -105,12 +105,12 @@ def test_every_command_of_the_document_works(
             run_command(line)
     assert "nothing was done" in capsys.readouterr().out
     storage = Storage(f"s3://{bucket}")
-    assert load_index(storage, "val").image_policy["kind"] == "original"
-    assert load_index(storage, "train").num_samples == 14
+    assert load_index(storage.child("val")).image_policy["kind"] == "original"
+    assert load_index(storage.child("train")).num_samples == 14
     local = Storage(tmp_path)
-    assert load_index(local, "zip-dataset").classes == ["b", "a"]
+    assert load_index(local.child("zip-dataset")).classes == ["b", "a"]
     for name in ("tar-dataset", "parquet-dataset", "csv-dataset", "wds", "again"):
-        assert load_index(local, name).num_samples == 14, name
+        assert load_index(local.child(name)).num_samples == 14, name
 
 
 def test_every_command_is_in_the_document() -> None:

@@ -56,12 +56,12 @@ def run(*arguments: str, code: int = 0) -> None:
 
 
 def dataset_id(storage: Storage, path: str) -> str:
-    return load_index(storage, path).dataset_id
+    return load_index(storage.child(path)).dataset_id
 
 
 def files(storage: Storage, path: str) -> dict[str, bytes]:
     """The dataset proper; plans name the place of their source."""
-    index = load_index(storage, path)
+    index = load_index(storage.child(path))
     names = [name for entry in index.shards for name in (entry.file, entry.samples_file)]
     return {name: storage.read_bytes(f"{path}/{name}") for name in (*names, "index.json")}
 

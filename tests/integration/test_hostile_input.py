@@ -20,6 +20,7 @@ from support.synthetic_shards import pack
 
 from data_tools.cli import main
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     DatasetIndex,
     SampleTable,
@@ -72,14 +73,14 @@ def index(folder: Path, *options: str) -> int:
 
 
 def refused(folder: Path) -> dict[str, str]:
-    problems = load_index(Storage(folder), "").problems
+    problems = load_index(Storage(folder)).problems
     return {problem.name: problem.reason for problem in problems if problem.action == "refused"}
 
 
 def keys_read(folder: Path) -> list[str]:
     storage = Storage(folder)
-    index = load_index(storage, "")
-    return [key for shard in index.shards for key, _, _ in iterate_shard(storage, "", shard)]
+    index = load_index(storage)
+    return [key for shard in index.shards for key, _, _ in iterate_shard(storage, shard)]
 
 
 def test_the_attack_works_where_pickles_are_loaded(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_a_decompression_bomb_is_refused_by_name(shards: Path, depth: str) -> No
     members = [*good("a"), ("bomb.png", bomb_png(60_000)), ("bomb.cls", b"0")]
     (shards / "0.tar").write_bytes(pack(members))
     assert index(shards, depth) == 0
-    problems = {item.name: item.reason for item in load_index(Storage(shards), "").problems}
+    problems = {item.name: item.reason for item in load_index(Storage(shards)).problems}
     assert "pixels" in problems["0.tar/bomb"]
     assert keys_read(shards) == ["a"]
 
@@ -268,7 +269,7 @@ def test_an_index_names_no_file_elsewhere_and_no_command(
             assert main(["reshard", str(shards), str(tmp_path / "new"), "workers=1"]) == 1
         case _:
             with pytest.raises(DataError, match="is not a shard name"):
-                load_index(Storage(shards), "")
+                load_index(Storage(shards))
             return
     output = capsys.readouterr()
     assert f"{name!r} is not a shard name" in output.out + output.err
@@ -315,8 +316,7 @@ def test_the_loader_reads_by_places_and_runs_nothing(shards: Path, canary: Path)
     (shards / "0.tar").write_bytes(pack(members))
     assert index(shards) == 0
     loader = ImageLoader(
-        Storage(shards),
-        "",
+        Dataset.open(Storage(shards)),
         seed=0,
         view=ViewConfig(policy="center", image_size=8),
         num_views=None,

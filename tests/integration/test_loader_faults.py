@@ -18,6 +18,7 @@ from support.tiny_shards import SIDE, colour_of, damage_samples, key_of, write_t
 
 from fqgan_dist.data.batches import ImageBatch
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.sample_reader import SampleReader
@@ -50,8 +51,7 @@ def root(request: pytest.FixtureRequest) -> str:
 
 def build_loader(storage: Storage, **options: object) -> ImageLoader:
     return ImageLoader(
-        storage,
-        "",
+        Dataset.open(storage),
         seed=3,
         view=ViewConfig(policy="random_crop_flip", image_size=SIDE),
         num_views=None,
@@ -186,17 +186,17 @@ def test_reading_goes_on_while_a_shard_comes_slowly(
 LEAVING_PROCESS = """
 import sys
 from pathlib import Path
-from fqgan_dist.data.index import load_index, load_samples
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 
-storage = Storage(sys.argv[1])
-index = load_index(storage, "")
-table = load_samples(storage, "", index.shards[0])
+dataset = Dataset.open(Storage(sys.argv[1]))
+table = load_samples(dataset.folder, dataset.index.shards[0])
 cache = ShardCacheConfig(folder=sys.argv[2], min_free_gib=0)
-reader = SampleReader(storage, index, load_table=lambda shard: table, cache=cache)
+reader = SampleReader(dataset, load_table=lambda shard: table, cache=cache)
 reader.prefetch([2])
 wait_until(lambda: list(Path(sys.argv[2]).glob("*.part")))
 """
@@ -219,5 +219,5 @@ def test_process_may_end_while_a_shard_comes(proxy: FaultProxy, root: str, tmp_p
 
 
 def build_reader(storage: Storage, index: DatasetIndex, cache: ShardCacheConfig) -> SampleReader:
-    tables = [load_samples(storage, "", entry) for entry in index.shards]
-    return SampleReader(storage, index, load_table=tables.__getitem__, cache=cache)
+    tables = [load_samples(storage, entry) for entry in index.shards]
+    return SampleReader(Dataset(storage, index), load_table=tables.__getitem__, cache=cache)

@@ -18,6 +18,7 @@ import webdataset
 from PIL import Image
 
 from data_tools.cli import main
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.sharding.listing import IMAGE_SUFFIXES
@@ -35,7 +36,7 @@ _OTHER_LIBRARY = "Hugging Face `datasets` is not installed: its reader of our sh
 def shard(source: Path, destination: Path, split: str, *options: str) -> DatasetIndex:
     settings = [f"split={split}", "name=real", "samples_per_shard=100", "workers=1", *options]
     assert main(["shard", str(source), str(destination), *settings]) == 0
-    return load_index(Storage(destination), "")
+    return load_index(Storage(destination))
 
 
 def images_of(archive_path: Path) -> tuple[Counter[Sample], int, list[str]]:
@@ -63,11 +64,11 @@ def images_of(archive_path: Path) -> tuple[Counter[Sample], int, list[str]]:
 
 def stored_images(folder: Path) -> Counter[Sample]:
     storage = Storage(folder)
-    index = load_index(storage, "")
+    index = load_index(storage)
     return Counter(
         (index.classes[label], hashlib.sha256(data).hexdigest())
         for entry in index.shards
-        for _, label, data in iterate_shard(storage, "", entry)
+        for _, label, data in iterate_shard(storage, entry)
     )
 
 
@@ -100,12 +101,12 @@ def test_every_real_image_and_every_odd_file_is_accounted_for(
     index = shard(source, tmp_path / "out", split)
     images, num_bytes, odd = images_of(source)
     storage = Storage(tmp_path / "out")
-    tables = [load_samples(storage, "", entry) for entry in index.shards]
+    tables = [load_samples(storage, entry) for entry in index.shards]
     assert stored_images(tmp_path / "out") == images
     assert sum(int(table.sizes.sum()) for table in tables) == num_bytes
     assert index.num_samples == images.total()
     assert index.classes == sorted({class_name for class_name, _ in images})
-    assert [problem.name for problem in load_problems(storage, "", index)] == odd == []
+    assert [problem.name for problem in load_problems(Dataset(storage, index))] == odd == []
     assert main(["verify", str(tmp_path / "out"), "deep=true", "workers=1"]) == 0
 
 
@@ -126,7 +127,7 @@ def test_odd_files_among_real_images_are_explained(test_data_dir: Path, tmp_path
     for name, (data, _) in odd.items():
         (folder / name).write_bytes(data)
     index = shard(folder, tmp_path / "out", "val")
-    problems = load_problems(Storage(tmp_path / "out"), "", index)
+    problems = load_problems(Dataset(Storage(tmp_path / "out"), index))
     assert {problem.name for problem in problems} == set(odd)
     for problem in problems:
         assert odd[problem.name][1] in problem.reason
@@ -140,7 +141,7 @@ def test_webdataset_itself_reads_our_shards(real_dataset: tuple[Path, DatasetInd
     paths = [str(folder / entry.file) for entry in index.shards]
     read = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
     storage = Storage(folder)
-    ours = [sample for entry in index.shards for sample in iterate_shard(storage, "", entry)]
+    ours = [sample for entry in index.shards for sample in iterate_shard(storage, entry)]
     assert [(sample["__key__"], sample["cls"]) for sample in read] == [
         (key, label) for key, label, _ in ours
     ]
@@ -160,7 +161,7 @@ def test_hugging_face_datasets_reads_our_shards(
     entry = index.shards[3]
     files = {"val": [str(folder / entry.file)]}
     read = list(datasets.load_dataset("webdataset", data_files=files, split="val", streaming=True))
-    ours = list(iterate_shard(Storage(folder), "", entry))
+    ours = list(iterate_shard(Storage(folder), entry))
     assert [(sample["__key__"], sample["cls"]) for sample in read] == [
         (key, label) for key, label, _ in ours
     ]
@@ -178,11 +179,11 @@ def test_shards_of_webdatasets_own_writer_load_by_an_index(
     storage = Storage(folder)
     with webdataset.ShardWriter(pattern, maxcount=300, verbose=0) as writer:
         for entry in index.shards:
-            for key, label, data in iterate_shard(storage, "", entry):
+            for key, label, data in iterate_shard(storage, entry):
                 writer.write({"__key__": key, "jpg": data, "txt": index.classes[label]})
     arguments = ["name=x", "split=val", "class_key=txt", "workers=1"]
     assert main(["index", str(tmp_path / "theirs"), *arguments]) == 0
-    made = load_index(Storage(tmp_path / "theirs"), "")
+    made = load_index(Storage(tmp_path / "theirs"))
     assert [entry.count for entry in made.shards] == [300, 300, 300, 100]
     assert made.classes == index.classes
     assert stored_images(tmp_path / "theirs") == stored_images(folder)

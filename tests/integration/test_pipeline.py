@@ -130,7 +130,7 @@ def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -
         "val_problems": 0,
         "classes": 20,
     }
-    index = load_index(Storage(root), "data/photographs/train")
+    index = load_index(Storage(root).child("data/photographs/train"))
     assert index.classes[0] == "n01443537"
     assert np.isfinite(summary["tokenizer"]["metrics"]["rfid"])
 

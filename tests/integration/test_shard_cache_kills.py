@@ -21,7 +21,7 @@ def test_killed_jobs_leave_a_cache_that_is_right_and_within_its_bounds(tmp_path:
     store, path = tmp_path / "store", tmp_path / "cache"
     for seed in (1, 2):
         folder = Storage(store / str(seed))
-        index = publish_dataset(folder, "", [5] * SHARDS, image_bytes=50_000, seed=seed)
+        index = publish_dataset(folder, [5] * SHARDS, image_bytes=50_000, seed=seed)
     shard_bytes = index.shards[0].bytes
     max_bytes = 5 * shard_bytes + shard_bytes // 2
     result = subprocess.run(

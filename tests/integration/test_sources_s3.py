@@ -98,8 +98,8 @@ def test_compressed_tars_and_parquet_are_unpacked_to_this_machine(storage: Stora
 
 
 def test_a_dataset_in_a_bucket_is_listed_by_its_tables(storage: Storage, tmp_path: Path) -> None:
-    index = build_photographs(storage, "data")
-    build_photographs(Storage(tmp_path), "data")
+    index = build_photographs(storage.child("data"))
+    build_photographs(Storage(tmp_path / "data"))
     with (
         open_source(storage.uri("data")) as source,
         open_source(str(tmp_path / "data")) as local,

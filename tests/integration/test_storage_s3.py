@@ -14,6 +14,7 @@ from support.radosgw import S3_BUCKET
 from support.storage_contract import StorageContract, Store
 
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
@@ -94,16 +95,15 @@ def test_absent_credentials_are_named(storage: Storage, monkeypatch: pytest.Monk
 
 def test_dataset_in_a_bucket_is_the_dataset_on_a_disk(storage: Storage, tmp_path: Path) -> None:
     local = Storage(tmp_path)
-    index = build_photographs(local, "data")
-    assert build_photographs(storage, "data").dataset_id == index.dataset_id
+    index = build_photographs(local.child("data"))
+    assert build_photographs(storage.child("data")).dataset_id == index.dataset_id
     for entry in index.shards:
-        assert list(iterate_shard(storage, "data", entry)) == list(
-            iterate_shard(local, "data", entry)
+        assert list(iterate_shard(storage.child("data"), entry)) == list(
+            iterate_shard(local.child("data"), entry)
         )
     loaders = [
         ImageLoader(
-            root,
-            "data",
+            Dataset.open(root.child("data")),
             seed=1,
             view=ViewConfig(policy="random_crop_flip", image_size=16),
             num_views=None,

@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass
 
 from fqgan_dist.data.config import ShardCacheConfig
-from fqgan_dist.data.index import DatasetIndex, SampleTable, load_index, load_samples
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.index import SampleTable, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.storage.storage import Storage
 
@@ -28,36 +29,34 @@ _MOST_LIFETIME_S = 0.15
 class KnownDataset:
     """A dataset and all its images."""
 
-    storage: Storage
-    index: DatasetIndex
+    dataset: Dataset
     tables: list[SampleTable]
     images: dict[tuple[int, int], bytes]
 
 
 def read_all(storage: Storage) -> KnownDataset:
     """Read a dataset by hand."""
-    index = load_index(storage, "")
-    tables = [load_samples(storage, "", entry) for entry in index.shards]
+    dataset = Dataset.open(storage)
+    shards = dataset.index.shards
+    tables = [load_samples(storage, entry) for entry in shards]
     images = {
         (shard, row): storage.read_bytes(
-            index.shards[shard].file, offset=int(table.offsets[row]), length=int(table.sizes[row])
+            shards[shard].file, offset=int(table.offsets[row]), length=int(table.sizes[row])
         )
         for shard, table in enumerate(tables)
         for row in range(len(table))
     }
-    return KnownDataset(storage, index, tables, images)
+    return KnownDataset(dataset, tables, images)
 
 
-def read_until_killed(dataset: KnownDataset, cache: ShardCacheConfig, seed: int) -> None:
+def read_until_killed(known: KnownDataset, cache: ShardCacheConfig, seed: int) -> None:
     """Read random samples for ever; return only if one is wrong."""
-    reader = SampleReader(
-        dataset.storage, dataset.index, load_table=dataset.tables.__getitem__, cache=cache
-    )
+    reader = SampleReader(known.dataset, load_table=known.tables.__getitem__, cache=cache)
     pick = random.Random(seed)
-    places = list(dataset.images)
+    places = list(known.images)
     while True:
         pairs = pick.choices(places, k=5)
-        if reader.read(pairs) != [dataset.images[pair] for pair in pairs]:
+        if reader.read(pairs) != [known.images[pair] for pair in pairs]:
             return
 
 

@@ -11,11 +11,11 @@ from fqgan_dist.storage.storage import Storage
 
 
 def build_photographs(
-    storage: Storage, prefix: str, *, crops: int = 2, samples_per_shard: int = 7
+    folder: Storage, *, crops: int = 2, samples_per_shard: int = 7
 ) -> DatasetIndex:
     """Write a dataset of `crops` training crops of each photograph, 20 pixels wide."""
     photographs = PhotographsConfig(image_size=16, crops_per_photograph=crops)
     config = ShardingConfig(name="photographs", split="train", samples_per_shard=samples_per_shard)
     with open_source("builtin:photographs", photographs=photographs) as source:
-        index, _ = build_dataset(source, storage, prefix, config)
+        index, _ = build_dataset(source, folder, config)
     return index

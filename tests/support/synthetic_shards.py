@@ -15,7 +15,6 @@ from fqgan_dist.data.index import (
     ShardEntry,
     encode_samples,
     image_digest,
-    join_path,
     table_name,
     write_index,
 )
@@ -57,13 +56,11 @@ def tabulate(tar: bytes, labels: Mapping[str, int]) -> SampleTable:
     )
 
 
-def publish_shard(
-    storage: Storage, prefix: str, tar: bytes, table: SampleTable, *, file: str
-) -> ShardEntry:
+def publish_shard(folder: Storage, tar: bytes, table: SampleTable, *, file: str) -> ShardEntry:
     """Write a tar and its table."""
     encoded = encode_samples(table, {})
-    storage.write_bytes(join_path(prefix, file), tar)
-    storage.write_bytes(join_path(prefix, table_name(file)), encoded)
+    folder.write_bytes(file, tar)
+    folder.write_bytes(table_name(file), encoded)
     return ShardEntry(
         file=file,
         count=len(table),
@@ -74,7 +71,7 @@ def publish_shard(
 
 
 def publish_dataset(
-    storage: Storage, prefix: str, counts: Sequence[int], *, image_bytes: int = 700, seed: int = 0
+    folder: Storage, counts: Sequence[int], *, image_bytes: int = 700, seed: int = 0
 ) -> DatasetIndex:
     """Write shards of `counts` samples of random bytes, one class per shard, and their index."""
     shards: list[ShardEntry] = []
@@ -87,7 +84,7 @@ def publish_dataset(
         tar = pack(members)
         table = tabulate(tar, {f"{name}.jpg": shard for name in names})
         file = f"shard-{shard:06d}.tar"
-        shards.append(publish_shard(storage, prefix, tar, table, file=file))
+        shards.append(publish_shard(folder, tar, table, file=file))
     index = DatasetIndex(
         name="synthetic",
         split="train",
@@ -95,7 +92,7 @@ def publish_dataset(
         image_policy={"seed": seed},
         shards=shards,
     )
-    write_index(storage, prefix, index)
+    write_index(folder, index)
     return index
 
 

@@ -44,7 +44,7 @@ def write_tiny_dataset(
             for key in keys
         )
         table = tabulate(tar, {f"{key}.png": int(key[-1]) for key in keys})
-        shards.append(publish_shard(storage, "", tar, table, file=f"shard-{number:06d}.tar"))
+        shards.append(publish_shard(storage, tar, table, file=f"shard-{number:06d}.tar"))
         first += count
     index = DatasetIndex(
         name="tiny",
@@ -53,14 +53,14 @@ def write_tiny_dataset(
         image_policy={"kind": "original"},
         shards=shards,
     )
-    write_index(storage, "", index)
+    write_index(storage, index)
     return index
 
 
 def damage_samples(storage: Storage, index: DatasetIndex, keys: Collection[str]) -> None:
     """Change one bit in the middle of the stored images of samples."""
     for entry in index.shards:
-        table = load_samples(storage, "", entry)
+        table = load_samples(storage, entry)
         for key, offset, size in zip(table.keys, table.offsets, table.sizes, strict=True):
             if key in keys:
                 flip_byte(storage, entry.file, int(offset) + int(size) // 2)

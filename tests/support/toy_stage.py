@@ -86,7 +86,7 @@ class ToyWork(RunWork):
         return self.context.storage.exists(self._path(chunk))
 
     def process(self, chunk: int) -> None:
-        table = load_samples(self.dataset.folder, "", self.dataset.index.shards[chunk])
+        table = load_samples(self.dataset.folder, self.dataset.index.shards[chunk])
         count = str(len(table) * self.weight).encode()
         self.context.storage.write_bytes(self._path(chunk), count)
 

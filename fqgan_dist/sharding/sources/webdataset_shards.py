@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fqgan_dist.config import parse_config
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     INDEX_NAME,
-    DatasetIndex,
     SampleTable,
     ShardEntry,
     load_samples,
@@ -54,13 +54,14 @@ def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceL
     """
     storage, shards, odd = _find_shards(uri)
     rescan = options.class_key is not None or options.image_key is not None
-    index = None if rescan else _load_index_of(storage, shards, is_folder=not _names_tars(uri))
-    if index is not None:
+    is_folder = not _names_tars(uri)
+    dataset = None if rescan else _open_dataset_of(storage, shards, is_folder=is_folder)
+    if dataset is not None:
         # What lies beside a dataset, as the shards of an interrupted extension, is not part of it.
-        strays = sorted(set(shards) - {entry.file for entry in index.shards})
+        strays = sorted(set(shards) - {entry.file for entry in dataset.index.shards})
         builder = ListingBuilder(uri, check_bytes=16, expected=_EXPECTED)
-        _list_by_tables(storage, index, shards, builder, options, observer)
-        classes = index.classes
+        _list_by_tables(dataset, shards, builder, options, observer)
+        classes = dataset.index.classes
     else:
         strays = []
         builder = ListingBuilder(uri, expected=_EXPECTED)
@@ -75,7 +76,7 @@ def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceL
         RangeReader(storage),
         is_shared_by_nodes=options.is_shared or not storage.is_local,
         classes=classes,
-        class_descriptions=None if index is None else index.class_descriptions,
+        class_descriptions=None if dataset is None else dataset.index.class_descriptions,
     )
 
 
@@ -105,10 +106,8 @@ def _names_tars(uri: str) -> bool:
     return uri.endswith(SHARD_SUFFIX)
 
 
-def _load_index_of(
-    storage: Storage, shards: Sequence[str], *, is_folder: bool
-) -> DatasetIndex | None:
-    """Load the index beside shards.
+def _open_dataset_of(storage: Storage, shards: Sequence[str], *, is_folder: bool) -> Dataset | None:
+    """Open the dataset that shards belong to, by the index beside them.
 
     Args:
         storage: where they are.
@@ -116,7 +115,7 @@ def _load_index_of(
         is_folder: whether the folder was named, so that the index says what belongs to it.
 
     Returns:
-        The index; None if there is none, or not of all shards that were named.
+        The dataset; None if there is no index, or not of all shards that were named.
 
     Raises:
         DataError: shards of the index are missing.
@@ -130,31 +129,30 @@ def _load_index_of(
     index = parse_index(data, source=storage.uri(INDEX_NAME))
     listed = {entry.file for entry in index.shards}
     if not is_folder:
-        return index if listed.issuperset(shards) else None
+        return Dataset(storage, index) if listed.issuperset(shards) else None
     if missing := sorted(listed.difference(shards)):
         raise DataError(
             f"{storage.uri(INDEX_NAME)}: {len(missing)} of its {len(listed)} shards are missing: "
             f"{missing[:_SHOWN_NAMES]!r}; copy them again, or name the shards that are to be read "
             "by a pattern such as shard-{000000..000146}.tar"
         )
-    return index
+    return Dataset(storage, index)
 
 
 def _list_by_tables(
-    storage: Storage,
-    index: DatasetIndex,
+    dataset: Dataset,
     shards: Sequence[str],
     builder: ListingBuilder,
     options: SourceOptions,
     observer: Observer,
 ) -> None:
     wanted = set(shards)
-    entries = [entry for entry in index.shards if entry.file in wanted]
-    load = partial(load_samples, storage, "")
+    entries = [entry for entry in dataset.index.shards if entry.file in wanted]
+    load = partial(load_samples, dataset.folder)
     with observer.track(len(entries), "reading tables", "shards") as bar:
-        tables = map_in_order(storage, load, entries, bar)
+        tables = map_in_order(dataset.folder, load, entries, bar)
         for entry, table in zip(entries, tables, strict=True):
-            _add_table(entry, table, index.classes, builder, options)
+            _add_table(entry, table, dataset.index.classes, builder, options)
 
 
 def _add_table(

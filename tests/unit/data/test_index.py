@@ -59,28 +59,28 @@ def make_index(**changes: object) -> DatasetIndex:
 def test_index_reads_back_and_its_id_is_the_hash_of_its_bytes(tmp_path: Path):
     storage = Storage(tmp_path)
     index = make_index(class_descriptions={"n01": "tench, ü"})
-    write_index(storage, "data/train", index)
-    assert load_index(storage, "data/train") == index
+    write_index(storage.child("data/train"), index)
+    assert load_index(storage.child("data/train")) == index
     data = (tmp_path / "data/train/index.json").read_bytes()
-    assert load_index(storage, "data/train").dataset_id == hashlib.sha256(data).hexdigest()
+    assert load_index(storage.child("data/train")).dataset_id == hashlib.sha256(data).hexdigest()
 
 
 def test_index_may_be_at_the_root(tmp_path: Path):
-    write_index(Storage(tmp_path), "", make_index())
-    assert load_index(Storage(tmp_path), "").num_samples == 2
+    write_index(Storage(tmp_path), make_index())
+    assert load_index(Storage(tmp_path)).num_samples == 2
 
 
 def test_write_index_twice_is_no_error_but_another_index_is(tmp_path: Path):
     storage = Storage(tmp_path)
-    write_index(storage, "", make_index())
-    write_index(storage, "", make_index())
+    write_index(storage, make_index())
+    write_index(storage, make_index())
     with pytest.raises(DataError, match="another dataset is there"):
-        write_index(storage, "", make_index(name="other"))
+        write_index(storage, make_index(name="other"))
 
 
 def test_missing_index_says_how_to_make_one(tmp_path: Path):
     with pytest.raises(DataError, match="fqgan-data shard"):
-        load_index(Storage(tmp_path), "")
+        load_index(Storage(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -179,30 +179,30 @@ def save_table(tmp_path: Path, **changes: object) -> tuple[Storage, ShardEntry]:
 
 def test_load_samples_checks_nothing_away(tmp_path: Path):
     storage, entry = save_table(tmp_path)
-    assert load_samples(storage, "", entry).keys == ["a_1", "b-2"]
+    assert load_samples(storage, entry).keys == ["a_1", "b-2"]
 
 
 def test_load_samples_refuses_a_table_of_another_hash(tmp_path: Path):
     storage, entry = save_table(tmp_path, samples_sha256=ZEROS)
     with pytest.raises(DataError, match="sha256"):
-        load_samples(storage, "", entry)
+        load_samples(storage, entry)
 
 
 def test_load_samples_refuses_another_count(tmp_path: Path):
     storage, entry = save_table(tmp_path, count=3)
     with pytest.raises(DataError, match="2 samples, the index has 3"):
-        load_samples(storage, "", entry)
+        load_samples(storage, entry)
 
 
 def test_load_samples_refuses_a_sample_beyond_the_tar(tmp_path: Path):
     storage, entry = save_table(tmp_path, bytes=1600)
     with pytest.raises(DataError, match="beyond the shard"):
-        load_samples(storage, "", entry)
+        load_samples(storage, entry)
 
 
 def test_load_samples_names_a_missing_table(tmp_path: Path):
     with pytest.raises(DataError, match=r"samples\.parquet: no such file"):
-        load_samples(Storage(tmp_path), "", make_entry())
+        load_samples(Storage(tmp_path), make_entry())
 
 
 def test_hash_object_is_the_sha256_of_the_file(tmp_path: Path):

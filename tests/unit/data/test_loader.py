@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.datasets import build_photographs
 
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.loader import CodeLoader, ImageBatch, ImageLoader
@@ -30,7 +31,7 @@ NUM_VIEWS = 3
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("loader"))
-    index = build_photographs(storage, "data")
+    index = build_photographs(storage.child("data"))
     store_features(storage, index)
     store_codes(storage, index)
     return storage
@@ -47,7 +48,7 @@ def no_crops(count: int) -> list[CropRecord]:
 def store_features(storage: Storage, index: DatasetIndex) -> None:
     store = FeatureStore(storage, "features", FINGERPRINT)
     for entry, view in itertools.product(index.shards, range(NUM_VIEWS)):
-        keys = load_samples(storage, "data", entry).keys
+        keys = load_samples(storage.child("data"), entry).keys
         values = np.array([[number_of(key), view] for key in keys])
         features = {"clip": values, "dinov2": -values[:, :1]}
         store.write(entry, view, keys=keys, crops=no_crops(len(keys)), features=features)
@@ -56,7 +57,7 @@ def store_features(storage: Storage, index: DatasetIndex) -> None:
 def store_codes(storage: Storage, index: DatasetIndex) -> None:
     store = CodeStore(storage, "codes", FINGERPRINT)
     for entry in index.shards:
-        keys = load_samples(storage, "data", entry).keys
+        keys = load_samples(storage.child("data"), entry).keys
         codes = np.zeros((len(keys), 10, 2, 2, 2), np.int64)
         codes[:, :, 0] = np.array([number_of(key) for key in keys])[:, None, None, None]
         codes[:, :, 1] = np.arange(10)[None, :, None, None]
@@ -64,7 +65,9 @@ def store_codes(storage: Storage, index: DatasetIndex) -> None:
         store.write(entry, keys=keys, crops=crops, codes=codes, codebooks=["visual", "semantic"])
 
 
-def make_loader(storage: Storage, **changes: object) -> ImageLoader:
+def make_loader(
+    storage: Storage, *, expected_id: str | None = None, **changes: object
+) -> ImageLoader:
     options = {
         "seed": 5,
         "view": VIEW,
@@ -75,7 +78,8 @@ def make_loader(storage: Storage, **changes: object) -> ImageLoader:
         "loader_workers": 0,
         "max_damaged_in_a_row": 1,
     }
-    return ImageLoader(storage, "data", **(options | changes))  # pyright: ignore[reportArgumentType]
+    dataset = Dataset.open(storage.child("data"), expected_id=expected_id)
+    return ImageLoader(dataset, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
 def take(stream: Iterator[list[ImageBatch]], steps: int) -> list[list[ImageBatch]]:
@@ -148,11 +152,11 @@ def test_a_micro_batch_that_the_members_cannot_split_is_refused(storage: Storage
 
 
 def test_images_are_the_views_of_the_samples(storage: Storage) -> None:
-    index = load_index(storage, "data")
+    index = load_index(storage.child("data"))
     files = {
         key: (label, data)
         for entry in index.shards
-        for key, label, data in iterate_shard(storage, "data", entry)
+        for key, label, data in iterate_shard(storage.child("data"), entry)
     }
     [batches] = take(make_loader(storage).batches(0, range(4)), 1)
     assert [batch.micro_batch for batch in batches] == [0, 1, 2, 3]
@@ -253,7 +257,7 @@ def test_features_belong_to_the_very_views(storage: Storage) -> None:
 
 def test_features_of_another_dataset_are_refused(storage: Storage, tmp_path: Path) -> None:
     other = Storage(tmp_path)
-    build_photographs(other, "data", crops=1)
+    build_photographs(other.child("data"), crops=1)
     features = FeatureStore(storage, "features", FINGERPRINT)
     loader = make_loader(other, features=features, num_views=NUM_VIEWS)
     with pytest.raises(DataError, match="sha256"):
@@ -262,7 +266,7 @@ def test_features_of_another_dataset_are_refused(storage: Storage, tmp_path: Pat
 
 def test_missing_shard_is_a_data_error(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    index = build_photographs(storage, "data", crops=1)
+    index = build_photographs(storage.child("data"), crops=1)
     for entry in index.shards:
         storage.delete(f"data/{entry.file}")
     with pytest.raises(DataError, match=r"tar: no such file; the dataset is not complete"):
@@ -271,11 +275,11 @@ def test_missing_shard_is_a_data_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["images", "codes"])
 def test_another_dataset_than_the_one_asked_for_is_refused(storage: Storage, kind: str) -> None:
-    found = load_index(storage, "data").dataset_id
+    found = load_index(storage.child("data")).dataset_id
     make = make_loader if kind == "images" else make_code_loader
-    assert make(storage, dataset_id=found).dataset_id == found
+    assert make(storage, expected_id=found).dataset_id == found
     with pytest.raises(DataError, match=f"dataset {found[:16]}, expected {'0' * 16}"):
-        make(storage, dataset_id="0" * 64)
+        make(storage, expected_id="0" * 64)
 
 
 def test_missing_dataset_is_a_data_error(tmp_path: Path) -> None:
@@ -326,7 +330,9 @@ def test_micro_batches_outside_the_global_batch_are_refused(storage: Storage) ->
         make_loader(storage, micro_batch_size=0)
 
 
-def make_code_loader(storage: Storage, **changes: object) -> CodeLoader:
+def make_code_loader(
+    storage: Storage, *, expected_id: str | None = None, **changes: object
+) -> CodeLoader:
     options = {
         "codes": CodeStore(storage, "codes", FINGERPRINT),
         "seed": 5,
@@ -335,7 +341,8 @@ def make_code_loader(storage: Storage, **changes: object) -> CodeLoader:
         "window_shards": 2,
         "loader_workers": 0,
     }
-    return CodeLoader(storage, "data", **(options | changes))  # pyright: ignore[reportArgumentType]
+    dataset = Dataset.open(storage.child("data"), expected_id=expected_id)
+    return CodeLoader(dataset, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
 def test_codes_are_those_of_the_sample_and_one_view_for_all_codebooks(storage: Storage) -> None:

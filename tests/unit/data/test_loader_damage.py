@@ -25,6 +25,7 @@ from support.waiting import wait_until
 from fqgan_dist.data.batches import ImageBatch, LoadReport, Replacement, merge_reports
 from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.records import FeatureStore
@@ -66,7 +67,7 @@ def make_loader(storage: Storage, **changes: object) -> ImageLoader:
         "loader_workers": 0,
         "max_damaged_in_a_row": 5,
     }
-    return ImageLoader(storage, "", **(options | changes))  # pyright: ignore[reportArgumentType]
+    return ImageLoader(Dataset.open(storage), **(options | changes))  # pyright: ignore[reportArgumentType]
 
 
 def take(
@@ -112,8 +113,8 @@ def test_a_replacement_brings_its_own_features(tmp_path: Path) -> None:
     storage = make_dataset(tmp_path)
     features = FeatureStore(storage, "features", "a" * 64)
     loader = make_loader(storage, features=features, num_views=2)
-    for entry, view in itertools.product(loader.index.shards, range(2)):
-        keys = load_samples(storage, "", entry).keys
+    for entry, view in itertools.product(loader.dataset.index.shards, range(2)):
+        keys = load_samples(storage, entry).keys
         values = np.array([[int(key[-5:]), view] for key in keys])
         crops = [CropRecord(0, 0, SIDE, SIDE, flip=False)] * len(keys)
         features.write(entry, view, keys=keys, crops=crops, features={"clip": values})
@@ -276,7 +277,7 @@ def test_a_dataset_without_a_sample_to_spare_is_an_error(tmp_path: Path) -> None
 def test_a_missing_shard_is_no_damaged_sample(tmp_path: Path) -> None:
     storage = make_dataset(tmp_path, ())
     loader = make_loader(storage)
-    storage.delete(loader.index.shards[2].file)
+    storage.delete(loader.dataset.index.shards[2].file)
     with pytest.raises(DataError, match="no such file; the dataset is not complete"):
         take(loader)
 

@@ -19,6 +19,7 @@ from support.tiny_shards import SIDE, colour_of, key_of, write_tiny_dataset
 
 from fqgan_dist.data.batches import ImageBatch
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.micro_batches import BatchPlan, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_threads
@@ -132,8 +133,7 @@ def load_as_worker_processes(
 
 def build_source(storage: Storage, index: DatasetIndex, plan: BatchPlan) -> ImageSource:
     return ImageSource(
-        storage,
-        index,
+        Dataset(storage, index),
         plan,
         view=VIEW,
         num_views=None,

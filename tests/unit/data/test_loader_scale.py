@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_index, write_index
 from fqgan_dist.data.micro_batches import BatchPlan, ImageSource
 from fqgan_dist.storage.storage import Storage
@@ -37,15 +38,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     index = DatasetIndex(
         name="large", split="train", classes=["one"], image_policy={}, shards=shards
     )
-    write_index(storage, "", index)
+    write_index(storage, index)
     return storage
 
 
 def open_source(storage: Storage) -> ImageSource:
     plan = BatchPlan(seed=0, window_shards=8, micro_batch_size=32, micro_batches_per_step=8)
     return ImageSource(
-        storage,
-        load_index(storage, ""),
+        Dataset(storage, load_index(storage)),
         plan,
         view=ViewConfig(policy="center", image_size=8),
         num_views=None,
@@ -76,7 +76,7 @@ def test_twelve_million_samples_open_and_resume_in_a_moment(storage: Storage) ->
 
 
 def test_the_index_reaches_a_spawned_loader_worker_in_a_moment(storage: Storage) -> None:
-    index = load_index(storage, "")
+    index = load_index(storage)
     with at_most(1.0):
         copy = pickle.loads(pickle.dumps(index))
     assert copy.dataset_id == index.dataset_id

@@ -17,6 +17,7 @@ from support.synthetic_shards import flip_byte, publish_dataset
 from support.waiting import wait_until
 
 from fqgan_dist.data.config import ShardCacheConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, SampleTable, load_samples
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.errors import DataError
@@ -27,11 +28,11 @@ ALL = [(shard, row) for shard, count in enumerate(COUNTS) for row in range(count
 
 
 def load_table(dataset: Storage, index: DatasetIndex, shard: int) -> SampleTable:
-    return load_samples(dataset, "", index.shards[shard])
+    return load_samples(dataset, index.shards[shard])
 
 
 @dataclass
-class Dataset:
+class StoredDataset:
     storage: Storage
     index: DatasetIndex
     cache: ShardCacheConfig
@@ -53,8 +54,7 @@ class Dataset:
     def reader(self, *, cached: bool = False, storage: Storage | None = None) -> SampleReader:
         store = storage or self.storage
         return SampleReader(
-            store,
-            self.index,
+            Dataset(store, self.index),
             load_table=partial(load_table, self.storage, self.index),
             cache=self.cache if cached else None,
         )
@@ -65,15 +65,15 @@ class Dataset:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
+def dataset(tmp_path: Path) -> StoredDataset:
     return make_dataset(tmp_path)
 
 
-def make_dataset(folder: Path) -> Dataset:
+def make_dataset(folder: Path) -> StoredDataset:
     storage = Storage(folder / "store")
-    index = publish_dataset(storage, "", COUNTS)
+    index = publish_dataset(storage, COUNTS)
     cache = ShardCacheConfig(folder=folder / "cache", max_gib=1, min_free_gib=0)
-    return Dataset(storage, index, cache)
+    return StoredDataset(storage, index, cache)
 
 
 def fill_cache(reader: SampleReader, shards: int = len(COUNTS)) -> None:
@@ -87,7 +87,7 @@ def count_cached(reader: SampleReader) -> int:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_samples_come_in_the_order_asked_for(dataset: Dataset, cached: bool) -> None:
+def test_samples_come_in_the_order_asked_for(dataset: StoredDataset, cached: bool) -> None:
     pairs = [(2, 1), (0, 4), (2, 1), (1, 0), (0, 0)]
     reader = dataset.reader(cached=cached)
     for _ in range(2):
@@ -103,11 +103,13 @@ def test_samples_come_in_the_order_asked_for(dataset: Dataset, cached: bool) -> 
         assert stats.cache.hits >= 5
 
 
-def test_nothing_is_read_of_nothing(dataset: Dataset) -> None:
+def test_nothing_is_read_of_nothing(dataset: StoredDataset) -> None:
     assert dataset.reader().read([]) == []
 
 
-def test_flipped_byte_in_a_stored_shard_is_named_and_never_given_out(dataset: Dataset) -> None:
+def test_flipped_byte_in_a_stored_shard_is_named_and_never_given_out(
+    dataset: StoredDataset,
+) -> None:
     good = dataset.images(ALL)
     dataset.damage(1, 2)
     reader = dataset.reader()
@@ -159,7 +161,7 @@ class BadLine(Storage):
         return parts
 
 
-def test_bytes_that_changed_on_the_way_are_read_again(dataset: Dataset) -> None:
+def test_bytes_that_changed_on_the_way_are_read_again(dataset: StoredDataset) -> None:
     line = BadLine(dataset.storage.root)
     line.num_spoiled = 1
     reader = dataset.reader(storage=line)
@@ -167,20 +169,20 @@ def test_bytes_that_changed_on_the_way_are_read_again(dataset: Dataset) -> None:
     assert (reader.stats().wrong_reads, reader.stats().damaged) == (len(ALL), 0)
 
 
-def test_wrong_bytes_are_read_again_only_once(dataset: Dataset) -> None:
+def test_wrong_bytes_are_read_again_only_once(dataset: StoredDataset) -> None:
     line = BadLine(dataset.storage.root)
     line.num_spoiled = 10
     assert all(isinstance(data, DataError) for data in dataset.reader(storage=line).read(ALL))
     assert line.num_calls == 2
 
 
-def test_missing_shard_is_an_error_of_the_dataset_not_of_a_sample(dataset: Dataset) -> None:
+def test_missing_shard_is_an_error_of_the_dataset_not_of_a_sample(dataset: StoredDataset) -> None:
     dataset.storage.delete("shard-000001.tar")
     with pytest.raises(DataError, match=r"shard-000001.tar: no such file; the dataset is not"):
         dataset.reader().read(ALL)
 
 
-def test_cut_shard_is_an_error_of_the_dataset_not_of_a_sample(dataset: Dataset) -> None:
+def test_cut_shard_is_an_error_of_the_dataset_not_of_a_sample(dataset: StoredDataset) -> None:
     dataset.storage.write_bytes(
         "shard-000001.tar", dataset.storage.read_bytes("shard-000001.tar", length=600)
     )
@@ -190,14 +192,14 @@ def test_cut_shard_is_an_error_of_the_dataset_not_of_a_sample(dataset: Dataset) 
 
 @pytest.mark.parametrize("pair", [(3, 0), (-1, 0), (0, 5), (0, -1)])
 def test_sample_that_the_dataset_does_not_have_is_a_value_error(
-    dataset: Dataset, pair: tuple[int, int]
+    dataset: StoredDataset, pair: tuple[int, int]
 ) -> None:
     with pytest.raises(ValueError, match="expected 0 to"):
         dataset.reader().read([pair])
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_copy_for_another_process_reads_the_same(dataset: Dataset, cached: bool) -> None:
+def test_copy_for_another_process_reads_the_same(dataset: StoredDataset, cached: bool) -> None:
     reader = dataset.reader(cached=cached)
     reader.read(ALL)
     copy = pickle.loads(pickle.dumps(reader))
@@ -207,7 +209,7 @@ def test_copy_for_another_process_reads_the_same(dataset: Dataset, cached: bool)
     copy.close()
 
 
-def test_threads_may_share_a_reader_and_its_cache(dataset: Dataset) -> None:
+def test_threads_may_share_a_reader_and_its_cache(dataset: StoredDataset) -> None:
     reader = dataset.reader(cached=True)
     good = dict(zip(ALL, dataset.images(ALL), strict=True))
     started = threading.Barrier(4)
@@ -226,7 +228,7 @@ def test_threads_may_share_a_reader_and_its_cache(dataset: Dataset) -> None:
 
 
 def test_damaged_cached_shard_is_dropped_and_fetched_again(
-    dataset: Dataset, caplog: pytest.LogCaptureFixture
+    dataset: StoredDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = dataset.reader(cached=True)
     fill_cache(reader)

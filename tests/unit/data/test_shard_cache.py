@@ -17,6 +17,7 @@ from support.waiting import wait_until
 
 from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.data.config import ShardCacheConfig
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.shard_cache import ShardCache
 from fqgan_dist.errors import ConfigError
@@ -33,7 +34,7 @@ def store(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def index(store: Storage) -> DatasetIndex:
-    return publish_dataset(store, "", COUNTS)
+    return publish_dataset(store, COUNTS)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def cached_files(config: ShardCacheConfig) -> set[str]:
 def test_shard_is_streamed_first_and_then_read_from_the_disk(
     store: Storage, index: DatasetIndex, config: ShardCacheConfig
 ) -> None:
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     assert cache.read(1, [(3, 5)]) is None
     wait_idle(cache)
     data = store.read_bytes(index.shards[1].file)
@@ -74,9 +75,9 @@ def test_shard_is_streamed_first_and_then_read_from_the_disk(
 def test_another_job_finds_what_the_first_one_fetched(
     store: Storage, index: DatasetIndex, config: ShardCacheConfig
 ) -> None:
-    first = ShardCache(store, index, config)
+    first = ShardCache(Dataset(store, index), config)
     fill(first, 0)
-    second = ShardCache(store, index, config)
+    second = ShardCache(Dataset(store, index), config)
     assert second.read(0, [(0, 9)]) is not None
     first.close()
     second.close()
@@ -86,7 +87,7 @@ def test_latest_request_is_fetched_first(
     index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
 ) -> None:
     store = Gate(tmp_path / "store")
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     cache.request([0])
     store.wait_for_fetch()
     cache.request([2, 1])
@@ -100,7 +101,7 @@ def test_reader_does_not_wait_for_a_fetch(
     index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
 ) -> None:
     store = Gate(tmp_path / "store")
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     cache.request([0])
     store.wait_for_fetch()
     assert cache.read(0, [(0, 1)]) is None  # returns, with the gate still closed
@@ -117,7 +118,7 @@ def test_what_does_not_fit_is_streamed(
 ) -> None:
     caplog.set_level(logging.INFO)
     small = config.model_copy(update={"max_gib": 2.5 * index.shards[0].bytes / 2**30})
-    cache = ShardCache(store, index, small)
+    cache = ShardCache(Dataset(store, index), small)
     for shard in (0, 1, 2, 0, 1, 2):
         cache.read(shard, [(0, 1)])
         wait_idle(cache)
@@ -132,11 +133,11 @@ def test_closed_cache_lets_another_dataset_have_its_room(
     store: Storage, index: DatasetIndex, config: ShardCacheConfig
 ) -> None:
     small = config.model_copy(update={"max_gib": 1.5 * index.shards[0].bytes / 2**30})
-    other = publish_dataset(store, "other", COUNTS, seed=1)
-    first = ShardCache(store, index, small)
+    other = publish_dataset(store.child("other"), COUNTS, seed=1)
+    first = ShardCache(Dataset(store, index), small)
     fill(first, 0)
     first.close()
-    second = ShardCache(store.child("other"), other, small)
+    second = ShardCache(Dataset(store.child("other"), other), small)
     fill(second, 0)
     assert second.stats().evictions == 1
     assert first.read(0, [(0, 1)]) is None
@@ -173,7 +174,7 @@ def test_closing_stops_a_fetch_under_way(
     index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
 ) -> None:
     store = Gate(tmp_path / "store")
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     cache.request([0, 1, 2])
     store.wait_for_fetch()
     cache.close()
@@ -187,7 +188,7 @@ def test_closing_stops_a_fetch_under_way(
 def test_finalizer_stops_a_cache_whose_lock_is_held(
     store: Storage, index: DatasetIndex, config: ShardCacheConfig
 ) -> None:
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     with cache._lock:  # as by the thread that garbage is collected in
         stopping = threading.Thread(target=cache.stop, daemon=True)
         stopping.start()
@@ -254,7 +255,7 @@ def check_streams_with_one_warning(
     caplog: pytest.LogCaptureFixture,
     reason: str,
 ) -> None:
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     for shard in (0, 1, 2, 0):
         assert cache.read(shard, [(0, 1)]) is None
         wait_idle(cache)
@@ -275,7 +276,7 @@ def test_shard_that_is_damaged_where_it_is_stored_is_never_cached(
 ) -> None:
     monkeypatch.setattr("fqgan_dist.data.shard_cache._FAILED_RETRY_S", 0.0)
     flip_byte(store, index.shards[0].file, 700)
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     for _ in range(4):
         assert cache.read(0, [(0, 1)]) is None
         wait_idle(cache)
@@ -297,7 +298,7 @@ def test_shard_that_cannot_be_fetched_is_tried_again_later(
 ) -> None:
     data = store.read_bytes(index.shards[0].file)
     store.delete(index.shards[0].file)
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     for _ in range(3):
         assert cache.read(0, [(0, 1)]) is None
         wait_idle(cache)
@@ -315,7 +316,7 @@ def test_folder_that_vanishes_is_named(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     fill(cache, 0)
     wait_idle(cache)
     # It may have been asked for once more, and then been found there: not again for a while.
@@ -335,18 +336,17 @@ for inodes in 1 2 3 4; do
 done
 exec "$2" -c '
 import logging, sys
-from fqgan_dist.data.index import load_index
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.config import ShardCacheConfig
 from fqgan_dist.data.shard_cache import ShardCache
 from fqgan_dist.storage.storage import Storage
 from support.waiting import wait_until
 
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
-store = Storage(sys.argv[2])
-index = load_index(store, "")
+dataset = Dataset.open(Storage(sys.argv[2]))
 for inodes in (1, 2, 3, 4):
     config = ShardCacheConfig(folder=f"{sys.argv[1]}/{inodes}", max_gib=1, min_free_gib=0)
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(dataset, config)
     for shard in (0, 1, 0):
         assert cache.read(shard, [(0, 1)]) is None
         wait_until(lambda: cache._thread is None)
@@ -412,7 +412,7 @@ def test_dataset_is_in_use_until_its_reader_is_gone(
     store: Storage, index: DatasetIndex, config: ShardCacheConfig
 ) -> None:
     folder = CacheFolder(config.find_folder(), max_bytes=1, min_free_bytes=0)
-    cache = ShardCache(store, index, config)
+    cache = ShardCache(Dataset(store, index), config)
     fill(cache, 0)
     wait_idle(cache)
     assert folder._find_shards_in_use() == {shard.sha256 for shard in index.shards}

@@ -35,7 +35,7 @@ def publish(
 ) -> ShardEntry:
     tar = pack(members)
     table = tabulate(tar, labels or {"a.jpg": 3, "b.jpg": 4})
-    return publish_shard(storage, "data", tar, table, file=FILE)
+    return publish_shard(storage.child("data"), tar, table, file=FILE)
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def test_samples_come_in_the_order_of_the_table(storage: Storage) -> None:
-    index = build_photographs(storage, "data")
+    index = build_photographs(storage.child("data"))
     assert len(index.shards) > 1
     for entry in index.shards:
-        table = load_samples(storage, "data", entry)
-        samples = list(iterate_shard(storage, "data", entry))
+        table = load_samples(storage.child("data"), entry)
+        samples = list(iterate_shard(storage.child("data"), entry))
         assert [key for key, _, _ in samples] == table.keys
         assert np.array_equal([label for _, label, _ in samples], table.labels)
         for (_, _, data), offset, size in zip(samples, table.offsets, table.sizes, strict=True):
@@ -57,20 +57,20 @@ def test_samples_come_in_the_order_of_the_table(storage: Storage) -> None:
 
 
 def test_samples_are_those_that_webdataset_reads(storage: Storage) -> None:
-    entry = build_photographs(storage, "data").shards[0]
+    entry = build_photographs(storage.child("data")).shards[0]
     with storage.open_read(f"data/{entry.file}") as stream:
         files = tar_file_expander([{"url": "shard", "stream": stream}])
         theirs = [
             (sample["__key__"], int(sample["cls"]), sample["png"])
             for sample in group_by_keys(files)
         ]
-    assert list(iterate_shard(storage, "data", entry)) == theirs
+    assert list(iterate_shard(storage.child("data"), entry)) == theirs
 
 
 def test_dataset_may_be_the_root(storage: Storage) -> None:
     entry = publish(storage)
     samples = [("a", 3, b"first"), ("b", 4, b"second")]
-    assert list(iterate_shard(storage.child("data"), "", entry)) == samples
+    assert list(iterate_shard(storage.child("data"), entry)) == samples
 
 
 def test_members_that_the_table_does_not_hold_are_passed_over(storage: Storage) -> None:
@@ -83,7 +83,7 @@ def test_members_that_the_table_does_not_hold_are_passed_over(storage: Storage) 
         ("sub/b.json", b"{}"),
     ]
     entry = publish(storage, members, {"a.jpg": 7, "sub/b.JPEG": 0})
-    assert list(iterate_shard(storage, "data", entry)) == [
+    assert list(iterate_shard(storage.child("data"), entry)) == [
         ("a", 7, b"first"),
         ("sub/b", 0, b"second"),
     ]
@@ -91,7 +91,7 @@ def test_members_that_the_table_does_not_hold_are_passed_over(storage: Storage) 
 
 def test_label_is_that_of_the_table(storage: Storage) -> None:
     entry = publish(storage, [("a.jpg", b"x"), ("a.cls", b"3")], {"a.jpg": 5})
-    assert list(iterate_shard(storage, "data", entry)) == [("a", 5, b"x")]
+    assert list(iterate_shard(storage.child("data"), entry)) == [("a", 5, b"x")]
 
 
 class Trap:
@@ -104,14 +104,14 @@ def test_dangerous_members_are_never_touched(storage: Storage) -> None:
     trap = pickle.dumps(Trap())
     members = [("a.jpg", b"x"), ("a.pyd", trap), ("a.pickle", trap), ("../../escaped.jpg", b"y")]
     entry = publish(storage, members, {"a.jpg": 0})
-    assert list(iterate_shard(storage, "data", entry)) == [("a", 0, b"x")]
+    assert list(iterate_shard(storage.child("data"), entry)) == [("a", 0, b"x")]
     assert not list(Path(storage.root).rglob("escaped*"))
 
 
 def test_flipped_bit_in_an_image_is_found_before_it_is_given_out(storage: Storage) -> None:
     entry = publish(storage)
     flip_byte(storage, PATH, storage.read_bytes(PATH).index(b"second"))
-    samples = iterate_shard(storage, "data", entry)
+    samples = iterate_shard(storage.child("data"), entry)
     assert next(samples) == ("a", 3, b"first")
     with pytest.raises(DataError, match=rf"{FILE}: sample 'b': damaged"):
         next(samples)
@@ -122,43 +122,42 @@ def test_flipped_bit_outside_the_images_is_found_at_the_end(storage: Storage, of
     entry = publish(storage)
     flip_byte(storage, PATH, offset)
     with pytest.raises(DataError, match=r"damaged: its sha256 is .* copy it again"):
-        list(iterate_shard(storage, "data", entry))
+        list(iterate_shard(storage.child("data"), entry))
 
 
 def test_table_of_another_shard_is_refused(storage: Storage) -> None:
     entry = publish(storage)
     storage.write_bytes("data/shard-000000.samples.parquet", b"other")
     with pytest.raises(DataError, match=r"samples.parquet: damaged"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 def test_table_in_another_order_is_refused(storage: Storage) -> None:
     tar = pack(TWO)
     table = tabulate(tar, {"a.jpg": 3, "b.jpg": 4})
     backwards = replace(table, offsets=table.offsets[::-1], digests=table.digests[::-1])
-    entry = publish_shard(storage, "data", tar, backwards, file=FILE)
+    entry = publish_shard(storage.child("data"), tar, backwards, file=FILE)
     with pytest.raises(DataError, match="not in the order of the tar, or samples overlap"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 def test_cut_shard_is_found_before_reading(storage: Storage) -> None:
     entry = publish(storage)
     storage.write_bytes(PATH, storage.read_bytes(PATH)[:600])
     with pytest.raises(DataError, match=f"600 bytes, the index has {entry.bytes}"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 def test_compressed_shard_is_refused(storage: Storage) -> None:
     plain = pack([("a.jpg", bytes(10**6))])
     entry = publish_shard(
-        storage,
-        "data",
+        storage.child("data"),
         gzip.compress(plain),
         tabulate(pack([("a.jpg", b"x")]), {"a.jpg": 0}),
         file=FILE,
     )
     with pytest.raises(DataError, match="not a plain tar archive"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 def test_compressed_shard_that_looks_plain_is_not_expanded(storage: Storage) -> None:
@@ -168,9 +167,9 @@ def test_compressed_shard_that_looks_plain_is_not_expanded(storage: Storage) -> 
     head = b"\x1f\x8b\x08\x04" + bytes(6) + len(extra).to_bytes(2, "little") + extra
     bomb = head + gzip.compress(pack([("a.jpg", bytes(10**6))]))[10:]
     table = tabulate(pack([("a.jpg", b"x" * 9)]), {"a.jpg": 0})
-    entry = publish_shard(storage, "data", bomb, table, file=FILE)
+    entry = publish_shard(storage.child("data"), bomb, table, file=FILE)
     with pytest.raises(DataError, match=r"sample 'a': damaged"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 @pytest.mark.parametrize("path", [PATH, "data/shard-000000.samples.parquet"])
@@ -178,7 +177,7 @@ def test_missing_file_is_a_data_error(storage: Storage, path: str) -> None:
     entry = publish(storage)
     storage.delete(path)
     with pytest.raises(DataError, match="no such file; the dataset is not complete"):
-        next(iterate_shard(storage, "data", entry))
+        next(iterate_shard(storage.child("data"), entry))
 
 
 class _CutStorage(Storage):
@@ -191,4 +190,4 @@ class _CutStorage(Storage):
 def test_shard_that_ends_while_it_is_read_is_a_data_error(storage: Storage) -> None:
     entry = publish(storage, [("a.jpg", bytes(1000))], {"a.jpg": 0})
     with pytest.raises(DataError, match=r"ends at byte 1300, before its last sample"):
-        next(iterate_shard(_CutStorage(storage.root), "data", entry))
+        next(iterate_shard(_CutStorage(storage.uri("data")), entry))

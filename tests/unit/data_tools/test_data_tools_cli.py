@@ -50,7 +50,7 @@ def test_shard_makes_a_dataset_and_says_so(images: Path, tmp_path: Path, capsys)
     arguments = ["shard", str(images), str(tmp_path / "out"), "name=x", "split=val"]
     assert main(arguments) == 0
     output = capsys.readouterr().out
-    index = load_index(Storage(tmp_path / "out"), "")
+    index = load_index(Storage(tmp_path / "out"))
     assert "12 images of 2 classes in 1 shards (1 written" in output
     assert index.dataset_id in output
     assert "a/notes.txt: skipped" in output
@@ -93,7 +93,7 @@ def test_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys):
 def test_photographs_need_no_input(tmp_path: Path):
     arguments = ["shard", "builtin:photographs", str(tmp_path / "out"), "name=x", "split=val"]
     assert main([*arguments, "image_size=16", "crops_per_photograph=2"]) == 0
-    assert load_index(Storage(tmp_path / "out"), "").num_samples == 24
+    assert load_index(Storage(tmp_path / "out")).num_samples == 24
 
 
 def test_a_class_file_gives_labels_and_readable_names(images: Path, tmp_path: Path):
@@ -101,7 +101,7 @@ def test_a_class_file_gives_labels_and_readable_names(images: Path, tmp_path: Pa
     out = tmp_path / "out"
     arguments = ["shard", str(images), str(out), "name=x", "split=train"]
     assert main([*arguments, f"classes={tmp_path / 'classes.tsv'}"]) == 0
-    index = load_index(Storage(out), "")
+    index = load_index(Storage(out))
     assert index.classes == ["b", "z", "a"]
     assert index.class_descriptions == {"a": "ant", "b": "bulbul"}
 
@@ -219,7 +219,7 @@ def test_index_says_what_it_did(images: Path, tmp_path: Path, capsys):
     code, summary = run_json(capsys, *arguments, f"classes={tmp_path / 'classes.txt'}")
     assert (code, summary["num_samples"], summary["num_classes"]) == (0, 2, 2)
     assert summary["num_problems"] == 2
-    assert load_index(Storage(tmp_path), "").class_descriptions == {"zero": "the first"}
+    assert load_index(Storage(tmp_path)).class_descriptions == {"zero": "the first"}
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert "nothing was done" in output

@@ -77,7 +77,7 @@ def test_extend_adds_what_is_new_and_says_so(dataset: Path, tmp_path: Path, caps
     output = capsys.readouterr().out
     assert "2 images added, 1 of the source it had already" in output
     assert "1 new classes:\n  c" in output
-    assert load_index(Storage(dataset), "").num_samples == 5
+    assert load_index(Storage(dataset)).num_samples == 5
     code, summary = run_json(capsys, *arguments)
     assert (code, summary["was_complete"], summary["num_built"]) == (0, True, 0)
     assert main(["verify", str(dataset), "deep=true", "workers=1"]) == 0

@@ -45,16 +45,16 @@ def run(command: str, *arguments: object, code: int = 0) -> None:
 
 def read(folder: Path) -> Samples:
     storage = Storage(folder)
-    index = load_index(storage, "")
+    index = load_index(storage)
     return {
         key: (index.classes[label], data)
         for shard in index.shards
-        for key, label, data in iterate_shard(storage, "", shard)
+        for key, label, data in iterate_shard(storage, shard)
     }
 
 
 def index_of(folder: Path) -> DatasetIndex:
-    return load_index(Storage(folder), "")
+    return load_index(Storage(folder))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_reshard_can_make_images_smaller(dataset: Path, tmp_path: Path) -> None:
     index = index_of(tmp_path / "out")
     assert (index.name, index.image_policy["short_side"]) == ("y", 32)
     storage = Storage(tmp_path / "out")
-    table = load_samples(storage, "", index.shards[0])
+    table = load_samples(storage, index.shards[0])
     assert set(np.minimum(table.widths, table.heights).tolist()) == {32}
 
 

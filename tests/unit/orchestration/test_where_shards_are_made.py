@@ -55,7 +55,6 @@ def test_shards_of_a_source_that_other_nodes_do_not_see_are_made_by_the_driver(
         index, _ = build_dataset(
             source,
             Storage(tmp_path / "out"),
-            "",
             ShardingConfig(name="x", split="train"),
             run_chunks=partial(_run_chunks, in_pool=pool, observer=observer),
         )

@@ -20,6 +20,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.data import decoding
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
@@ -67,7 +68,7 @@ def build(
 ) -> tuple[DatasetIndex, ShardingReport]:
     storage = destination if isinstance(destination, Storage) else Storage(destination)
     with open_source(str(source)) as listing:
-        return build_dataset(listing, storage, "", config or make_config(), **options)
+        return build_dataset(listing, storage, config or make_config(), **options)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -79,7 +80,7 @@ def test_every_image_is_in_the_dataset_once_with_its_bytes_and_label(folder: Pat
     storage = Storage(tmp_path / "out")
     found = {}
     for shard in index.shards:
-        table = load_samples(storage, "", shard)
+        table = load_samples(storage, shard)
         for row, key in enumerate(table.keys):
             data = storage.read_bytes(
                 shard.file, offset=int(table.offsets[row]), length=int(table.sizes[row])
@@ -141,7 +142,6 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so(folder: Path, tmp_path
             build_dataset(
                 deadly,
                 Storage(tmp_path / "out"),
-                "",
                 make_config(),
                 run_chunks=partial(run_in_processes, workers=2),
             )
@@ -157,7 +157,6 @@ def test_an_error_in_a_worker_stops_the_job_and_ends_the_workers(folder: Path, t
             build_dataset(
                 listing,
                 Storage(tmp_path / "out"),
-                "",
                 make_config(),
                 run_chunks=partial(run_in_processes, workers=2),
             )
@@ -185,7 +184,7 @@ def test_shards_mix_the_classes_and_are_equal_in_size(folder: Path, tmp_path: Pa
     index, _ = build(folder, tmp_path / "out", make_config(samples_per_shard=14))
     assert [shard.count for shard in index.shards] == [13, 13, 14]
     for shard in index.shards:
-        labels = load_samples(Storage(tmp_path / "out"), "", shard).labels
+        labels = load_samples(Storage(tmp_path / "out"), shard).labels
         assert len(np.unique(labels)) >= 4
 
 
@@ -373,10 +372,10 @@ def test_an_index_stays_small_with_any_number_of_problems(folder: Path, tmp_path
     assert (len(report.problems), index.num_problems, len(index.problems)) == (300, 300, 100)
     lines = (tmp_path / "out" / "plan.problems.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [one.model_dump() for one in report.problems]
-    assert load_problems(Storage(tmp_path / "out"), "", index) == report.problems
+    assert load_problems(Dataset(Storage(tmp_path / "out"), index)) == report.problems
     (tmp_path / "out" / "plan.problems.jsonl").write_text("")
     with pytest.raises(DataError, match=r"plan\.problems\.jsonl: damaged"):
-        load_problems(Storage(tmp_path / "out"), "", index)
+        load_problems(Dataset(Storage(tmp_path / "out"), index))
 
 
 def test_a_deleted_shard_of_a_finished_dataset_is_made_again(folder: Path, tmp_path: Path):
@@ -425,7 +424,7 @@ def test_odd_images_keep_their_bytes_and_get_the_extension_of_their_content(tmp_
                 file = tar.extractfile(member)
                 assert file is not None
                 members[member.name] = file.read()
-        table = load_samples(Storage(tmp_path / "out"), "", shard)
+        table = load_samples(Storage(tmp_path / "out"), shard)
         sizes |= zip(table.keys, zip(table.widths, table.heights, strict=True), strict=True)
     odd = make_odd_images()
     assert members["c_gray.jpg"] == odd["gray.jpg"]
@@ -451,7 +450,7 @@ def test_images_that_do_not_decode_are_named_counted_and_left_out(
     index, report = build(folder, tmp_path / "out")
     assert [problem.name for problem in report.problems] == sorted(bad)
     assert index.problems == report.problems
-    assert load_index(Storage(tmp_path / "out"), "") == index
+    assert load_index(Storage(tmp_path / "out")) == index
     assert index.num_samples == 40
     reasons = {problem.name: problem.reason for problem in report.problems}
     assert re.search("20000x20000|400000000|bomb", reasons["n04/huge.png"])
@@ -470,7 +469,7 @@ def test_a_file_that_vanishes_stops_the_job(folder: Path, tmp_path: Path):
     with open_source(str(folder)) as source:
         (folder / "n00" / "n00_0.JPEG").unlink()
         with pytest.raises(DataError, match=r"'n00/n00_0\.JPEG' changed .*it is gone"):
-            build_dataset(source, Storage(tmp_path / "out"), "", make_config())
+            build_dataset(source, Storage(tmp_path / "out"), make_config())
 
 
 def test_short_side_reduces_large_images_only(folder: Path, tmp_path: Path):
@@ -485,7 +484,7 @@ def test_short_side_reduces_large_images_only(folder: Path, tmp_path: Path):
     }
     storage = Storage(tmp_path / "out")
     for shard in index.shards:
-        table = load_samples(storage, "", shard)
+        table = load_samples(storage, shard)
         for row, key in enumerate(table.keys):
             data = storage.read_bytes(
                 shard.file, offset=int(table.offsets[row]), length=int(table.sizes[row])
@@ -517,7 +516,7 @@ def test_given_classes_fix_the_labels(folder: Path, tmp_path: Path):
     index, _ = build(folder, tmp_path / "out", classes=classes, class_descriptions={"n09": "x"})
     assert index.classes == classes
     for shard in index.shards:
-        table = load_samples(Storage(tmp_path / "out"), "", shard)
+        table = load_samples(Storage(tmp_path / "out"), shard)
         for key, label in zip(table.keys, table.labels, strict=True):
             assert key.startswith(classes[label])
 

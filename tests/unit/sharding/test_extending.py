@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fqgan_dist.chunks import ChunkWork, run_in_processes
+from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
     DatasetIndex,
     former_index_name,
@@ -44,7 +45,7 @@ def build(source: Path, destination: Path, **settings: object) -> DatasetIndex:
     values = {"name": "tiny", "split": "train", "samples_per_shard": 4} | settings
     with open_source(str(source)) as listing:
         config = ShardingConfig.model_validate(values)
-        return build_dataset(listing, Storage(destination), "", config)[0]
+        return build_dataset(listing, Storage(destination), config)[0]
 
 
 def extend(
@@ -53,7 +54,7 @@ def extend(
     storage = destination if isinstance(destination, Storage) else Storage(destination)
     with open_source(str(source)) as listing:
         config = ExtensionConfig.model_validate({"samples_per_shard": 2} | settings)
-        return extend_dataset(listing, storage, "", config)
+        return extend_dataset(listing, storage, config)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -63,7 +64,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 def read_labels(folder: Path, index: DatasetIndex) -> dict[str, str]:
     labels = {}
     for shard in index.shards:
-        table = load_samples(Storage(folder), "", shard)
+        table = load_samples(Storage(folder), shard)
         labels |= {
             key: index.classes[label] for key, label in zip(table.keys, table.labels, strict=True)
         }
@@ -86,13 +87,13 @@ def more(tmp_path: Path) -> Path:
 
 def test_new_images_come_in_new_shards_and_the_old_ones_stay(dataset: Path, more: Path) -> None:
     before = read_files(dataset)
-    former = load_index(Storage(dataset), "")
+    former = load_index(Storage(dataset))
     index, report = extend(more, dataset)
     after = read_files(dataset)
     assert {name: after[name] for name in before if name != "index.json"} == {
         name: data for name, data in before.items() if name != "index.json"
     }
-    assert index == load_index(Storage(dataset), "")
+    assert index == load_index(Storage(dataset))
     assert index.shards[: len(former.shards)] == former.shards
     assert [shard.file for shard in index.shards[len(former.shards) :]] == [
         "extension-0001-000000.tar",
@@ -162,7 +163,7 @@ def test_another_image_of_equal_name_and_size_is_new(tmp_path: Path) -> None:
     (more / "b/1.jpg").write_bytes(data[:-1] + b"x")
     with open_source(str(more)) as listing:
         planned = plan_extension(
-            listing, Storage(tmp_path / "dataset"), "", index, ExtensionConfig()
+            listing, Dataset(Storage(tmp_path / "dataset"), index), ExtensionConfig()
         )
     assert planned is not None
     assert (planned.num_present, planned.plan.num_samples) == (1, 1)
@@ -179,7 +180,7 @@ def test_which_of_two_images_a_reduced_one_was_cannot_be_told(tmp_path: Path) ->
 
 
 def test_a_former_index_that_was_changed_is_not_extended(dataset: Path, more: Path) -> None:
-    former_id = load_index(Storage(dataset), "").dataset_id
+    former_id = load_index(Storage(dataset)).dataset_id
     extend(more, dataset)
     former = dataset / former_index_name(former_id)
     former.write_bytes(former.read_bytes().replace(b'"tiny"', b'"tidy"'))
@@ -194,7 +195,7 @@ def test_new_images_get_the_form_of_the_others(tmp_path: Path) -> None:
     more = write_images(tmp_path / "more", "b/2.png", "b/1.png", side=60)
     index, report = extend(more, tmp_path / "dataset")
     storage = Storage(tmp_path / "dataset")
-    table = load_samples(storage, "", index.shards[-1])
+    table = load_samples(storage, index.shards[-1])
     assert (table.keys, table.widths.tolist()) == (["b_2"], [30])
     assert report.num_present == 1  # by its key alone: the bytes are not the source's
 
@@ -206,7 +207,7 @@ def test_images_that_do_not_decode_are_added_to_the_problems(
     index, report = extend(more, dataset)
     assert [problem.name for problem in report.work.problems] == ["b/bad.png"]
     assert [table.file for table in index.problem_tables] == ["extension-0001.problems.jsonl"]
-    assert load_problems(Storage(dataset), "", index) == report.work.problems
+    assert load_problems(Dataset(Storage(dataset), index)) == report.work.problems
     only_bad = tmp_path / "bad" / "b"
     only_bad.mkdir(parents=True)
     (only_bad / "worse.png").write_bytes(b"no image either")
@@ -247,7 +248,7 @@ def test_a_kill_at_any_write_leaves_a_whole_dataset(
     dataset: Path, more: Path, tmp_path: Path, after: bool
 ) -> None:
     before = read_files(dataset)
-    former = load_index(Storage(dataset), "")
+    former = load_index(Storage(dataset))
     expected_index, _ = extend(more, dataset)
     expected = read_files(dataset)
     for lives in range(len(expected) - len(before) + 1):
@@ -257,7 +258,7 @@ def test_a_kill_at_any_write_leaves_a_whole_dataset(
             (copy / name).write_bytes(data)
         with pytest.raises(KilledError):
             extend(more, DyingStorage(copy, lives, after=after))
-        assert load_index(Storage(copy), "") in (former, expected_index)
+        assert load_index(Storage(copy)) in (former, expected_index)
         extend(more, copy)
         assert read_files(copy) == expected
 
@@ -304,14 +305,14 @@ def test_a_slow_job_does_not_undo_a_later_extension(
 
     with open_source(str(more)) as listing:
         config = ExtensionConfig(samples_per_shard=2)
-        index, _ = extend_dataset(listing, Storage(dataset), "", config, run_chunks=be_overtaken)
-    assert index == load_index(Storage(dataset), "")
+        index, _ = extend_dataset(listing, Storage(dataset), config, run_chunks=be_overtaken)
+    assert index == load_index(Storage(dataset))
     assert (index.num_samples, len(index.plans)) == (14, 3)
 
 
 def test_an_index_that_was_changed_meanwhile_stays(dataset: Path, more: Path) -> None:
     def change_index(work: ChunkWork) -> None:
-        index = load_index(Storage(dataset), "")
+        index = load_index(Storage(dataset))
         changed = DatasetIndex(**{**index.model_dump(), "name": "other"})
         (dataset / "index.json").write_bytes(changed.to_bytes())
         run_in_processes(work)
@@ -320,8 +321,8 @@ def test_an_index_that_was_changed_meanwhile_stays(dataset: Path, more: Path) ->
         open_source(str(more)) as listing,
         pytest.raises(DataError, match="changed by hand while it was extended"),
     ):
-        extend_dataset(listing, Storage(dataset), "", ExtensionConfig(), run_chunks=change_index)
-    assert load_index(Storage(dataset), "").name == "other"
+        extend_dataset(listing, Storage(dataset), ExtensionConfig(), run_chunks=change_index)
+    assert load_index(Storage(dataset)).name == "other"
 
 
 def test_a_deleted_shard_of_an_extension_is_made_again(dataset: Path, more: Path) -> None:
@@ -352,9 +353,9 @@ def test_a_job_names_the_missing_files_that_it_does_not_make(
 def test_what_would_be_added_can_be_asked_for(dataset: Path, more: Path) -> None:
     before = read_files(dataset)
     storage = Storage(dataset)
-    index = load_index(storage, "")
+    index = load_index(storage)
     with open_source(str(more)) as listing:
-        extension = plan_extension(listing, storage, "", index, ExtensionConfig())
+        extension = plan_extension(listing, Dataset(storage, index), ExtensionConfig())
     assert extension is not None
     assert (extension.plan.num_samples, extension.num_present) == (3, 2)
     assert read_files(dataset) == before
@@ -362,18 +363,18 @@ def test_what_would_be_added_can_be_asked_for(dataset: Path, more: Path) -> None
 
 def test_a_run_on_the_former_dataset_is_told_where_its_index_is(dataset: Path, more: Path) -> None:
     storage = Storage(dataset)
-    former = load_index(storage, "")
-    assert load_pinned_index(storage, "", former.dataset_id) == former
+    former = load_index(storage)
+    assert load_pinned_index(storage, former.dataset_id) == former
     extend(more, dataset)
     name = former_index_name(former.dataset_id)
     with pytest.raises(DataError, match=rf"was extended since this run .*{name}"):
-        load_pinned_index(storage, "", former.dataset_id)
+        load_pinned_index(storage, former.dataset_id)
     with pytest.raises(DataError, match="expected 0000000000000000, which this run was started on"):
-        load_pinned_index(storage, "", "0" * 64)
+        load_pinned_index(storage, "0" * 64)
 
 
 def test_shards_that_were_only_indexed_can_be_extended(dataset: Path, more: Path) -> None:
-    foreign = load_index(Storage(dataset), "").model_dump()
+    foreign = load_index(Storage(dataset)).model_dump()
     foreign |= {"plans": [], "image_policy": {"kind": "indexed"}}
     (dataset / "index.json").write_bytes(DatasetIndex(**foreign).to_bytes())
     index, report = extend(more, dataset)
@@ -390,7 +391,7 @@ def test_stored_images_are_the_new_ones(dataset: Path, more: Path) -> None:
     index, _ = extend(more, dataset)
     storage = Storage(dataset)
     for shard in index.shards[-2:]:
-        table = load_samples(storage, "", shard)
+        table = load_samples(storage, shard)
         for row, key in enumerate(table.keys):
             start, size = int(table.offsets[row]), int(table.sizes[row])
             data = storage.read_bytes(shard.file, offset=start, length=size)

@@ -44,11 +44,11 @@ def make(folder: Path, **settings: object) -> IndexReport:
 
 def read_all(folder: Path) -> dict[str, tuple[int, bytes]]:
     storage = Storage(folder)
-    index = load_index(storage, "")
+    index = load_index(storage)
     return {
         key: (label, data)
         for shard in index.shards
-        for key, label, data in iterate_shard(storage, "", shard)
+        for key, label, data in iterate_shard(storage, shard)
     }
 
 
@@ -76,7 +76,7 @@ def test_shards_of_webdatasets_own_writer_are_read_by_the_index(shards: Path) ->
     assert read_all(shards) == {
         f"s/{number:03d}": (number % 2, image(number)) for number in range(5)
     }
-    table = load_samples(Storage(shards), "", report.index.shards[0])
+    table = load_samples(Storage(shards), report.index.shards[0])
     assert (table.widths.tolist(), table.heights.tolist()) == ([20] * 3, [10, 11, 12])
     assert tars == {path: path.read_bytes() for path in shards.glob("*.tar")}
 
@@ -227,7 +227,7 @@ def test_sizes_are_of_upright_images(tmp_path: Path) -> None:
         folder.mkdir()
         write_tar(folder / "a.tar", members)
         shard = make(folder, deep=deep).index.shards[0]
-        table = load_samples(Storage(folder), "", shard)
+        table = load_samples(Storage(folder), shard)
         assert (table.widths[0], table.heights[0]) == (13, 20)
 
 

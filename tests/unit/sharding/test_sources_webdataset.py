@@ -50,7 +50,7 @@ def test_one_shard_is_told_from_a_tar_of_class_folders(tmp_path: Path):
 
 
 def test_a_dataset_with_an_index_is_listed_without_reading_its_shards(tmp_path: Path):
-    index = build_photographs(Storage(tmp_path), "data")
+    index = build_photographs(Storage(tmp_path / "data"))
     shards = [tmp_path / "data" / entry.file for entry in index.shards]
     contents = [shard.read_bytes() for shard in shards]
     for shard, content in zip(shards, contents, strict=True):
@@ -66,7 +66,7 @@ def test_a_dataset_with_an_index_is_listed_without_reading_its_shards(tmp_path: 
 
 
 def test_the_index_gives_the_same_images_as_a_pass_over_the_shards(tmp_path: Path):
-    build_photographs(Storage(tmp_path), "data")
+    build_photographs(Storage(tmp_path / "data"))
     with open_source(str(tmp_path / "data")) as by_index:
         rows = range(len(by_index))
         found = {by_index.keys[row]: by_index.read(row) for row in rows if by_index.keys}
@@ -77,7 +77,7 @@ def test_the_index_gives_the_same_images_as_a_pass_over_the_shards(tmp_path: Pat
 
 
 def test_a_flipped_bit_is_found_by_the_index(tmp_path: Path):
-    index = build_photographs(Storage(tmp_path), "data")
+    index = build_photographs(Storage(tmp_path / "data"))
     path = tmp_path / "data" / index.shards[0].file
     with open_source(str(tmp_path / "data")) as source:
         row = next(n for n in range(len(source)) if source.place(n).file == index.shards[0].file)
@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_found_by_the_index(tmp_path: Path):
 
 
 def test_the_index_of_a_folder_says_what_belongs_to_it(tmp_path: Path):
-    index = build_photographs(Storage(tmp_path), "data")
+    index = build_photographs(Storage(tmp_path / "data"))
     # As an extension leaves it that was interrupted.
     write_tar(tmp_path / "data" / "extension-0001-000000.tar", sample("new", 0))
     with open_source(str(tmp_path / "data")) as source:
@@ -100,7 +100,7 @@ def test_the_index_of_a_folder_says_what_belongs_to_it(tmp_path: Path):
 
 
 def test_missing_shards_of_an_index_are_an_error(tmp_path: Path):
-    index = build_photographs(Storage(tmp_path), "data")
+    index = build_photographs(Storage(tmp_path / "data"))
     (tmp_path / "data" / index.shards[0].file).unlink()
     with (
         pytest.raises(DataError, match=r"1 of its \d+ shards are missing: \['shard-000000.tar'\]"),

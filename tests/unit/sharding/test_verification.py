@@ -49,12 +49,12 @@ def dataset(tmp_path: Path) -> Storage:
     storage = Storage(tmp_path / "dataset")
     config = ShardingConfig(name="x", split="train", samples_per_shard=4)
     with open_source(str(tmp_path / "images")) as source:
-        build_dataset(source, storage, "", config)
+        build_dataset(source, storage, config)
     return storage
 
 
 def entries(storage: Storage) -> list[ShardEntry]:
-    return load_index(storage, "").shards
+    return load_index(storage).shards
 
 
 def change(storage: Storage, file: str, edit: Callable[[bytearray], None]) -> None:
@@ -75,7 +75,7 @@ def adopt(storage: Storage, file: str, tar: bytes) -> None:
     """Replace a tar, and let the index vouch for it: as if it had been made so."""
     storage.write_bytes(file, tar)
     sha256, size = hash_object(storage, file)
-    index = load_index(storage, "")
+    index = load_index(storage)
     shards = [
         shard.model_copy(update={"sha256": sha256, "bytes": size}) if shard.file == file else shard
         for shard in index.shards
@@ -153,7 +153,7 @@ def test_truncation_is_found(dataset: Storage, is_deep: bool) -> None:
 
 def test_a_deep_look_names_the_damaged_image(dataset: Storage) -> None:
     shard = entries(dataset)[1]
-    table = load_samples(dataset, "", shard)
+    table = load_samples(dataset, shard)
     start = int(table.offsets[2])
     change(dataset, shard.file, lambda data: data.__setitem__(slice(start, start + 8), bytes(8)))
     assert set(found(verify(dataset))) == {shard.file, f"{shard.file}: {table.keys[2]}"}
@@ -161,7 +161,7 @@ def test_a_deep_look_names_the_damaged_image(dataset: Storage) -> None:
 
 def test_changed_pixels_that_decode_are_found_by_the_digest(dataset: Storage) -> None:
     shard = entries(dataset)[1]
-    table = load_samples(dataset, "", shard)
+    table = load_samples(dataset, shard)
     middle = int(table.offsets[2] + table.sizes[2] // 2)
     tar = bytearray(dataset.read_bytes(shard.file))
     tar[middle] ^= 1
@@ -188,7 +188,7 @@ def test_a_sample_that_the_table_does_not_have_is_extra(dataset: Storage) -> Non
 
 def test_a_sample_that_the_tar_does_not_have_is_missing(dataset: Storage) -> None:
     shard = entries(dataset)[0]
-    table = load_samples(dataset, "", shard)
+    table = load_samples(dataset, shard)
     file = io.BytesIO()
     with (
         tarfile.open(fileobj=io.BytesIO(dataset.read_bytes(shard.file))) as old,
@@ -234,9 +234,9 @@ def test_a_damaged_plan_is_damage(dataset: Storage) -> None:
 
 def test_a_damaged_former_index_is_damage(dataset: Storage, tmp_path: Path) -> None:
     write_files(tmp_path / "more", [("a/90.jpg", jpeg(90))])
-    former = f"index-{load_index(dataset, '').dataset_id[:16]}.json"
+    former = f"index-{load_index(dataset).dataset_id[:16]}.json"
     with open_source(str(tmp_path / "more")) as source:
-        extend_dataset(source, dataset, "", ExtensionConfig())
+        extend_dataset(source, dataset, ExtensionConfig())
     assert verify(dataset, is_deep=False).damages == []
     change(dataset, former, lambda data: data.__setitem__(10, data[10] ^ 1))
     assert set(found(verify(dataset, is_deep=False))) == {former}
@@ -254,7 +254,7 @@ def test_without_a_dataset_there_is_nothing_to_verify(tmp_path: Path) -> None:
 
 
 def test_a_key_of_two_shards_is_damage_and_equal_images_are_a_note(dataset: Storage) -> None:
-    index = load_index(dataset, "")
+    index = load_index(dataset)
     first, second = index.shards[:2]
     dataset.write_bytes("copy.tar", dataset.read_bytes(first.file))
     table = dataset.read_bytes(first.samples_file)
@@ -262,7 +262,7 @@ def test_a_key_of_two_shards_is_damage_and_equal_images_are_a_note(dataset: Stor
     copy = first.model_copy(update={"file": "copy.tar"})
     publish(dataset, index.model_copy(update={"shards": [*index.shards, copy]}))
     report = verify(dataset)
-    keys = load_samples(dataset, "", first).keys
+    keys = load_samples(dataset, first).keys
     assert set(found(report)) == {f"copy.samples.parquet: {key}" for key in keys}
     assert report.num_duplicates == 4
     assert report.duplicates[0] == [f"{first.file}: {keys[0]}", f"copy.tar: {keys[0]}"]
@@ -271,9 +271,9 @@ def test_a_key_of_two_shards_is_damage_and_equal_images_are_a_note(dataset: Stor
 
 
 def test_a_label_beyond_the_classes_is_damage(dataset: Storage) -> None:
-    index = load_index(dataset, "")
+    index = load_index(dataset)
     shard = index.shards[0]
-    table = load_samples(dataset, "", shard)
+    table = load_samples(dataset, shard)
     labels = table.labels.copy()
     labels[1] = 7
     data = encode_samples(replace(table, labels=labels), {})
@@ -323,7 +323,7 @@ def test_an_extension_of_indexed_shards_is_verified_by_our_rules(
     for name in ("cat", "dog"):
         write_files(tmp_path / "more", [(f"{name}/{name}.jpg", jpeg(len(name) + ord(name[0])))])
     with open_source(str(tmp_path / "more")) as source:
-        extend_dataset(source, foreign, "", ExtensionConfig())
+        extend_dataset(source, foreign, ExtensionConfig())
     report = verify(foreign)
     assert (report.damages, report.num_decoded, report.unlisted_files) == ([], 5, [])
 

@@ -20,7 +20,7 @@ TEN = ViewConfig(policy="ten_crop", image_size=16)
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("dataset"))
-    build_photographs(storage, "train", crops=2, samples_per_shard=7)
+    build_photographs(storage.child("train"), crops=2, samples_per_shard=7)
     return storage
 
 
@@ -35,7 +35,7 @@ def open_train(storage: Storage, index: DatasetIndex) -> Dataset:
 
 
 def test_rows_across_shards_are_those_of_the_shards_in_order(storage: Storage) -> None:
-    index = load_index(storage, "train")
+    index = load_index(storage.child("train"))
     dataset = open_train(storage, index)
     keys: list[str] = []
     images: list[torch.Tensor] = []
@@ -50,7 +50,7 @@ def test_rows_across_shards_are_those_of_the_shards_in_order(storage: Storage) -
 
 
 def test_views_of_a_sample_follow_each_other(storage: Storage) -> None:
-    dataset = open_train(storage, load_index(storage, "train"))
+    dataset = open_train(storage, load_index(storage.child("train")))
     entry = dataset.index.shards[0]
     batches = list(read_shard(dataset, entry, TEN, range(10), seed=0, batch_size=25))
     assert [len(batch.keys) for batch in batches] == [2, 2, 2]
@@ -62,7 +62,7 @@ def test_views_of_a_sample_follow_each_other(storage: Storage) -> None:
 
 
 def test_read_shard_checks_the_hash(storage: Storage, tmp_path: Path) -> None:
-    index = load_index(storage, "train")
+    index = load_index(storage.child("train"))
     damaged = Storage(tmp_path)
     table = f"train/{index.shards[0].samples_file}"
     damaged.write_bytes(table, storage.read_bytes(table))
@@ -77,11 +77,11 @@ def test_read_shard_checks_the_hash(storage: Storage, tmp_path: Path) -> None:
 def test_rows_whose_bytes_are_not_those_of_the_table_are_refused(
     storage: Storage, tmp_path: Path
 ) -> None:
-    index = load_index(storage, "train")
+    index = load_index(storage.child("train"))
     damaged = Storage(tmp_path)
     for name in (index.shards[0].file, index.shards[0].samples_file):
         damaged.write_bytes(f"train/{name}", storage.read_bytes(f"train/{name}"))
-    table = load_samples(storage, "train", index.shards[0])
+    table = load_samples(storage.child("train"), index.shards[0])
     data = bytearray(damaged.read_bytes(f"train/{index.shards[0].file}"))
     data[int(table.offsets[2] + table.sizes[2] // 2)] ^= 1
     damaged.write_bytes(f"train/{index.shards[0].file}", bytes(data))

@@ -25,7 +25,7 @@ TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, DatasetIndex]:
     storage = Storage(tmp_path_factory.mktemp("run"))
-    index = build_photographs(storage, "data/photographs/train", crops=1)
+    index = build_photographs(storage.child("data/photographs/train"), crops=1)
     return storage, index
 
 

@@ -32,7 +32,7 @@ MODES: tuple[ViewMode, ViewMode] = ("reference", "fast")
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, DatasetIndex]:
     storage = Storage(tmp_path_factory.mktemp("run"))
-    index = build_photographs(storage, "data/photographs/train", crops=1)
+    index = build_photographs(storage.child("data/photographs/train"), crops=1)
     return storage, index
 
 
@@ -81,8 +81,7 @@ def test_teachers_see_the_very_pixels_of_training(
         for batch in read_shard(images, entry, view, (0,), seed=4, batch_size=5):
             seen |= dict(zip(batch.keys, batch.images, strict=True))
     loader = ImageLoader(
-        storage,
-        "data/photographs/train",
+        Dataset.open(storage.child("data/photographs/train")),
         seed=4,
         view=view,
         num_views=1,

@@ -55,9 +55,9 @@ def test_checkpoints_are_saved_and_loaded(storage: Storage) -> None:
 
 
 def test_a_dataset_is_made_verified_and_read_as_a_source(storage: Storage) -> None:
-    index = build_photographs(storage, "data")
+    index = build_photographs(storage.child("data"))
     uri = storage.child("data").root
-    assert load_index(storage, "data").dataset_id == index.dataset_id
+    assert load_index(storage.child("data")).dataset_id == index.dataset_id
     assert main(["verify", uri, "workers=1"]) == 0
     assert main(["stats", uri]) == 0
     with open_source(f"{uri}/shard-{{000000..000001}}.tar") as source:
