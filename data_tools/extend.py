@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data_tools.engines import EngineOptions, open_engine
 from data_tools.shard import WorkSummary, list_problems, select_options
+from data_tools.workers import WorkerOptions, open_workers
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset, plan_extension
 from fqgan_dist.sharding.listing import SourceListing
@@ -18,7 +18,7 @@ from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
 
-class ExtendOptions(EngineOptions, SourceOptions, ExtensionConfig):
+class ExtendOptions(WorkerOptions, SourceOptions, ExtensionConfig):
     """Options of `fqgan-data extend`; images get the form that the dataset's own have."""
 
 
@@ -66,7 +66,7 @@ def extend(
     Raises:
         ConfigError: an option has no effect.
         DataError: see `open_source` and `extend_dataset`.
-        ClusterError: see `open_engine`.
+        ClusterError: see `open_workers`.
     """
     started = time.monotonic()
     folder = Storage(destination)
@@ -75,7 +75,7 @@ def extend(
     with open_source(source_uri, observer=observer, **source_options) as source:
         if is_dry_run:
             return _preview(folder, source, config)
-        with open_engine(options, folder, source, observer) as run_chunks:
+        with open_workers(options, folder, source, observer) as run_chunks:
             index, report = extend_dataset(
                 source, folder, config, source_options=source_options, run_chunks=run_chunks
             )

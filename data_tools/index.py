@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from data_tools.class_file import read_classes
-from data_tools.engines import count_workers
+from data_tools.workers import count_workers
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from data_tools.engines import EngineOptions
 from data_tools.shard import ShardSummary, make_dataset
+from data_tools.workers import WorkerOptions
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.index import DatasetIndex, load_index
@@ -34,7 +34,7 @@ _PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _POLICY_FIELDS = tuple(ImagePolicy.model_fields)
 
 
-class RearrangeOptions(EngineOptions):
+class RearrangeOptions(WorkerOptions):
     """Options that `reshard`, `split` and `merge` share."""
 
     samples_per_shard: int = Field(default=DEFAULT_SAMPLES_PER_SHARD, ge=1)

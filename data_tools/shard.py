@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.class_file import read_classes
-from data_tools.engines import EngineOptions, open_engine
+from data_tools.workers import WorkerOptions, open_workers
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import DatasetIndex, SourceProblem
@@ -29,7 +29,7 @@ PartT = TypeVar("PartT", bound=Config)
 _PHOTOGRAPH_OPTIONS = ("image_size", "crops_per_photograph")
 
 
-class ShardOptions(EngineOptions, SourceOptions, ShardingConfig, PhotographsConfig):
+class ShardOptions(WorkerOptions, SourceOptions, ShardingConfig, PhotographsConfig):
     """Options of `fqgan-data shard`.
 
     `image_size` and `crops_per_photograph` are for builtin:photographs only, and `seed` also places
@@ -130,7 +130,7 @@ def shard(
     Raises:
         ConfigError: an option has no effect, or the class file is wrong.
         DataError: see `open_source` and `build_dataset`.
-        ClusterError: see `open_engine`.
+        ClusterError: see `open_workers`.
     """
     classes, descriptions = read_classes(options.classes) if options.classes else (None, None)
     folder = Storage(destination)
@@ -163,7 +163,7 @@ def make_dataset(
     source: SourceListing,
     folder: Storage,
     config: ShardingConfig,
-    engine: EngineOptions,
+    workers: WorkerOptions,
     *,
     source_options: Mapping[str, Any],
     is_dry_run: bool,
@@ -175,13 +175,13 @@ def make_dataset(
 
     Raises:
         DataError: see `build_dataset`.
-        ClusterError: see `open_engine`.
+        ClusterError: see `open_workers`.
     """
     started = time.monotonic()
     named = {"classes": classes, "class_descriptions": class_descriptions}
     if is_dry_run:
         return _preview(folder, source, config, **named)
-    with open_engine(engine, folder, source, observer) as run_chunks:
+    with open_workers(workers, folder, source, observer) as run_chunks:
         index, report = build_dataset(
             source, folder, config, source_options=source_options, run_chunks=run_chunks, **named
         )

@@ -68,9 +68,9 @@ class Histogram:
     def _merge(self) -> None:
         new = np.concatenate([np.empty(0, np.int64), *self._pending])
         values, counts = np.unique(new, return_counts=True)
-        merged, places = np.unique(np.concatenate([self._values, values]), return_inverse=True)
+        merged, positions = np.unique(np.concatenate([self._values, values]), return_inverse=True)
         totals = np.zeros(len(merged), np.int64)
-        np.add.at(totals, places, np.concatenate([self._counts, counts]))
+        np.add.at(totals, positions, np.concatenate([self._counts, counts]))
         self._values, self._counts = merged, totals
         self._pending, self._num_pending = [], 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from data_tools.engines import count_workers
+from data_tools.workers import count_workers
 from fqgan_dist.config import Config
 from fqgan_dist.sharding.verification import VerifyReport, verify_dataset
 from fqgan_dist.storage.storage import Storage

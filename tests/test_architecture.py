@@ -70,7 +70,7 @@ measure all of it. Nothing imports these two.
 LIGHT_MODULES = {"fqgan_dist.stages.catalog", "fqgan_dist.storage.names"}
 """What settings are made of besides the packages' `config` modules: they count as settings too."""
 
-ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.engines"}
+ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.workers"}
 """Commands, and what starts their processes: they count as top wherever they lie."""
 
 HOMES = {

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """A damaged sample, and the one that is trained on in its place."""
+    """A damaged sample, and the one that is trained on instead."""
 
-    slot: int
-    """Place in the sample order."""
+    position: int
+    """Of the damaged sample in the endless stream, from 0."""
     shard: str
     """Tar file of the damaged sample."""
     key: str
     """Key of the damaged sample."""
     replacement_key: str
-    """Key of the sample in its place."""
+    """Key of the sample instead."""
     reason: str
     """What is wrong with the damaged sample."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values, as `damaged_samples.jsonl` has them."""
+        values = asdict(self)
+        # The name that the position has in the files of former runs.
+        return {"slot": values.pop("position")} | values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class LoadReport:
     """What a loader did for the batches that it handed out in a while."""
 
     replacements: tuple[Replacement, ...] = ()
-    """One for each slot whose sample is damaged, in the order of slots."""
+    """One for each damaged sample that was due, in the order of the stream."""
     samples_read: int = 0
     """Encoded images that were read, those ahead of the batches included."""
     cached_samples: int = 0
@@ -41,11 +48,11 @@ class LoadReport:
 
 
 def merge_reports(reports: Iterable[LoadReport]) -> LoadReport:
-    """Add the reports of several times or ranks; a slot that several loaded is named once."""
+    """Add the reports of several times or ranks; a replacement that several made is named once."""
     parts = list(reports)
-    by_slot = {each.slot: each for part in parts for each in part.replacements}
+    by_position = {each.position: each for part in parts for each in part.replacements}
     return LoadReport(
-        replacements=tuple(by_slot[slot] for slot in sorted(by_slot)),
+        replacements=tuple(by_position[position] for position in sorted(by_position)),
         samples_read=sum(part.samples_read for part in parts),
         cached_samples=sum(part.cached_samples for part in parts),
         bytes_read=sum(part.bytes_read for part in parts),

@@ -1,7 +1,7 @@
 """The index of a dataset: `index.json` and one table of samples (`.samples.parquet`) per shard.
 
 The index is small and is read whole by every process; a shard's table is read when the shard is.
-Its sha256 is the dataset id, named in every later manifest: the index holds the sha256 of every
+Its sha256 is the dataset id, named in every later record: the index holds the sha256 of every
 shard and of every table, so the id fixes all bytes of the dataset (design.md section 3, "Dataset").
 """
 

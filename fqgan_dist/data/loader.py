@@ -1,9 +1,9 @@
 """Loaders of training batches: any micro-batch of any step, loaded ahead in the background.
 
-Global batch t is the slots [t x M x B, (t + 1) x M x B) of the sample order, its micro-batch m the
-m-th run of B of these. So it is the same for any number of ranks, loader workers or restarts, and
-starting at a step costs nothing. A shard's tables are read when one of its samples is due, and kept
-while the order's window needs them; images are read by their offset in the tar.
+Global batch t is the positions [t x M x B, (t + 1) x M x B) of the sample order, its micro-batch m
+the m-th run of B of these. So it is the same for any number of ranks, loader workers or restarts,
+and starting at a step costs nothing. A shard's tables are read when one of its samples is due, and
+kept while the order's window needs them; images are read by their offset in the tar.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.dataset import Dataset
-from fqgan_dist.data.micro_batches import BatchPlan, CodeSource, ImageSource, MicroBatchIndex
+from fqgan_dist.data.micro_batches import Batching, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
 from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
 from fqgan_dist.data.tar_iteration import iterate_shard
@@ -54,13 +54,13 @@ class _StepLoader(Generic[BatchT]):
         dataset: Dataset,
         build: Callable[[], _Source[BatchT]],
         *,
-        plan: BatchPlan,
+        batching: Batching,
         loader_workers: int,
     ) -> None:
         if loader_workers < 0:
             raise ValueError(f"loader_workers {loader_workers}: expected 0 or more")
         self.dataset = dataset
-        self.plan = plan
+        self.batching = batching
         self._build = build
         self._loader_workers = loader_workers
         self._report = LoadReport()
@@ -102,15 +102,15 @@ class _StepLoader(Generic[BatchT]):
         """
         if start_step < 0 or not micro_batches:
             raise ValueError(f"start_step {start_step}, micro_batches {list(micro_batches)}")
-        if not all(0 <= index < self.plan.micro_batches_per_step for index in micro_batches):
+        if not all(0 <= index < self.batching.micro_batches_per_step for index in micro_batches):
             raise ValueError(
                 f"micro_batches {list(micro_batches)}: expected numbers in "
-                f"[0, {self.plan.micro_batches_per_step})"
+                f"[0, {self.batching.micro_batches_per_step})"
             )
-        if self.plan.micro_batch_size % loss_group.size:
+        if self.batching.micro_batch_size % loss_group.size:
             raise ValueError(
-                f"micro_batch_size {self.plan.micro_batch_size}: {loss_group.size} ranks cannot "
-                f"share it; expected a multiple"
+                f"micro_batch_size {self.batching.micro_batch_size}: {loss_group.size} ranks "
+                "cannot share it; expected a multiple"
             )
         return self._stream(start_step, tuple(micro_batches), loss_group)
 
@@ -180,7 +180,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
         """
         if max_damaged_in_a_row < 1:
             raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
-        plan = BatchPlan(
+        batching = Batching(
             seed=seed,
             window_shards=window_shards,
             micro_batch_size=micro_batch_size,
@@ -189,14 +189,14 @@ class ImageLoader(_StepLoader[ImageBatch]):
         build = partial(
             ImageSource,
             dataset,
-            plan,
+            batching,
             view=view,
             num_views=_check_num_views(view, num_views, has_features=features is not None),
             features=features,
             max_damaged_in_a_row=max_damaged_in_a_row,
             cache=cache,
         )
-        super().__init__(dataset, build, plan=plan, loader_workers=loader_workers)
+        super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
         self._warned: set[str] = set()
 
     def _account(self, batches: Sequence[ImageBatch]) -> None:
@@ -238,14 +238,14 @@ class CodeLoader(_StepLoader[CodeBatch]):
                 memory.
             loader_workers: spawned processes that read; 0: threads of this process.
         """
-        plan = BatchPlan(
+        batching = Batching(
             seed=seed,
             window_shards=window_shards,
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
         )
-        build = partial(CodeSource, dataset, plan, codes=codes)
-        super().__init__(dataset, build, plan=plan, loader_workers=loader_workers)
+        build = partial(CodeSource, dataset, batching, codes=codes)
+        super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
 
 
 def _check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:

@@ -1,10 +1,10 @@
-"""Loading one micro-batch: its samples' places, images by their offsets, features and codes.
+"""Loading one micro-batch: its samples, images by their offsets, features and codes.
 
 A shard's tables are read when one of its samples is due, and kept while the order's window needs
 them, so memory is bounded by the window. Safe to call from several threads.
 
 A sample whose bytes are not those of the dataset, or cannot be decoded, is damaged: another one of
-the dataset, fixed by the slot alone, is loaded in its place, and the batch says so.
+the dataset, fixed by the position alone, is loaded in its stead, and the batch says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MicroBatchIndex(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchPlan:
+class Batching:
     """How the endless stream of samples is cut into micro-batches."""
 
     seed: int
@@ -65,21 +65,21 @@ class BatchPlan:
                 "least 1 each"
             )
 
-    def slots(self, index: MicroBatchIndex) -> range:
-        """Give the slots of the sample order that a micro-batch, or a member's run of it, holds."""
+    def positions(self, index: MicroBatchIndex) -> range:
+        """Give the positions in the stream of a micro-batch, or of a member's run of it."""
         micro_batch = index.step * self.micro_batches_per_step + index.micro_batch
         count = self.micro_batch_size // index.num_members
         start = micro_batch * self.micro_batch_size + index.member * count
         return range(start, start + count)
 
 
-class Place(NamedTuple):
-    """The sample of one slot."""
+class DueSample(NamedTuple):
+    """A sample of the endless stream."""
 
-    slot: int
-    """Number in the endless stream."""
+    position: int
+    """Its number there, from 0."""
     epoch: int
-    """Epoch of the slot, from 0."""
+    """Epoch of the position, from 0."""
     shard: int
     """Index of the shard in the dataset's index."""
     row: int
@@ -92,52 +92,52 @@ class _Samples:
     def __init__(
         self,
         dataset: Dataset,
-        plan: BatchPlan,
+        batching: Batching,
     ) -> None:
         self.order = SampleOrder(
             [shard.count for shard in dataset.index.shards],
             dataset_id=dataset.id,
-            seed=plan.seed,
-            window_shards=plan.window_shards,
+            seed=batching.seed,
+            window_shards=batching.window_shards,
         )
         self.dataset = dataset
         self.shards = dataset.index.shards
-        self.plan = plan
+        self.batching = batching
         # A batch straddles two windows, or more where shards are small.
         counts = sorted(shard.count for shard in self.shards)
-        num_windows = 2 + plan.micro_batch_size // sum(counts[: plan.window_shards])
-        self.cached_shards = num_windows * plan.window_shards
+        num_windows = 2 + batching.micro_batch_size // sum(counts[: batching.window_shards])
+        self.cached_shards = num_windows * batching.window_shards
         self._tables = BoundedCache(self._load_table, self.cached_shards)
 
     def close(self) -> None:
         """End what works in the background; loading is still allowed."""
 
-    def locate(self, slots: range) -> list[Place]:
-        """Find the samples of slots."""
-        found = self.order.locate(slots)
+    def locate(self, positions: range) -> list[DueSample]:
+        """Find the samples of positions."""
+        found = self.order.locate(positions)
         columns = (found.epochs.tolist(), found.shards.tolist(), found.rows.tolist())
-        return [Place(*values) for values in zip(slots, *columns, strict=True)]
+        return [DueSample(*values) for values in zip(positions, *columns, strict=True)]
 
-    def tables(self, places: Sequence[Place]) -> dict[int, SampleTable]:
+    def tables(self, samples: Sequence[DueSample]) -> dict[int, SampleTable]:
         """Give the tables of the shards that samples are in, by shard."""
-        return self._tables.get_many(place.shard for place in places)
+        return self._tables.get_many(sample.shard for sample in samples)
 
     def table(self, shard: int) -> SampleTable:
         """Give the table of a shard."""
         return self._tables.get(shard)
 
-    def candidates(self, slot: int) -> Iterator[tuple[int, int]]:
-        """Give the samples that may stand in for a slot's, as shard and row, best first.
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """Give the samples that may stand in for a position's, as shard and row, best first.
 
-        They depend on nothing but the dataset, the seed and the slot. None is in the slot's
-        micro-batch, and none is a candidate for two slots of one micro-batch: ranks that share it
-        need not know of each other's damaged samples.
+        They depend on nothing but the dataset, the seed and the position. None is in the position's
+        micro-batch, and none is a candidate for two positions of one micro-batch: ranks that share
+        it need not know of each other's damaged samples.
         """
-        size = self.plan.micro_batch_size
-        first = slot - slot % size
-        taken = {(place.shard, place.row) for place in self.locate(range(first, first + size))}
-        free = (sample for sample in self.order.walk(first) if sample not in taken)
-        return itertools.islice(free, slot - first, None, size)
+        size = self.batching.micro_batch_size
+        first = position - position % size
+        taken = {(sample.shard, sample.row) for sample in self.locate(range(first, first + size))}
+        free = (pair for pair in self.order.walk(first) if pair not in taken)
+        return itertools.islice(free, position - first, None, size)
 
     def _load_table(self, shard: int) -> SampleTable:
         return load_samples(self.dataset.folder, self.shards[shard])
@@ -146,7 +146,7 @@ class _Samples:
 class _Image(NamedTuple):
     """A view of one sample."""
 
-    place: Place
+    sample: DueSample
     key: str
     label: int
     view: int
@@ -159,7 +159,7 @@ class ImageSource(_Samples):
     def __init__(
         self,
         dataset: Dataset,
-        plan: BatchPlan,
+        batching: Batching,
         *,
         view: ViewConfig,
         num_views: int | None,
@@ -167,7 +167,7 @@ class ImageSource(_Samples):
         max_damaged_in_a_row: int,
         cache: ShardCacheConfig | None,
     ) -> None:
-        super().__init__(dataset, plan)
+        super().__init__(dataset, batching)
         self._reader = SampleReader(dataset, load_table=self.table, cache=cache)
         self._is_cached = cache is not None
         self._upcoming: list[int] = []
@@ -185,15 +185,15 @@ class ImageSource(_Samples):
         Raises:
             DataError: too many samples in a row are damaged, or a file is missing or damaged.
         """
-        slots = self.plan.slots(index)
-        places = self.locate(slots)
-        self._request_next_window(slots[-1])
+        positions = self.batching.positions(index)
+        samples = self.locate(positions)
+        self._request_next_window(positions[-1])
         images: list[_Image] = []
         replacements: list[Replacement] = []
-        for place, found in zip(places, self._load_images(places), strict=True):
+        for sample, found in zip(samples, self._load_images(samples), strict=True):
             if isinstance(found, DataError):
-                image = self._load_replacement(place, found)
-                replacements.append(self._describe(place, found, image))
+                image = self._load_replacement(sample, found)
+                replacements.append(self._describe(sample, found, image))
                 images.append(image)
             else:
                 images.append(found)
@@ -211,36 +211,36 @@ class ImageSource(_Samples):
         """Fetch no more shards into the cache, and let other jobs evict the dataset."""
         self._reader.close()
 
-    def _load_images(self, places: Sequence[Place]) -> list[_Image | DataError]:
+    def _load_images(self, samples: Sequence[DueSample]) -> list[_Image | DataError]:
         """Load views of samples, each a DataError where the sample is damaged."""
-        tables = self.tables(places)
-        encoded = self._reader.read([(place.shard, place.row) for place in places])
+        tables = self.tables(samples)
+        encoded = self._reader.read([(sample.shard, sample.row) for sample in samples])
         return [
-            self._crop(place, tables[place.shard], data)
-            for place, data in zip(places, encoded, strict=True)
+            self._crop(sample, tables[sample.shard], data)
+            for sample, data in zip(samples, encoded, strict=True)
         ]
 
     def _crop(
-        self, place: Place, table: SampleTable, data: bytes | DataError
+        self, sample: DueSample, table: SampleTable, data: bytes | DataError
     ) -> _Image | DataError:
         if isinstance(data, DataError):
             return data
-        key = table.keys[place.row]
-        view = place.epoch if self._num_views is None else place.epoch % self._num_views
-        name = f"{self.dataset.folder.uri(self.shards[place.shard].file)}: sample {key!r}"
+        key = table.keys[sample.row]
+        view = sample.epoch if self._num_views is None else sample.epoch % self._num_views
+        name = f"{self.dataset.folder.uri(self.shards[sample.shard].file)}: sample {key!r}"
         try:
             pixels, _ = load_view(
-                data, self._view, seed=self.plan.seed, key=key, view=view, name=name
+                data, self._view, seed=self.batching.seed, key=key, view=view, name=name
             )
         except DataError as error:
             return error
-        return _Image(place, key, int(table.labels[place.row]), view, pixels)
+        return _Image(sample, key, int(table.labels[sample.row]), view, pixels)
 
-    def _load_replacement(self, place: Place, error: DataError) -> _Image:
+    def _load_replacement(self, sample: DueSample, error: DataError) -> _Image:
         """Load the first undamaged sample that may stand in for a damaged one."""
         errors = [error]
-        for shard, row in itertools.islice(self.candidates(place.slot), self._max_damaged - 1):
-            [found] = self._load_images([place._replace(shard=shard, row=row)])
+        for shard, row in itertools.islice(self.candidates(sample.position), self._max_damaged - 1):
+            [found] = self._load_images([sample._replace(shard=shard, row=row)])
             if not isinstance(found, DataError):
                 return found
             errors.append(found)
@@ -255,20 +255,20 @@ class ImageSource(_Samples):
             f"`fqgan-data verify`: " + "; ".join(map(str, errors))
         ) from errors[-1]
 
-    def _describe(self, place: Place, error: DataError, image: _Image) -> Replacement:
+    def _describe(self, sample: DueSample, error: DataError, image: _Image) -> Replacement:
         return Replacement(
-            slot=place.slot,
-            shard=self.shards[place.shard].file,
-            key=self.table(place.shard).keys[place.row],
+            position=sample.position,
+            shard=self.shards[sample.shard].file,
+            key=self.table(sample.shard).keys[sample.row],
             replacement_key=image.key,
             reason=str(error),
         )
 
-    def _request_next_window(self, slot: int) -> None:
+    def _request_next_window(self, position: int) -> None:
         """Ask the cache for the shards that come next, once for each window."""
         if not self._is_cached:
             return
-        upcoming = self.order.upcoming_shards(slot)
+        upcoming = self.order.upcoming_shards(position)
         with self._lock:
             is_new, self._upcoming = upcoming != self._upcoming, upcoming
         if is_new:
@@ -292,11 +292,11 @@ class ImageSource(_Samples):
         )
 
     def _gather_features(self, images: Sequence[_Image]) -> dict[str, torch.Tensor]:
-        tables = self._feature_tables.get_many((each.place.shard, each.view) for each in images)
+        tables = self._feature_tables.get_many((each.sample.shard, each.view) for each in images)
         rows = [
             {
-                name: values[image.place.row]
-                for name, values in tables[image.place.shard, image.view].items()
+                name: values[image.sample.row]
+                for name, values in tables[image.sample.shard, image.view].items()
             }
             for image in images
         ]
@@ -320,8 +320,8 @@ def _stack_channels_first(images: Sequence[np.ndarray]) -> torch.Tensor:
     """
     height, width, channels = images[0].shape
     stacked = np.empty((len(images), channels, height, width), images[0].dtype)
-    for place, image in zip(stacked, images, strict=True):
-        place[...] = image.transpose(2, 0, 1)
+    for target, image in zip(stacked, images, strict=True):
+        target[...] = image.transpose(2, 0, 1)
     return torch.from_numpy(stacked)
 
 
@@ -331,11 +331,11 @@ class CodeSource(_Samples):
     def __init__(
         self,
         dataset: Dataset,
-        plan: BatchPlan,
+        batching: Batching,
         *,
         codes: CodeStore,
     ) -> None:
-        super().__init__(dataset, plan)
+        super().__init__(dataset, batching)
         self._codes = codes
         self._drawn = BoundedCache(self._draw_codes, self.cached_shards)
 
@@ -345,19 +345,19 @@ class CodeSource(_Samples):
         Raises:
             DataError: a file of codes or a table is missing or damaged.
         """
-        places = self.locate(self.plan.slots(index))
-        tables = self.tables(places)
-        drawn = self._drawn.get_many((place.epoch, place.shard) for place in places)
+        samples = self.locate(self.batching.positions(index))
+        tables = self.tables(samples)
+        drawn = self._drawn.get_many((sample.epoch, sample.shard) for sample in samples)
         codes, views = [], []
-        for place in places:
-            shard_codes, shard_views = drawn[place.epoch, place.shard]
-            codes.append(shard_codes[place.row])
-            views.append(int(shard_views[place.row]))
-        labels = [int(tables[place.shard].labels[place.row]) for place in places]
+        for sample in samples:
+            shard_codes, shard_views = drawn[sample.epoch, sample.shard]
+            codes.append(shard_codes[sample.row])
+            views.append(int(shard_views[sample.row]))
+        labels = [int(tables[sample.shard].labels[sample.row]) for sample in samples]
         return CodeBatch(
             codes=torch.from_numpy(np.stack(codes).astype(np.int64)),
             labels=torch.tensor(labels, dtype=torch.int64),
-            keys=[tables[place.shard].keys[place.row] for place in places],
+            keys=[tables[sample.shard].keys[sample.row] for sample in samples],
             views=views,
             micro_batch=index.micro_batch,
         )
@@ -368,6 +368,6 @@ class CodeSource(_Samples):
         keys = self.table(shard).keys
 
         def draw(key: str, num_views: int) -> int:
-            return derive_seed(self.plan.seed, "code_view", key, epoch) % num_views
+            return derive_seed(self.batching.seed, "code_view", key, epoch) % num_views
 
         return self._codes.read_drawn(self.shards[shard], keys, draw)

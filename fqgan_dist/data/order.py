@@ -1,9 +1,9 @@
-"""The order of samples: concatenated epoch permutations, as a pure function of a slot number.
+"""The order of samples: concatenated epoch permutations, as a pure function of the position.
 
-Slot n of the endless stream belongs to epoch n // num_samples. Each epoch permutes the shards, then
-the samples inside each window of `window_shards` consecutive shards, so that only the shards of one
-or two windows are read at a time. Nothing is dropped and nothing repeats within an epoch; the whole
-state of the stream is the number of images seen.
+Position n of the endless stream belongs to epoch n // num_samples. Each epoch permutes the shards,
+then the samples inside each window of `window_shards` consecutive shards, so that only the shards
+of one or two windows are read at a time. Nothing is dropped and nothing repeats within an epoch;
+the whole state of the stream is the number of images seen.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _CACHED_WINDOWS = 4
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where slots of the stream lie; three int64 arrays of one length."""
+    """Which samples stand at positions of the stream; three int64 arrays of one length."""
 
     epochs: np.ndarray
-    """Epoch of each slot, from 0."""
+    """Epoch of each position, from 0."""
     shards: np.ndarray
     """Index of the shard in the dataset's index."""
     rows: np.ndarray
@@ -90,49 +90,49 @@ class SampleOrder:
                 shard = int(np.searchsorted(self._ends, sample, side="right"))
                 yield shard, int(sample - (self._ends[shard] - self._counts[shard]))
 
-    def upcoming_shards(self, slot: int) -> list[int]:
-        """Give the shards of the window after a slot's, in the order of the epoch."""
-        epoch, position = divmod(slot, self.num_samples)
+    def upcoming_shards(self, position: int) -> list[int]:
+        """Give the shards of the window after a position's, in the order of the epoch."""
+        epoch, offset = divmod(position, self.num_samples)
         layout = self._epoch(epoch)
-        window = int(np.searchsorted(layout.window_ends, position, side="right")) + 1
+        window = int(np.searchsorted(layout.window_ends, offset, side="right")) + 1
         if window == len(layout.window_ends):
             layout, window = self._epoch(epoch + 1), 0
         first = window * self.window_shards
         return layout.shards[first : first + self.window_shards].tolist()
 
-    def locate(self, slots: Sequence[int] | range | np.ndarray) -> SampleLocations:
-        """Find the samples of slots.
+    def locate(self, positions: Sequence[int] | range | np.ndarray) -> SampleLocations:
+        """Find the samples of positions.
 
         Args:
-            slots: slot numbers >= 0, in any order; consecutive ones are cheapest.
+            positions: numbers >= 0, in any order; consecutive ones are cheapest.
 
         Raises:
-            ValueError: a slot is negative.
+            ValueError: a position is negative.
         """
-        numbers = np.asarray(slots, dtype=np.int64)
+        numbers = np.asarray(positions, dtype=np.int64)
         if numbers.size and numbers.min() < 0:
-            raise ValueError(f"slot {numbers.min()}: expected slots from 0")
-        epochs, positions = np.divmod(numbers, self.num_samples)
+            raise ValueError(f"position {numbers.min()}: expected positions from 0")
+        epochs, offsets = np.divmod(numbers, self.num_samples)
         shards, rows = np.empty_like(numbers), np.empty_like(numbers)
         for epoch in np.unique(epochs):
             layout = self._epoch(int(epoch))
-            windows = np.searchsorted(layout.window_ends, positions, side="right")
+            windows = np.searchsorted(layout.window_ends, offsets, side="right")
             for window in np.unique(windows[epochs == epoch]):
                 chosen = np.flatnonzero((epochs == epoch) & (windows == window))
-                found = self._locate_in_window(layout, int(epoch), int(window), positions[chosen])
+                found = self._locate_in_window(layout, int(epoch), int(window), offsets[chosen])
                 shards[chosen], rows[chosen] = found
         return SampleLocations(epochs, shards, rows)
 
     def _locate_in_window(
-        self, layout: _Epoch, epoch: int, window: int, positions: np.ndarray
+        self, layout: _Epoch, epoch: int, window: int, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         first = window * self.window_shards
         ends = layout.shard_ends[first : first + self.window_shards]
         start = int(layout.window_ends[window - 1]) if window else 0
-        shuffled = start + self._window(epoch, window)[positions - start]
-        place = np.searchsorted(ends, shuffled, side="right")
-        shards = layout.shards[first + place]
-        return shards, shuffled - (ends[place] - self._counts[shards])
+        shuffled = start + self._window(epoch, window)[offsets - start]
+        nth = np.searchsorted(ends, shuffled, side="right")
+        shards = layout.shards[first + nth]
+        return shards, shuffled - (ends[nth] - self._counts[shards])
 
     def _permute_epoch(self, epoch: int) -> _Epoch:
         shards = _permutation(len(self._counts), "shard_order", *self._key, epoch)
@@ -148,7 +148,7 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The permuted shards of an epoch, and the positions where shards and windows end."""
+    """The permuted shards of an epoch, and the offsets where shards and windows end."""
 
     shards: np.ndarray
     shard_ends: np.ndarray

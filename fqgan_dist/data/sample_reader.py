@@ -1,6 +1,6 @@
 """Encoded images of samples, from the shard cache or by ranges from the store, each one verified.
 
-A sample is read by its place in the tar and checked against its digest in the table of samples, so
+A sample is read by its offset in the tar and checked against its digest in the table of samples, so
 wrong bytes of a disk, a network or a store never reach a decoder.
 """
 
@@ -91,18 +91,18 @@ class SampleReader:
         """
         samples = [self._locate(shard, row) for shard, row in pairs]
         found = self._read_cached(samples)
-        pending = [place for place in range(len(samples)) if place not in found]
+        pending = [number for number in range(len(samples)) if number not in found]
         for _ in range(_STORE_READS):
-            parts = self._read_stored([samples[place] for place in pending])
+            parts = self._read_stored([samples[number] for number in pending])
             found.update(_keep_right(samples, pending, parts))
-            pending = [place for place in pending if place not in found]
+            pending = [number for number in pending if number not in found]
             self._count(wrong_reads=len(pending))
             if not pending:
                 break
         self._count(samples=len(found), bytes=sum(map(len, found.values())), damaged=len(pending))
         return [
-            found[place] if place in found else self._describe_damage(sample)
-            for place, sample in enumerate(samples)
+            found[number] if number in found else self._describe_damage(sample)
+            for number, sample in enumerate(samples)
         ]
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -144,20 +144,20 @@ class SampleReader:
         )
 
     def _read_cached(self, samples: Sequence[_Sample]) -> dict[int, bytes]:
-        """Read what the cache has, by place in `samples`; a shard with wrong bytes is dropped."""
+        """Read what the cache has, by number in `samples`; a shard with wrong bytes is dropped."""
         found: dict[int, bytes] = {}
         if self._cache is None:
             return found
-        places_of: dict[int, list[int]] = {}
-        for place, sample in enumerate(samples):
-            places_of.setdefault(sample.shard, []).append(place)
-        for shard, places in places_of.items():
-            ranges = [(samples[place].offset, samples[place].size) for place in places]
+        numbers_of: dict[int, list[int]] = {}
+        for number, sample in enumerate(samples):
+            numbers_of.setdefault(sample.shard, []).append(number)
+        for shard, numbers in numbers_of.items():
+            ranges = [(samples[number].offset, samples[number].size) for number in numbers]
             parts = self._cache.read(shard, ranges)
             if parts is None:
                 continue
-            right = _keep_right(samples, places, parts)
-            if len(right) < len(places):
+            right = _keep_right(samples, numbers, parts)
+            if len(right) < len(numbers):
                 self._cache.drop(shard)
             found.update(right)
         return found
@@ -204,12 +204,11 @@ class SampleReader:
 
 
 def _keep_right(
-    samples: Sequence[_Sample], places: Sequence[int], parts: Sequence[bytes]
+    samples: Sequence[_Sample], numbers: Sequence[int], parts: Sequence[bytes]
 ) -> dict[int, bytes]:
-    """Keep the parts, read for these places in `samples`, that are those samples' bytes."""
-    return {
-        place: data for place, data in zip(places, parts, strict=True) if samples[place].is_in(data)
-    }
+    """Keep the parts, read for these numbers in `samples`, that are those samples' bytes."""
+    found = zip(numbers, parts, strict=True)
+    return {number: data for number, data in found if samples[number].is_in(data)}
 
 
 class _Sample(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CodeHistogram:
-    """Counts of the codes of K codebooks with V entries each; exact, mergeable in any order."""
+    """Counts of the codes of K codebooks with V entries each; exact, in any order."""
 
     counts: Tensor
     """(K, V) int64, on the CPU."""
@@ -37,19 +37,6 @@ class CodeHistogram:
             raise ValueError(f"codes: range [{low}, {high}] - expected [0, {codebook_size})")
         for row, values in zip(self.counts, by_codebook, strict=True):
             row += torch.bincount(values, minlength=codebook_size)
-
-    def merge(self, other: CodeHistogram) -> None:
-        """Add another histogram's counts in place.
-
-        Raises:
-            ValueError: the codebooks differ.
-        """
-        if self.counts.shape != other.counts.shape:
-            raise ValueError(
-                f"counts: shapes {tuple(self.counts.shape)} and {tuple(other.counts.shape)} - "
-                "expected equal ones"
-            )
-        self.counts += other.counts
 
     @property
     def usage(self) -> Tensor:

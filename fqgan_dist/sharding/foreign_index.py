@@ -256,10 +256,10 @@ def _survey(folder: Storage, work: _ScanWork) -> set[str]:
 
 
 def _refuse_repeats(folder: Storage, work: _ScanWork, finder: RepeatFinder) -> None:
-    places: dict[str, str] = {}
+    first_file: dict[str, str] = {}
     for file, scan in work.results():
         for key in filter(finder.is_suspect, (sample.key for sample in scan.samples)):
-            if (other := places.setdefault(key, file)) != file:
+            if (other := first_file.setdefault(key, file)) != file:
                 raise DataError(f"{folder.root}: {describe_repeat(key, other, file)}")
 
 

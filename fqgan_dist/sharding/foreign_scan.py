@@ -141,10 +141,10 @@ def scan_shard(storage: Storage, file: str, rules: SampleRules, *, is_deep: bool
     return ShardScan(sha256, num_bytes, list(samples.values()), problems)
 
 
-def describe_repeat(key: str, place: str, other: str) -> str:
+def describe_repeat(key: str, file: str, other: str) -> str:
     """Say that a key occurs twice, and what to do about it."""
     return (
-        f"the key {key!r} occurs in {place} and again in {other}; expected that no two samples "
+        f"the key {key!r} occurs in {file} and again in {other}; expected that no two samples "
         "share a key: make a dataset of its own with `fqgan-data shard SRC DST "
         "format=webdataset keep_keys=false`, which gives every sample a new one"
     )
@@ -169,5 +169,5 @@ def _find_sample(sample: TarSample, rules: SampleRules, *, is_deep: bool) -> Fou
         width, height = decode_image(image.data, name=image.name).size
     else:
         width, height = read_size(image.data, name=image.name)
-    place = image.offset, image.size
-    return FoundSample(sample.key, label, *place, width, height, image_digest(image.data))
+    digest = image_digest(image.data)
+    return FoundSample(sample.key, label, image.offset, image.size, width, height, digest)

@@ -118,14 +118,14 @@ def _pack(stored: Sequence[tuple[PlannedSample, EncodedImage]]) -> bytes:
 
 
 def _tabulate(stored: Sequence[tuple[PlannedSample, EncodedImage]], tar: bytes) -> SampleTable:
-    # The places are read back from the tar, so that table and tar cannot disagree.
+    # The offsets are read back from the tar, so that table and tar cannot disagree.
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        places = {member.name: member.offset_data for member in archive}
+        offsets = {member.name: member.offset_data for member in archive}
     return SampleTable(
         keys=[sample.key for sample, _ in stored],
         labels=np.array([sample.label for sample, _ in stored], np.int32),
         offsets=np.array(
-            [places[f"{sample.key}.{image.extension}"] for sample, image in stored], np.int64
+            [offsets[f"{sample.key}.{image.extension}"] for sample, image in stored], np.int64
         ),
         sizes=np.array([len(image.data) for _, image in stored], np.int64),
         widths=np.array([image.width for _, image in stored], np.int32),

@@ -69,7 +69,7 @@ class VerifyReport:
     num_decoded: int = 0
     """Images that were decoded."""
     damages: list[Damage] = field(default_factory=list)
-    """Everything that is wrong, sorted by place."""
+    """Everything that is wrong, sorted by where it is."""
     unlisted_files: list[str] = field(default_factory=list)
     """Files that the index does not name: not damage, but nobody reads them."""
     num_duplicates: int = 0
@@ -268,13 +268,13 @@ def _find_repeats(
             ]
     if not keys.has_suspects and not images.has_suspects:
         return
-    places: dict[str, str] = {}
+    first_file: dict[str, str] = {}
     groups: dict[bytes, list[str]] = {}
     with observer.track(len(index.shards), "reading tables", "shards") as bar:
         for entry, table in _check_tables(dataset, VerifyReport(), bar):
             for key, digest in zip(table.keys, map(bytes, table.digests), strict=True):
                 if keys.is_suspect(key):
-                    other = places.setdefault(key, entry.file)
+                    other = first_file.setdefault(key, entry.file)
                     if other != entry.file:
                         where = f"{entry.samples_file}: {key}"
                         report.damages.append(Damage(where, f"the key occurs in {other} too"))

@@ -32,7 +32,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _no_autocast(device_type: str) -> Iterator[None]:
-    # The meta device, on which plans and tests build full-size models, has no autocast to leave.
+    # The meta device, on which dry runs and tests build full-size models, has no autocast to leave.
     if not torch.amp.is_autocast_available(device_type):
         yield
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 
 import torch.distributed as dist
 
@@ -99,8 +98,8 @@ class AccountForLoading(TrainerHook):
             report = merge_reports(reports)
         if self._ledger:
             for replacement in report.replacements:
-                step_of_slot = replacement.slot // self._global_batch_size + 1
-                self._ledger.write({"step": step_of_slot} | asdict(replacement))
+                step_of_sample = replacement.position // self._global_batch_size + 1
+                self._ledger.write({"step": step_of_sample} | replacement.to_json())
         self._unlogged = merge_reports([self._unlogged, report])
 
     def measure(self, elapsed_s: float) -> Mapping[str, float]:

@@ -152,10 +152,10 @@ def test_flipped_byte_in_a_stored_shard_is_named_and_never_trained_on(
     named = [each for batch in batches for each in batch.report.replacements]
     assert {each.key: each.shard for each in named} == damaged
     for each in named:
-        assert keys[each.slot] == each.replacement_key
+        assert keys[each.position] == each.replacement_key
         assert f"{root}/{each.shard}: sample {each.key!r}: damaged" in each.reason
     # But for their slots the stream is the one of the undamaged dataset.
-    slots = {each.slot for each in named}
+    slots = {each.position for each in named}
     assert len(slots) == EPOCHS * len(damaged)
     others = [key for slot, key in enumerate(keys[: EPOCHS * SIZE]) if slot not in slots]
     assert len(others) == EPOCHS * (SIZE - len(damaged))

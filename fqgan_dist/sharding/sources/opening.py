@@ -16,13 +16,13 @@ from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
+from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, list_named_files
 from fqgan_dist.sharding.sources.folder import list_folder
 from fqgan_dist.sharding.sources.locations import (
     check_source_uri,
     folder_exists,
     source_exists,
 )
-from fqgan_dist.sharding.sources.manifest import MANIFEST_SUFFIXES, list_manifest
 from fqgan_dist.sharding.sources.options import (
     FORMATS,
     SourceFormat,
@@ -51,7 +51,7 @@ _LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, Observer], SourceList
     "folder": list_folder,
     "zip": list_zip,
     "webdataset": list_shards,
-    "manifest": list_manifest,
+    "manifest": list_named_files,
 }
 
 
@@ -112,7 +112,7 @@ def find_format(uri: str, options: SourceOptions) -> SourceFormat:
         return "tar"
     if uri.endswith(ZIP_SUFFIX):
         return "zip"
-    if uri.endswith(MANIFEST_SUFFIXES):
+    if uri.endswith(LIST_SUFFIXES):
         return "manifest"
     if uri.endswith(PLAIN_SUFFIX):
         return "webdataset" if _is_of_samples(uri, options) else "tar"

@@ -93,8 +93,8 @@ def find_directory(storage: Storage, name: str, size: int) -> ZipDirectory:
     end = start + at
     is_64 = at >= _LOCATOR_64.size and tail.startswith(_LOCATOR_64_SIGNATURE, at - _LOCATOR_64.size)
     if is_64:
-        _, _, place, _ = _LOCATOR_64.unpack_from(tail, at - _LOCATOR_64.size)
-        end, record = _read_end_64(storage, name, start + at - _LOCATOR_64.size, place)
+        _, _, stated, _ = _LOCATOR_64.unpack_from(tail, at - _LOCATOR_64.size)
+        end, record = _read_end_64(storage, name, start + at - _LOCATOR_64.size, stated)
         _, _, _, _, disk, _, num_here, num_members, length, offset = record
     shift = end - length - offset
     if disk != 0 or num_here != num_members:
@@ -131,10 +131,10 @@ def _is_end(tail: bytes, at: int) -> bool:
 
 
 def _read_end_64(
-    storage: Storage, name: str, locator: int, place: int
+    storage: Storage, name: str, locator: int, stated: int
 ) -> tuple[int, tuple[int, ...]]:
-    # It stands just before its locator; only the stated place is wrong in a file with a prefix.
-    for start in (place, locator - _END_64.size):
+    # It stands just before its locator; only the stated offset is wrong in a file with a prefix.
+    for start in (stated, locator - _END_64.size):
         if 0 <= start <= locator - _END_64.size:
             data = storage.read_bytes(name, offset=start, length=_END_64.size)
             if data.startswith(_END_64_SIGNATURE):

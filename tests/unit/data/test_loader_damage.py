@@ -87,7 +87,7 @@ def test_a_damaged_sample_is_never_given_but_another_one_in_its_place(storage: S
     batches = take(make_loader(storage))
     sound = take(make_loader(make_dataset(Path(storage.root).with_name("sound"), ())))
     expected = [key for batch in sound for key in batch.keys]
-    replaced = {each.slot: each for each in replacements_of(batches)}
+    replaced = {each.position: each for each in replacements_of(batches)}
     in_two_epochs = [each.key for slot, each in replaced.items() if slot < 2 * SIZE]
     assert sorted(in_two_epochs) == sorted([*DAMAGED, *DAMAGED])
     found = [key for batch in batches for key in batch.keys]

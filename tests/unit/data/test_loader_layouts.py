@@ -21,7 +21,7 @@ from fqgan_dist.data.batches import ImageBatch
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.data.micro_batches import BatchPlan, ImageSource, MicroBatchIndex
+from fqgan_dist.data.micro_batches import Batching, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.step_layout import assign_slots
@@ -47,28 +47,28 @@ class Case:
     """A dataset and how its stream is cut."""
 
     counts: list[int]
-    plan: BatchPlan
+    batching: Batching
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    plan = BatchPlan(
+    batching = Batching(
         seed=draw(st.integers(0, 2**32)),
         window_shards=draw(st.integers(1, 5)),
         micro_batch_size=draw(st.sampled_from([1, 2, 3, 4, 6, 8])),
         micro_batches_per_step=draw(st.integers(1, 8)),
     )
-    return Case(draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), plan)
+    return Case(draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)), batching)
 
 
-def layouts(plan: BatchPlan) -> st.SearchStrategy[Layout]:
-    """Draw any layout of up to 16 ranks that may share the plan's micro-batches."""
-    sizes = [size for size in (1, 2, 4, 8) if plan.micro_batch_size % size == 0]
+def layouts(batching: Batching) -> st.SearchStrategy[Layout]:
+    """Draw any layout of up to 16 ranks that may share the batching's micro-batches."""
+    sizes = [size for size in (1, 2, 4, 8) if batching.micro_batch_size % size == 0]
     return st.sampled_from(
         [
             (size * groups, size)
             for size in sizes
-            for groups in range(1, plan.micro_batches_per_step + 1)
+            for groups in range(1, batching.micro_batches_per_step + 1)
             if size * groups <= 16
         ]
     ).flatmap(lambda pair: st.builds(Layout, st.just(pair[0]), st.just(pair[1]), st.integers(0, 4)))
@@ -82,7 +82,7 @@ def dataset(case: Case) -> Iterator[tuple[Storage, DatasetIndex]]:
 
 
 def load_steps(
-    storage: Storage, index: DatasetIndex, plan: BatchPlan, layout: Layout, steps: range
+    storage: Storage, index: DatasetIndex, batching: Batching, layout: Layout, steps: range
 ) -> list[list[ImageBatch]]:
     """Load the whole global batches of steps, micro-batch by micro-batch, part by part.
 
@@ -92,18 +92,18 @@ def load_steps(
     size = layout.ranks_per_micro_batch
     for rank in range(layout.ranks):
         world = World(rank=rank, world_size=layout.ranks)
-        slots = assign_slots(plan.micro_batches_per_step, world, size)
+        slots = assign_slots(batching.micro_batches_per_step, world, size)
         passes = list(itertools.product(steps, slots))
         wanted = [
             MicroBatchIndex(step, slot.micro_batch, rank % size, size) for step, slot in passes
         ]
-        batches = load_as_worker_processes(storage, index, plan, layout.loader_workers, wanted)
+        batches = load_as_worker_processes(storage, index, batching, layout.loader_workers, wanted)
         for (step, slot), batch in zip(passes, batches, strict=True):
             if not slot.is_idle:
                 place = (step, slot.micro_batch, rank % size)
                 assert place not in loaded
                 loaded[place] = batch
-    per_step = plan.micro_batches_per_step * size
+    per_step = batching.micro_batches_per_step * size
     in_order = [loaded[place] for place in sorted(loaded)]
     assert len(in_order) == per_step * len(steps)
     return [in_order[start : start + per_step] for start in range(0, len(in_order), per_step)]
@@ -112,16 +112,18 @@ def load_steps(
 def load_as_worker_processes(
     storage: Storage,
     index: DatasetIndex,
-    plan: BatchPlan,
+    batching: Batching,
     workers: int,
     wanted: Sequence[MicroBatchIndex],
 ) -> Iterator[ImageBatch]:
     if not workers:
-        yield from load_in_threads(build_source(storage, index, plan), wanted, threads=2, ahead=3)
+        yield from load_in_threads(
+            build_source(storage, index, batching), wanted, threads=2, ahead=3
+        )
         return
     streams = [
         load_in_threads(
-            build_source(storage, index, plan), wanted[number::workers], threads=1, ahead=2
+            build_source(storage, index, batching), wanted[number::workers], threads=1, ahead=2
         )
         for number in range(workers)
     ]
@@ -131,10 +133,10 @@ def load_as_worker_processes(
         stream.close()
 
 
-def build_source(storage: Storage, index: DatasetIndex, plan: BatchPlan) -> ImageSource:
+def build_source(storage: Storage, index: DatasetIndex, batching: Batching) -> ImageSource:
     return ImageSource(
         Dataset(storage, index),
-        plan,
+        batching,
         view=VIEW,
         num_views=None,
         features=None,
@@ -159,11 +161,11 @@ def join(steps: Sequence[Sequence[ImageBatch]]) -> tuple[list[str], list[int], t
 def test_the_stream_is_concatenated_exact_permutations(data: st.DataObject, case: Case) -> None:
     size = sum(case.counts)
     everything = {key_of(number) for number in range(size)}
-    per_step = case.plan.micro_batch_size * case.plan.micro_batches_per_step
-    layout = data.draw(layouts(case.plan))
+    per_step = case.batching.micro_batch_size * case.batching.micro_batches_per_step
+    layout = data.draw(layouts(case.batching))
     with dataset(case) as (storage, index):
         steps = range(-(-3 * size // per_step))
-        keys, views, pixels = join(load_steps(storage, index, case.plan, layout, steps))
+        keys, views, pixels = join(load_steps(storage, index, case.batching, layout, steps))
     for epoch in range(3):
         part = slice(epoch * size, (epoch + 1) * size)
         assert len(keys[part]) == size
@@ -180,10 +182,10 @@ def test_the_global_batch_of_a_step_is_the_same_for_all_layouts(
 ) -> None:
     steps = range(step, step + 2)
     with dataset(case) as (storage, index):
-        expected = join(load_steps(storage, index, case.plan, ALONE, steps))
+        expected = join(load_steps(storage, index, case.batching, ALONE, steps))
         for _ in range(2):
-            layout = data.draw(layouts(case.plan))
-            keys, views, pixels = join(load_steps(storage, index, case.plan, layout, steps))
+            layout = data.draw(layouts(case.batching))
+            keys, views, pixels = join(load_steps(storage, index, case.batching, layout, steps))
             assert (keys, views) == expected[:2]
             assert torch.equal(pixels, expected[2])
 
@@ -194,13 +196,15 @@ def test_a_stream_that_is_stopped_anywhere_goes_on_with_another_layout(
     data: st.DataObject, case: Case, lengths: list[int]
 ) -> None:
     with dataset(case) as (storage, index):
-        expected = keys_of(load_steps(storage, index, case.plan, ALONE, range(sum(lengths))))
+        expected = keys_of(load_steps(storage, index, case.batching, ALONE, range(sum(lengths))))
         found: list[str] = []
         first = 0
         for length in lengths:
-            layout = data.draw(layouts(case.plan))
+            layout = data.draw(layouts(case.batching))
             # What a killed session had loaded ahead of its last step leaves no trace.
-            steps = load_steps(storage, index, case.plan, layout, range(first, first + length + 1))
+            steps = load_steps(
+                storage, index, case.batching, layout, range(first, first + length + 1)
+            )
             found += keys_of(steps[:length])
             first += length
     assert found == expected
@@ -210,8 +214,8 @@ def test_a_stream_that_is_stopped_anywhere_goes_on_with_another_layout(
 @given(cases(), st.integers(0, 10**9))
 def test_no_two_slots_of_a_micro_batch_have_a_stand_in_in_common(case: Case, start: int) -> None:
     with dataset(case) as (storage, index):
-        source = build_source(storage, index, case.plan)
-        size = case.plan.micro_batch_size
+        source = build_source(storage, index, case.batching)
+        size = case.batching.micro_batch_size
         slots = range(start - start % size, start - start % size + size)
         own = {(place.shard, place.row) for place in source.locate(slots)}
         stand_ins = [sample for slot in slots for sample in source.candidates(slot)]

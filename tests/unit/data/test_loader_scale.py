@@ -16,7 +16,7 @@ import pytest
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, ShardEntry, load_index, write_index
-from fqgan_dist.data.micro_batches import BatchPlan, ImageSource
+from fqgan_dist.data.micro_batches import Batching, ImageSource
 from fqgan_dist.storage.storage import Storage
 
 NUM_SHARDS, SHARD_SAMPLES = 10_000, 1_200
@@ -43,10 +43,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 def open_source(storage: Storage) -> ImageSource:
-    plan = BatchPlan(seed=0, window_shards=8, micro_batch_size=32, micro_batches_per_step=8)
+    batching = Batching(seed=0, window_shards=8, micro_batch_size=32, micro_batches_per_step=8)
     return ImageSource(
         Dataset(storage, load_index(storage)),
-        plan,
+        batching,
         view=ViewConfig(policy="center", image_size=8),
         num_views=None,
         features=None,
@@ -70,8 +70,8 @@ def test_twelve_million_samples_open_and_resume_in_a_moment(storage: Storage) ->
     for step in (0, 10**6, 10**9):
         with at_most(1.0):
             places = source.locate(range(step * 256, step * 256 + 256))
-            source.order.upcoming_shards(places[-1].slot)
-            next(source.candidates(places[0].slot))
+            source.order.upcoming_shards(places[-1].position)
+            next(source.candidates(places[0].position))
         assert places[0].epoch == step * 256 // num_samples
 
 

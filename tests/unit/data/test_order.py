@@ -20,8 +20,8 @@ def make_order(
     return SampleOrder(counts, dataset_id=dataset, seed=seed, window_shards=window)
 
 
-def stream(order: SampleOrder, slots: range) -> list[tuple[int, int, int]]:
-    places = order.locate(slots)
+def stream(order: SampleOrder, positions: range) -> list[tuple[int, int, int]]:
+    places = order.locate(positions)
     return list(
         zip(places.epochs.tolist(), places.shards.tolist(), places.rows.tolist(), strict=True)
     )
@@ -44,15 +44,17 @@ def test_stream_is_concatenated_permutations(
 
 @settings(max_examples=60)
 @given(counts_of_shards, st.integers(1, 15), st.data())
-def test_any_slots_give_what_the_whole_stream_gives(
+def test_any_positions_give_what_the_whole_stream_gives(
     counts: list[int], window: int, data: st.DataObject
 ) -> None:
     order = make_order(counts, window=window)
     whole = stream(order, range(3 * order.num_samples))
-    slots = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=20))
-    places = make_order(counts, window=window).locate(np.array(slots, dtype=np.int64))
+    positions = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=20))
+    places = make_order(counts, window=window).locate(np.array(positions, dtype=np.int64))
     found = zip(places.epochs, places.shards, places.rows, strict=True)
-    assert [tuple(map(int, place)) for place in found] == [whole[slot] for slot in slots]
+    assert [tuple(map(int, place)) for place in found] == [
+        whole[position] for position in positions
+    ]
 
 
 @given(counts_of_shards, st.integers(1, 5))
@@ -88,10 +90,10 @@ def test_upcoming_shards_are_those_of_the_next_window(
     counts: list[int], window: int, data: st.DataObject
 ) -> None:
     order = make_order(counts, window=window)
-    slot = data.draw(st.integers(0, 2 * order.num_samples - 1))
+    position = data.draw(st.integers(0, 2 * order.num_samples - 1))
     windows = find_windows(order, counts, epochs=3)
-    present = next(number for number, (end, _) in enumerate(windows) if slot < end)
-    upcoming = order.upcoming_shards(slot)
+    present = next(number for number, (end, _) in enumerate(windows) if position < end)
+    upcoming = order.upcoming_shards(position)
     assert set(upcoming) == windows[present + 1][1]
     assert len(upcoming) == len(set(upcoming))
 
@@ -154,7 +156,7 @@ def test_wrong_arguments_are_refused() -> None:
         make_order([3, 0])
     with pytest.raises(ValueError, match="window_shards 0"):
         make_order([3], window=0)
-    with pytest.raises(ValueError, match="slot -1"):
+    with pytest.raises(ValueError, match="position -1"):
         make_order([3]).locate([-1])
 
 

@@ -47,8 +47,8 @@ TIMES = {
     "train/read_bytes_per_s",
     "train/storage_retries",
 }
-DAMAGED_SLOTS = {2: [9, 7], 3: [12], 4: [18, 19], 7: [40]}
-"""By step, of 6 slots each."""
+DAMAGED_POSITIONS = {2: [9, 7], 3: [12], 4: [18, 19], 7: [40]}
+"""By step, of 6 samples each."""
 
 
 class Killed(BaseException):
@@ -58,8 +58,10 @@ class Killed(BaseException):
 def report_of(step: int) -> LoadReport:
     """What a loader tells of a step's batches."""
     replacements = [
-        Replacement(slot=slot, shard="s.tar", key=f"k{slot}", replacement_key="r", reason="torn")
-        for slot in DAMAGED_SLOTS.get(step, [])
+        Replacement(
+            position=position, shard="s.tar", key=f"k{position}", replacement_key="r", reason="torn"
+        )
+        for position in DAMAGED_POSITIONS.get(step, [])
     ]
     return merge_reports(
         [

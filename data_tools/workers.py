@@ -17,7 +17,7 @@ from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
 
-class EngineOptions(Config):
+class WorkerOptions(Config):
     """Options of commands that make shards."""
 
     engine: Literal["processes", "ray"] = "processes"
@@ -29,13 +29,13 @@ class EngineOptions(Config):
 
 
 @contextmanager
-def open_engine(
-    options: EngineOptions, storage: Storage, source: SourceListing, observer: Observer
+def open_workers(
+    options: WorkerOptions, storage: Storage, source: SourceListing, observer: Observer
 ) -> Iterator[RunChunks]:
     """Have what makes shards for a block.
 
     Args:
-        options: which engine.
+        options: which workers, and how many.
         storage: where shards are written.
         source: where images are read.
         observer: is told how far it is.

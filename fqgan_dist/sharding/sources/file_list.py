@@ -33,7 +33,7 @@ from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
 
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 _PATH_COLUMNS = ("path", "file", "file_name", "filename", "image")
 _CLASS_COLUMNS = ("class", "label", "class_name", "cls")
@@ -43,7 +43,7 @@ _MAX_LINE_BYTES = 2**20
 Row = Mapping[str, Any]
 
 
-def list_manifest(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
+def list_named_files(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
     """List the files that a manifest names.
 
     Raises:
