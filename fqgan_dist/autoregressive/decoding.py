@@ -17,7 +17,7 @@ from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 class CachedDecoder:
     """Decode B sequences of a model in evaluation mode.
 
-    All caches are allocated here, once: T slots per backbone block, and K per block of the factor
+    All caches are allocated here, once: T entries per backbone block, and K per block of the factor
     head, which every position overwrites. Per position, call `begin_position` and then `features`
     for codebooks 0 to K-1, in this order.
 

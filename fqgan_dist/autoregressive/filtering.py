@@ -23,6 +23,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     A code is dropped if the codes before it, by falling probability, sum to more than top_p: so
     the one that crosses the threshold stays, and at least one does.
     """
+    # Stable: of equal logits, common in bf16, the same ones stay on every device.
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     mass_before = probabilities.cumsum(-1) - probabilities
@@ -40,8 +41,12 @@ def invert_cumulative(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) int64 in [0, V).
     """
+    # In float64: at V = 16384 a float32 sum of rounded terms is off by more than a rare code's
+    # share, and by another amount on every device.
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
+    # `right`: the first sum above the number, not the first that reaches it; so a code of
+    # probability 0 is not drawn even where the number is 0.
     drawn = torch.searchsorted(cumulative, uniforms.double()[:, None] * total, right=True)
     # A uniform next to 1 may round to the total itself: the last code of any probability is meant.
     last = torch.searchsorted(cumulative, total.contiguous())

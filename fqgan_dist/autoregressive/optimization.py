@@ -21,6 +21,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         optimizers; within each, in the order of `model.parameters()`.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By dimension, not by name or type: the released recipe decays embeddings like matrices.
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     return [

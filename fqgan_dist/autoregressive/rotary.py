@@ -56,6 +56,7 @@ class RotaryTable(nn.Module):
         grid = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
         class_row = torch.zeros(1, 2 * quarter, device=device)
         for name, values in (("cos", grid.cos()), ("sin", grid.sin())):
+            # Not in checkpoints: the config says it all, and released weights have no such table.
             self.register_buffer(name, torch.cat([class_row, values]), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:

@@ -30,6 +30,8 @@ def draw_uniforms(
     Returns:
         (B, T, K) float64 in [0, 1), on the CPU.
     """
+    # NumPy's, not the device's generator: a sample is the same on every kind of device, and in
+    # every batch that it may fall into.
     uniforms = np.empty((len(sample_ids), num_positions, num_codebooks))
     for row, sample_id in zip(uniforms, sample_ids, strict=True):
         row[:] = numpy_generator(seed, "sample", sample_id).random(row.shape)
@@ -84,6 +86,7 @@ def generate_codes(
             if is_guided:
                 features = _guide(features, config.guidance_scale)
             logits = model.classifiers[codebook](features)
+            # Collected on the device: reading it here would wait for the device T x K times.
             is_finite &= logits.isfinite().all()
             codes[:, position, codebook] = _select(logits, uniforms[:, position, codebook], config)
             drawn = codes[:, position, codebook].repeat(copies)
@@ -101,6 +104,7 @@ def generate_codes(
 def _guide(features: Tensor, scale: float) -> Tensor:
     # The classifiers are linear, so guiding their input is guiding their output, and the largest
     # matrix product of a step and all that follows runs on B rows instead of 2 B.
+    # The difference of two close vectors, many times over: in bf16 it would be rounding noise.
     precise = features.to(torch.promote_types(features.dtype, torch.float32))
     conditional, unconditional = precise.chunk(2)
     return torch.lerp(unconditional, conditional, scale).to(features.dtype)

@@ -96,6 +96,8 @@ class FactorizedTransformer(nn.Module):
 
     def _run_backbone(self, embeddings: Sequence[Tensor], labels: Tensor) -> Tensor:
         positions = self._aggregate([embedding[:, :-1] for embedding in embeddings])
+        # Under autocast embeddings are float32 and what the projection gives is bf16: without the
+        # cast the whole residual stream would be promoted to float32.
         x = torch.cat([self.class_embedding(labels)[:, None].to(positions.dtype), positions], dim=1)
         x = self.token_dropout(x)
         rotation = self.rotary_table(0, self.config.num_positions)

@@ -77,6 +77,8 @@ class Claim:
     ) -> None:
         try:
             with self._folder.locked():
+                # While the claim is still held: given up first, it might be another process's by
+                # the time that these names go.
                 self.part.unlink(missing_ok=True)
                 self._lock.unlink(missing_ok=True)
         finally:
@@ -118,6 +120,8 @@ class CacheFolder:
                 written = self.path / f"{dataset_id}{_UNFINISHED_DATASET}"
                 written.write_text("".join(f"{sha256}\n" for sha256 in sorted(set(shards))))
                 os.replace(written, path)
+            # Still under the folder's lock: who evicts removes the file of a dataset that nobody
+            # holds.
             descriptor = _open(path, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         return DatasetUse(descriptor)
@@ -132,6 +136,7 @@ class CacheFolder:
             descriptor = _open(self.path / f"{sha256}.tar", os.O_RDONLY)
         except FileNotFoundError:
             return None
+        # Of the open file, not of its name, which may stand for another one by now.
         status = os.fstat(descriptor)
         if (status.st_size, status.st_mtime_ns) != (size, _VERIFIED_MTIME_NS):
             os.close(descriptor)
@@ -164,6 +169,8 @@ class CacheFolder:
             refusal, evicted = self._make_room(size, claims)
             if refusal is not None:
                 return refusal, evicted
+            # Made and locked under the folder's lock: a sweep in between would take it for a dead
+            # one's.
             descriptor = _open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

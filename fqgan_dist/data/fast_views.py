@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import JpegHeader, decode_image, decode_jpeg, read_jpeg_header
-from fqgan_dist.data.views import CropRecord, place_view, plan_resize
+from fqgan_dist.data.views import CropRecord, find_resize_sizes, place_view
 
 _PHASE_TOLERANCE = 1 / 64
 """Error in the place of a crop, in pixels of what is resized. At 1/64 the mean difference of the
@@ -152,7 +152,7 @@ def _find_region(crop: CropRecord, config: ViewConfig) -> _Region:
 
 def _choose_reduction(image: _EncodedImage, short_side: int, name: str) -> int:
     """Return 2 for each halving of the reference, as far as the decoder goes."""
-    num_halvings = len(plan_resize(image.width, image.height, short_side, name=name)) - 1
+    num_halvings = len(find_resize_sizes(image.width, image.height, short_side, name=name)) - 1
     return min(2**num_halvings, _LARGEST_REDUCTION)
 
 

@@ -186,6 +186,8 @@ class ImageLoader(_StepLoader[ImageBatch]):
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
         )
+        # Built where it loads, in each loader worker: connections, threads and caches cannot be
+        # sent.
         build = partial(
             ImageSource,
             dataset,

@@ -136,6 +136,8 @@ class _Samples:
         size = self.batching.micro_batch_size
         first = position - position % size
         taken = {(sample.shard, sample.row) for sample in self.locate(range(first, first + size))}
+        # All positions of a micro-batch deal out one walk, keyed by the first of them: position i
+        # takes every size-th sample from the i-th on, so that no two take the same one.
         free = (pair for pair in self.order.walk(first) if pair not in taken)
         return itertools.islice(free, position - first, None, size)
 

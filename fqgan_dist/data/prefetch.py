@@ -105,7 +105,10 @@ def load_in_processes(
     """
     loader = DataLoader(
         _BuiltInWorker(build),
+        # DataLoader gives results in the order of its keys, whichever worker is the first: the
+        # stream does not depend on their number or speed.
         sampler=_Keys(keys),
+        # A key is a micro-batch already: DataLoader shall neither collect keys nor rebuild results.
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
@@ -136,5 +139,5 @@ class _Keys(Sampler[Any]):
         return iter(self._keys)
 
 
-def _as_it_is(value: ValueT) -> ValueT:
+def _as_it_is(value: ValueT) -> ValueT:  # no lambda: spawned workers get it pickled
     return value

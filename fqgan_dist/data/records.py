@@ -31,7 +31,7 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.storage.storage import Storage
 
 MAX_CODEBOOK_SIZE = 2**16
-MAX_VIEWS = 2**7
+MAX_VIEWS = 2**7  # views are stored as int8
 
 _METADATA_KEY = b"fqgan_records"
 _FIXED_COLUMNS = ("key", "view", "crop_top", "crop_left", "resized_height", "resized_width", "flip")

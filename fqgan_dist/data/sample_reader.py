@@ -108,6 +108,7 @@ class SampleReader:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say which shards will be read soon, so that the cache can fetch them."""
         if self._cache is not None:
+            # The cache begins with the one that it was asked for last.
             self._cache.request(reversed(shards))
 
     def stats(self) -> ReaderStats:

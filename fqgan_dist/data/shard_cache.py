@@ -114,6 +114,8 @@ class ShardCache:
                 return
             for shard in shards:
                 if self._retry_at.get(shard, 0.0) <= now:
+                    # To the end, where the thread takes the next one: what was asked for last is
+                    # needed first.
                     self._wanted.pop(shard, None)
                     self._wanted[shard] = None
             if self._wanted and self._thread is None:

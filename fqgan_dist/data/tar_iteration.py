@@ -84,6 +84,8 @@ def _read_samples(stream: _HashedStream, table: SampleTable) -> Iterator[tuple[s
 
 
 def _check_plain_tar(file: BinaryIO, source: str) -> None:
+    # For a clear message alone: a gzip may carry the mark at this offset too. What protects is that
+    # bytes are taken by their offsets and hashed, and nothing is ever expanded.
     head = file.read(_TAR_MAGIC_OFFSET + len(_TAR_MAGIC))
     if not head.endswith(_TAR_MAGIC):
         raise DataError(

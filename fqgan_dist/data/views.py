@@ -100,12 +100,12 @@ def place_view(
         case "random_crop_flip":
             return _place_random_crop(width, height, config, seed=seed, key=key, view=view)
         case "ten_crop":
-            resized_width, resized_height = plan_resize(
+            resized_width, resized_height = find_resize_sizes(
                 width, height, config.ten_crop_side, name=key
             )[-1]
             return _place_ten_crop(resized_width, resized_height, config, view)
         case "center":
-            resized_width, resized_height = plan_resize(width, height, size, name=key)[-1]
+            resized_width, resized_height = find_resize_sizes(width, height, size, name=key)[-1]
             return CropRecord(
                 top=(resized_height - size) // 2,
                 left=(resized_width - size) // 2,
@@ -115,7 +115,9 @@ def place_view(
             )
 
 
-def plan_resize(width: int, height: int, short_side: int, *, name: str) -> list[tuple[int, int]]:
+def find_resize_sizes(
+    width: int, height: int, short_side: int, *, name: str
+) -> list[tuple[int, int]]:
     """List the sizes (width, height) that ADM's resize to a short side goes through.
 
     Returns:
@@ -130,6 +132,8 @@ def plan_resize(width: int, height: int, short_side: int, *, name: str) -> list[
             f"sample {name!r}: an image of {width}x{height} pixels, resized to a short "
             f"side of {short_side}, would have more than {DEFAULT_MAX_PIXELS} pixels; remove it"
         )
+    # ADM's chain, of which the reference images of every score are made: whole halvings by a box
+    # filter, then one bicubic step. Any other resize moves rFID.
     sizes = []
     while min(width, height) >= 2 * short_side:
         width, height = width // 2, height // 2
@@ -144,7 +148,7 @@ def resize_short_side(image: Image.Image, short_side: int, *, name: str) -> Imag
     Raises:
         DataError: the result would have more pixels than the decoding limit.
     """
-    *halvings, target = plan_resize(image.width, image.height, short_side, name=name)
+    *halvings, target = find_resize_sizes(image.width, image.height, short_side, name=name)
     for size in halvings:
         image = image.resize(size, Image.Resampling.BOX)
     return image.resize(target, Image.Resampling.BICUBIC)
@@ -168,7 +172,7 @@ def _place_random_crop(
     # The reference takes the ceiling; the small number undoes rounding such as 1.1 x 20 > 22.
     longest = math.ceil(size * config.max_resize_ratio - 1e-9)
     short_side = size + _below(words[0], longest - size + 1)
-    resized_width, resized_height = plan_resize(width, height, short_side, name=key)[-1]
+    resized_width, resized_height = find_resize_sizes(width, height, short_side, name=key)[-1]
     return CropRecord(
         top=_below(words[1], resized_height - size + 1),
         left=_below(words[2], resized_width - size + 1),

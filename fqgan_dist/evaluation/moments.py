@@ -87,12 +87,15 @@ def compute_moments(features: Tensor) -> Moments:
     """
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features: shape {tuple(features.shape)} - expected (n, d) with n > 0")
+    # In float64: a covariance summed in float32 is wrong in its small eigenvalues, whose roots the
+    # distance adds up. On the CPU: a GPU's sums differ by its kind.
     values = features.detach().cpu().double().numpy()
     if not np.isfinite(values).all():
         raise NumericsError(
             "features: not all are finite - expected finite Inception features - look at the images"
         )
     mean = values.mean(axis=0)
+    # Centred first: a mean of squares less a squared mean would lose the digits that they share.
     deviations = values - mean
     return Moments(len(values), mean, deviations.T @ deviations)
 

@@ -30,6 +30,8 @@ def compute_psnr(images: Tensor, references: Tensor) -> Tensor:
         ValueError: shapes differ or are not (B, C, H, W).
     """
     _check_shapes(images, references)
+    # Per image: the mean of PSNRs is reported, not the PSNR of the mean error, which one bad image
+    # would rule.
     error = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(UINT8_RANGE**2 / error)
 

@@ -121,6 +121,7 @@ def build_dataset(
         check_remade(present, done.entries)
         return present.index, done.report
     index = _make_index(plan, source, config, done)
+    # Last: a folder with an index is a whole dataset.
     write_index(folder, index)
     return index, done.report
 
@@ -158,6 +159,8 @@ def run_plan(
         for shard, one in zip(plan.shards, found, strict=True)
         if one and one.entry is not None
     ]
+    # Before the first new shard: what the end of the earlier job damaged shows in minutes, not
+    # after the hours of all that is left.
     if kept:
         run_chunks(CheckWork(shard_folder, kept, split=config.split, log_storage=log_storage))
     rows = PlannedRows(folder, stem, plan.header_sha256)
@@ -188,6 +191,7 @@ def find_missing_files(dataset: Dataset) -> set[str]:
     """List the files that a dataset's index names and that are not there."""
     index = dataset.index
     needed = {name for shard in index.shards for name in (shard.file, shard.samples_file)}
+    # One listing, not a request for each of what may be 24,000 files.
     return (needed | {table.file for table in index.problem_tables}) - set(dataset.folder.list())
 
 

@@ -378,6 +378,7 @@ def _replace_index(extension: PlannedExtension, done: FinishedPlan) -> DatasetIn
     }
     former_values = {name: getattr(base, name) for name in DatasetIndex.model_fields}
     extended = DatasetIndex.model_validate(former_values | changes)
+    # Kept before the new one replaces it: a run on the former dataset is told where its index is.
     former = former_index_name(base.dataset_id)
     try:
         folder.create_bytes(former, base.to_bytes())
@@ -395,5 +396,6 @@ def _replace_index(extension: PlannedExtension, done: FinishedPlan) -> DatasetIn
             f"{folder.uri(INDEX_NAME)}: it was changed by hand while it was extended; restore it, "
             "and run the same command again"
         )
+    # Last, in one step: until then whoever reads sees the former dataset, whole.
     folder.write_bytes(INDEX_NAME, extended.to_bytes())
     return extended

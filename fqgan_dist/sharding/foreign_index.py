@@ -147,6 +147,7 @@ def index_shards(
         work = _ScanWork(folder, list(files), list(files.values()), config, Storage(scratch))
         run_in_processes(work, workers=workers, observer=observer)
         labelling = _choose_labels(folder, config, _survey(folder, work), classes)
+        # Nothing is written before this line: every tar is read, every key and label known to fit.
         entries, problems = _publish_tables(folder, work, labelling)
     table = write_problems(folder, "index", problems)
     num_empty = len(files) - len(entries)

@@ -177,6 +177,7 @@ class ListingBuilder:
         self._names: list[str] = []
         self._keys: list[str] = []
         self._files: dict[str, int] = {}
+        # Packed arrays: 14 million members as Python objects would take gigabytes.
         self._file_numbers = array("i")
         self._numbers = array("q")  # offset, size and packed size of each member
         self._checks = bytearray()

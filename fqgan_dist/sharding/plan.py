@@ -181,6 +181,8 @@ def assign_rows(
     """
     header_sha256 = hash_json(header)
     numbers = {name: label for label, name in enumerate(header["classes"])}
+    # -1: an extension leaves such rows out, as it has their keys already; the callers refuse
+    # others.
     labels = np.array([numbers.get(class_of(name), -1) for name in source.names], np.int32)
     order = _permute(source.names, rows, config.seed)
     shards: list[PlannedShard] = []
@@ -275,6 +277,8 @@ def _make_stem(name: str) -> str:
 
 def _permute(names: Sequence[str], rows: np.ndarray, seed: int) -> np.ndarray:
     hashes = (derive_seed(seed, "sample_order", names[row]) for row in map(int, rows))
+    # Not NumPy's shuffle: each image's rank is its own hash, so that one image more or less moves
+    # no other past another.
     return rows[np.argsort(np.fromiter(hashes, np.int64, len(rows)), kind="stable")]
 
 

@@ -113,6 +113,7 @@ def publish_plan(
     if found is not None and found.plan_sha256 != plan.plan_sha256:
         raise DataError(_describe_conflict(folder, stem, found, source, config))
     rows = encode_rows(plan, source)
+    # The rows before the JSON: whoever finds the JSON may read them.
     is_new = _publish_rows(folder, stem, rows, found)
     if found is not None:
         return False
@@ -127,6 +128,8 @@ def publish_plan(
         options=config.model_dump(mode="json"),
         classes=plan.classes,
         class_descriptions=plan.class_descriptions,
+        # Of what is there, not of what we would write: a job that was killed here may have written
+        # the same rows with another version of pyarrow.
         rows_sha256=_hash_stored(folder, _rows_name(stem)),
         shards=plan.shards,
     )

@@ -20,6 +20,8 @@ class RepeatFinder:
 
     def add(self, values: Iterable[Hashable]) -> None:
         """Take values of one shard."""
+        # Python's own hash: salted in each process, so that nobody can prepare keys that all
+        # collide.
         self._hashes.append(np.fromiter(map(hash, values), np.int64))
 
     def is_suspect(self, value: Hashable) -> bool:

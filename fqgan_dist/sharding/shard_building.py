@@ -96,6 +96,8 @@ def _read(sample: PlannedSample, reader: ImageReader) -> bytes:
 def _pack(stored: Sequence[tuple[PlannedSample, EncodedImage]]) -> bytes:
     """Write `<key>.cls`, `.jpg` (or png, webp) and `.json` of each sample, with fixed metadata."""
     file = io.BytesIO()
+    # No time, user or mode of the source: the same images give the same bytes, and the same id, on
+    # every machine. No encoder: values are bytes, as they were.
     with TarWriter(
         file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False
     ) as writer:

@@ -113,6 +113,8 @@ class ShardFolder:
             _PROBLEMS: json.dumps(problems),
         }
         if len(built.table):
+            # The tar before the table, which vouches for it: a kill in between leaves a tar that
+            # the next job makes again, with the same bytes.
             self._create(shard.file, built.tar)
         self._create(table_name(shard.file), encode_samples(built.table, metadata))
 

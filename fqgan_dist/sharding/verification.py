@@ -268,6 +268,7 @@ def _find_repeats(
             ]
     if not keys.has_suspects and not images.has_suspects:
         return
+    # Hashes met somewhere: only the tables themselves tell what really occurs twice.
     first_file: dict[str, str] = {}
     groups: dict[bytes, list[str]] = {}
     with observer.track(len(index.shards), "reading tables", "shards") as bar:

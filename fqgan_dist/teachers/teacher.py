@@ -109,6 +109,7 @@ class Teacher(nn.Module):
         else:
             raise ValueError(f"images: dtype {images.dtype} - expected uint8, or float in [-1, 1]")
         size = (self.preprocessing.input_size, self.preprocessing.input_size)
+        # Without antialiasing, as crude as it is: the released models learned from these features.
         return (functional.interpolate(pixels, size=size, mode="nearest") - self.mean) / self.std
 
 

@@ -97,6 +97,7 @@ class PatchDiscriminator(nn.Module):
         Returns:
             Logits (B, 1, H', W'): 30 x 30 for 256 pixels.
         """
+        # A loop, as nn.Sequential cannot hand the loss group on.
         for layer in self.main:
             is_norm = isinstance(layer, RecordingBatchNorm)
             images = layer(images, loss_group) if is_norm else layer(images)

@@ -71,6 +71,8 @@ def info_nce_loss(predicted: Tensor, target: Tensor, loss_group: LossGroup = ALO
             f"predicted {tuple(predicted.shape)} and target {tuple(target.shape)}: expected "
             "the same (B, E)"
         )
+    # Only the teacher's features are exchanged. They need no gradient, so the backward pass needs
+    # no exchange at all.
     targets = loss_group.gather(target.float()).flatten(0, 1)
     own = torch.arange(len(targets), device=targets.device)[loss_group.rows(len(predicted))]
     with full_precision(predicted.device):

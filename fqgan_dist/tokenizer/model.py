@@ -182,6 +182,7 @@ class FactorizedTokenizer(nn.Module):
         )
 
     def _quantizers(self) -> list[VectorQuantizer]:
+        # ModuleDict keeps the order of the config: codebook k is column k of all codes ever stored.
         return [cast(CodebookBranch, branch).quantizer for branch in self.branches.values()]
 
     def _decode(self, quantized: Sequence[Tensor]) -> Tensor:

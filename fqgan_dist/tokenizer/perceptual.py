@@ -57,6 +57,7 @@ class PerceptualLoss(nn.Module):
                 f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)}: "
                 "expected the same shape"
             )
+        # Apart from the reconstruction's: one pass of both would keep the targets' activations too.
         with torch.no_grad():
             expected = self._features(target)
         features = self._features(reconstruction)
@@ -99,6 +100,8 @@ def build_perceptual_loss(
     else:
         path = weights.find_file(weights_path)
         _fill(network.net, load_safetensors_checked(path, weights.sha256), source=str(path))
+    # In train mode for ever: the dropout before each linear layer acts in the released training too
+    # (fqgan.md 1.9).
     return PerceptualLoss(network).train()
 
 

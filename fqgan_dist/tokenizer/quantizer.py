@@ -66,6 +66,8 @@ class VectorQuantizer(nn.Module):
         codebook = torch.empty(codebook_size, code_dim).uniform_(
             -1 / codebook_size, 1 / codebook_size
         )
+        # Unit vectors at the start: of numbers as small as 1/V, the first steps of Adam, as long as
+        # the learning rate, would turn every code at random.
         self.codebook = nn.Parameter(F.normalize(codebook, dim=1))
 
     def forward(
@@ -89,11 +91,15 @@ class VectorQuantizer(nn.Module):
             codebook = _normalize(self.codebook)
             chosen = _nearest_unit_codes(vectors, codebook) if codes is None else codes.flatten()
             selected = F.embedding(chosen, codebook)
+            # Its gradient goes to the encoder alone, as if nothing had been quantized; the codebook
+            # learns from its own loss below.
             straight_through = vectors + (selected - vectors).detach()
         batch, _, height, width = latents.shape
         shape = {"B": batch, "h": height, "w": width}
         losses: dict[str, Tensor] = {}
         if self.training:
+            # One value, two losses: which side is detached decides what is moved, and their weights
+            # differ.
             losses["codebook_loss"] = F.mse_loss(selected, vectors.detach())
             losses["commitment_loss"] = F.mse_loss(vectors, selected.detach())
             if compute_entropy:

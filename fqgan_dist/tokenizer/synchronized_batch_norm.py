@@ -59,6 +59,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         mean = means.mean(dim=0)
         # Members have equal counts: the variance is the mean of theirs, and that of their means.
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        # Evaluation mode is the fused kernel that takes the statistics as they are given.
         output = F.batch_norm(features, mean, variance, weight, bias, training=False, eps=eps)
         count = loss_group.size * features.numel() // features.shape[1]
         unbiased = variance * (count / (count - 1))

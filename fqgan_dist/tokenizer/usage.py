@@ -2,7 +2,7 @@
 
 The released code keeps a window of the last 65,536 tokens per rank, zero-initialised so that code 0
 always counts (fqgan.md 1.4). Ours is the window of the whole job, in micro-batch order, so that the
-number does not depend on the number of ranks, and unwritten slots count for nothing.
+number does not depend on the number of ranks, and unwritten entries count for nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class CodeUsageWindow(nn.Module):
     codes: Tensor
 
     def __init__(self, num_codebooks: int, codebook_size: int, num_tokens: int = 65_536) -> None:
-        """Start with an empty window of `num_tokens` slots per codebook."""
+        """Start with an empty window of `num_tokens` entries per codebook."""
         super().__init__()
         self.codebook_size = codebook_size
-        # Unwritten slots hold codebook_size, one past the last code.
+        # Unwritten entries hold codebook_size, one past the last code.
         self.register_buffer(
             "codes", torch.full((num_codebooks, num_tokens), codebook_size, dtype=torch.int32)
         )
@@ -35,5 +35,6 @@ class CodeUsageWindow(nn.Module):
         """Return the fraction of each codebook that occurs in the window, (K,) float32."""
         num_codebooks = self.codes.shape[0]
         seen = torch.zeros(num_codebooks, self.codebook_size + 1, device=self.codes.device)
+        # Not bincount or unique: on a GPU both wait for the device to know the result's size.
         seen.scatter_(1, self.codes.long(), 1.0)
         return seen[:, :-1].mean(dim=1)

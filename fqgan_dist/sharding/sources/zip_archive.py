@@ -94,6 +94,8 @@ class ZipReader:
     def read(self, name: str, place: Place) -> bytes:
         """Implement `ImageReader`."""
         packed_size = place.packed_size or place.size
+        # How long the local header's name and extra field are stands in that header alone (the
+        # directory's may differ): a few bytes more spare a second request.
         first = LOCAL_HEADER.size + packed_size + _READ_AHEAD_BYTES
         data = read_range(self.storage, name, place, place.offset, first)
         if not data.startswith(LOCAL_SIGNATURE):
@@ -111,6 +113,7 @@ class ZipReader:
     def _inflate(self, packed: bytes, name: str, place: Place) -> bytes:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
+            # One byte more than listed: enough to tell a lie, and all that a bomb gets.
             data = inflater.decompress(packed, place.size + 1)
         except zlib.error as error:
             change = f"it does not inflate ({error})"

@@ -17,7 +17,7 @@ from skimage import data as photographs
 from fqgan_dist.data.config import ViewConfig, ViewMode, ViewPolicy
 from fqgan_dist.data.decoding import decode_image, decode_jpeg, read_jpeg_header
 from fqgan_dist.data.view_loading import load_view, load_views
-from fqgan_dist.data.views import CropRecord, apply_view, num_views, plan_resize
+from fqgan_dist.data.views import CropRecord, apply_view, find_resize_sizes, num_views
 from fqgan_dist.errors import DataError
 
 POLICIES: tuple[ViewPolicy, ...] = ("random_crop_flip", "ten_crop", "center")
@@ -192,7 +192,7 @@ def test_scales_near_one_show_the_same_place() -> None:
 def test_reduced_views_show_the_same_place(size: int, reduction: int, orientation: int) -> None:
     # Neither side is a multiple of the reduction: the last decoded pixels lie half outside.
     image = make_waves(617, 453, period=24 * reduction)
-    assert len(plan_resize(453, 617, size, name="a")) - 1 == np.log2(reduction)
+    assert len(find_resize_sizes(453, 617, size, name="a")) - 1 == np.log2(reduction)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(image, quality=100, subsampling=0, exif=exif)
@@ -442,7 +442,7 @@ def test_difference_on_imagenet_photographs_is_as_documented(test_data_dir: Path
             data = file.read()
             difference = compare(data, size=256, key=member.name)
             _, crop = load(data, "fast", key=member.name)[0]
-            sizes = plan_resize(
+            sizes = find_resize_sizes(
                 *decode_image(data, name="a").size, short_side=crop.short_side, name="a"
             )
             means[len(sizes) > 1].append(float(np.abs(difference).mean()))
