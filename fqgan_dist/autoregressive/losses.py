@@ -73,6 +73,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         rows = logits.reshape(-1, logits.shape[-1])
         picks = targets.reshape(-1, 1)
         tokens = targets.shape[0] * targets.shape[2]
+        # The mean's share of each row; codebooks may have gradients of their own.
         scales = (grad_losses / tokens)[None, :, None].expand(targets.shape).reshape(-1, 1)
         grad = torch.empty_like(rows)
         for block in _blocks(rows):

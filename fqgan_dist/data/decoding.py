@@ -115,12 +115,6 @@ def decode_jpeg(data: bytes, header: JpegHeader, *, reduction: int = 1) -> np.nd
 
     Without reduction the pixels are those of `decode_image`, before orientation.
 
-    simplejpeg because it is the fastest of the well-kept decoders that come as wheels: ms per image
-    of one core, least of five interleaved runs, 100 ImageNet originals (475x393, 111 KB) / the same
-    at short side 320 and quality 90: simplejpeg 1.9 1.25 / 0.54, opencv 5.0 1.48 / 0.62,
-    torchvision 0.29 1.56 / 0.63, Pillow 13 1.47 / 0.66 and 0.1 more for an array. Its `fastdct` and
-    `fastupsample` gain nothing that can be measured. PyTurboJPEG needs a library of the system.
-
     Args:
         data: the file's bytes.
         header: what `read_jpeg_header` found.
@@ -132,6 +126,11 @@ def decode_jpeg(data: bytes, header: JpegHeader, *, reduction: int = 1) -> np.nd
         this decoder sees anything unusual: `decode_image` has the last word then, so that both
         refuse the same images.
     """
+    # simplejpeg is the fastest of the well-kept decoders that come as wheels: ms per image of one
+    # core, least of five interleaved runs, 100 ImageNet originals (475x393, 111 KB) / the same at
+    # short side 320 and quality 90: simplejpeg 1.9 1.25 / 0.54, opencv 5.0 1.48 / 0.62, torchvision
+    # 0.29 1.56 / 0.63, Pillow 13 1.47 / 0.66 and 0.1 more for an array. Its `fastdct` and
+    # `fastupsample` gain nothing that can be measured. PyTurboJPEG needs a library of the system.
     height, width = -(-header.height // reduction), -(-header.width // reduction)
     try:
         # This parser's own size: a file must not show a small image to one and a bomb to the other.

@@ -142,6 +142,8 @@ def load_fast_views(
 
 def _find_region(crop: CropRecord, config: ViewConfig) -> _Region:
     """Return what is resized for a crop: a function of the crop alone, so that views are pure."""
+    # Never a larger region that several random crops could share: where it began would change the
+    # rounding, and a view's pixels with the other views asked for.
     top, left, side = crop.top, crop.left, config.image_size
     if config.policy == "ten_crop":
         # All ten are cut from this square.

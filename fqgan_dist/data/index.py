@@ -209,6 +209,7 @@ class DatasetIndex(Config):
     @cached_property
     def dataset_id(self) -> str:
         """The sha256 of the index file, in hex."""
+        # Of the bytes that are written: anybody can check it with sha256sum.
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:

@@ -315,13 +315,11 @@ class ImageSource(_Samples):
 
 
 def _stack_channels_first(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Stack (H, W, 3) images as (B, 3, H, W).
-
-    One by one while an image is in the processor's cache: a quarter of the time (0.07 ms each at
-    256 pixels) of stacking first and transposing the whole.
-    """
+    """Stack (H, W, 3) images as (B, 3, H, W)."""
     height, width, channels = images[0].shape
     stacked = np.empty((len(images), channels, height, width), images[0].dtype)
+    # One by one while an image is in the processor's cache: a quarter of the time (0.07 ms each at
+    # 256 pixels) of stacking first and transposing the whole.
     for target, image in zip(stacked, images, strict=True):
         target[...] = image.transpose(2, 0, 1)
     return torch.from_numpy(stacked)

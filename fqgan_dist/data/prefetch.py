@@ -80,6 +80,8 @@ def load_in_threads(
     with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
         try:
             for key in keys:
+                # Submitted one by one as results are taken: keys may be endless, and memory holds
+                # `ahead` results.
                 pending.append(pool.submit(load, key))
                 if len(pending) > ahead:
                     yield pending.popleft().result()

@@ -1,8 +1,7 @@
 """Records: what was computed once per image and view (teacher features, codes), as parquet files.
 
 A row is a key, a view, the crop it was computed from, and fixed-size binary columns of numbers,
-little-endian (parquet's own fixed-size lists store uint16 as INT32, twice the size and 50 times
-slower to read). The file's metadata names what it was computed from: the fingerprint (weights,
+little-endian. The file's metadata names what it was computed from: the fingerprint (weights,
 preprocessing, views, dataset) and the sha256 of the shard. A reader refuses what does not fit.
 
     <prefix>/<fingerprint>/view-VV/shard-NNNNNN.parquet     features: one row per key
@@ -139,6 +138,8 @@ def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -
         arrays[name] = pa.array(values, pa.int32())
     arrays["flip"] = arrays["flip"].cast(pa.bool_())
     for name, column in columns.items():
+        # Not parquet's own fixed-size lists: these store uint16 as INT32, twice the size and 50
+        # times slower to read.
         data = pa.py_buffer(table.columns[name].astype(f"<{column.dtype[0]}2").tobytes())
         arrays[name] = pa.Array.from_buffers(pa.binary(column.num_bytes), len(table), [None, data])
     footer = {_METADATA_KEY: metadata.model_dump_json().encode()}

@@ -110,6 +110,8 @@ class ShardCache:
         """Ask for shards that are needed now or soon, the most urgent one last."""
         now = time.monotonic()
         with self._lock:
+            # Nothing is remembered meanwhile: what is still needed then is asked for again, by
+            # reading it.
             if self._stopping or now < self._paused_until:
                 return
             for shard in shards:

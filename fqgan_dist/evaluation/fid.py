@@ -1,9 +1,4 @@
-"""Frechet distance of two sets of features, without a matrix square root.
-
-tr sqrt(A B) is the sum of the roots of the eigenvalues of A B. With A = R R^T these are the
-eigenvalues of the symmetric R^T B R: no complex arithmetic, no `sqrtm` (which gives imaginary parts
-and stalls on singular matrices), and a symmetric solve of the smaller rank.
-"""
+"""Frechet distance of two sets of features, without a matrix square root."""
 
 from __future__ import annotations
 
@@ -36,6 +31,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _trace_root(low: Moments, covariance: Array) -> float:
+    # tr sqrt(A B) is the sum of the roots of the eigenvalues of A B. With A = R R^T these are the
+    # eigenvalues of the symmetric R^T B R: no complex arithmetic, no `sqrtm` (which gives imaginary
+    # parts and stalls on singular matrices), and a symmetric solve of the smaller rank.
     root = _factor(low)
     eigenvalues = np.linalg.eigvalsh(root.T @ covariance @ root)
     return float(np.sqrt(_drop_noise(eigenvalues)).sum())

@@ -111,6 +111,7 @@ def fold(chunks: Iterable[tuple[int, Moments]]) -> Moments:
     for chunk_id, moments in chunks:
         kept = by_id.get(chunk_id)
         by_id[chunk_id] = moments if kept is None else _choose(chunk_id, kept, moments)
+    # Floating-point sums depend on their order: only this one is the same whoever finished first.
     return fold_ordered(by_id[chunk_id] for chunk_id in sorted(by_id))
 
 

@@ -3,16 +3,6 @@
 With default initialisation features vanish and every FID is 0. Here filters are seeded normal
 numbers, and the BatchNorm statistics are those of a fixed batch of smooth coloured noise, whose
 spectrum is that of photographs.
-
-A deep random ReLU network is chaotic: small differences grow from layer to layer, so the distance
-of two samples of one set depends on the seed and is large. A bias keeps most ReLUs open: the
-network is nearly linear, and near images stay near. The first layer sees little of an image's mean
-colour, in which photographs differ most. Measured at 75 px with two times 264 crops of 64 px of one
-set of photographs, in units of FID(photographs, other crops), seeds 0 and 1:
-
-    neither measure:  FID 38000, 11000; noise 154, 479; blocks of 4 x 4 pixels 5.0, 3.5
-    bias alone:       FID 159, 140;     noise 115, 158; blocks 7.9, 8.4
-    both:             FID 236, 204;     noise 278, 252; blocks 9.3, 9.4
 """
 
 from __future__ import annotations
@@ -27,6 +17,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.weights.tensors import draw_normal
 
+# A deep random ReLU network is chaotic: small differences grow from layer to layer, so the distance
+# of two samples of one set depends on the seed and is large. A bias keeps most ReLUs open: the
+# network is nearly linear, and near images stay near. The first layer sees little of an image's
+# mean colour, in which photographs differ most. Measured at 75 px with two times 264 crops of 64 px
+# of one set of photographs, in units of FID(photographs, other crops), seeds 0 and 1:
+#
+#     neither measure:  FID 38000, 11000; noise 154, 479; blocks of 4 x 4 pixels 5.0, 3.5
+#     bias alone:       FID 159, 140;     noise 115, 158; blocks 7.9, 8.4
+#     both:             FID 236, 204;     noise 278, 252; blocks 9.3, 9.4
 STEM_BIAS = 1.0
 """BatchNorm bias before the first Mixed block, in standard deviations."""
 BLOCK_BIAS = 16.0

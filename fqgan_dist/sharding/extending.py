@@ -179,6 +179,8 @@ def plan_extension(
     Raises:
         DataError: as `extend_dataset`.
     """
+    # By the request, not by the plan: when it is done, nothing is left that a plan could be made
+    # of.
     request = _hash_request(source, config)
     if request in dataset.index.plans and not find_missing_files(dataset):
         return None

@@ -87,6 +87,7 @@ def crop_photograph(
     part = _reduced_part(class_name, split, image_size)
     ratio = _TRAINING_CROP_RATIO if split == "train" else 1.0
     size = round(ratio * image_size)
+    # Keyed by the crop, so that more crops or other splits leave the former ones as they are.
     random = numpy_generator(seed, "photograph", split, class_name, number)
     left = int(random.integers(part.width - size + 1))
     top = int(random.integers(part.height - size + 1))

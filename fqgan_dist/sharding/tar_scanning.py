@@ -123,6 +123,7 @@ class TarScan:
                 f"{self._source}: not a whole, plain tar archive ({error}); expected one that is "
                 "not compressed: unpack it, or copy it again"
             ) from error
+        # tarfile ends without a word where a file is cut off between two members.
         if not header_type.found_end:
             raise DataError(
                 f"{self._source}: the tar file is damaged or cut off: it has no end mark; "

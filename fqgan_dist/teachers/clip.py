@@ -45,8 +45,8 @@ class ClipClassToken(nn.Module):
         """Map normalised pixels (B, 3, S, S) to class tokens (B, E)."""
         output = self.visual.forward_intermediates(
             pixels,
-            indices=1,
-            normalize_intermediates=False,
+            indices=1,  # the last block alone
+            normalize_intermediates=False,  # as FQGAN reads it: before ln_post
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=True,

@@ -57,6 +57,8 @@ class _EntropyLoss(torch.autograd.Function):
                 probability = log_probability.exp()
                 mean_probability += probability.sum(dim=0)
                 entropies[rows] = probability.mul_(log_probability).sum(dim=1).neg_()
+            # Averaged over the group before the logarithm, which is not linear: the mean of the
+            # ranks' losses would be another loss.
             mean_probability = loss_group.mean(mean_probability / len(vectors))
             mean_entropy = -(mean_probability * (mean_probability + LOG_EPS).log()).sum()
         ctx.save_for_backward(vectors, codebook, entropies, mean_probability)

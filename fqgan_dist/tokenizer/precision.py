@@ -41,10 +41,8 @@ def _no_autocast(device_type: str) -> Iterator[None]:
 
 
 def rows_per_block(row_length: int, device: torch.device) -> int:
-    """Choose how many rows of a (rows, row_length) fp32 matrix exist at a time.
-
-    1 MiB stays in a CPU's cache (9x faster than the whole matrix at V = 16384, measured); 64 MiB
-    fill a GPU.
-    """
+    """Choose how many rows of a (rows, row_length) fp32 matrix exist at a time."""
+    # 1 MiB stays in a CPU's cache (9x faster than the whole matrix at V = 16384, measured); 64 MiB
+    # fill a GPU.
     elements = 2**24 if device.type == "cuda" else 2**18
     return max(1, elements // row_length)

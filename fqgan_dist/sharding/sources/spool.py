@@ -26,6 +26,8 @@ _YOUNG_S = 60
 @contextmanager
 def open_spool_folder() -> Iterator[Path]:
     """Make a folder in `TMPDIR` that is removed at the end."""
+    # Only a lock tells: a process that was killed by SIGKILL removes nothing, and its id may be
+    # another's by now.
     _remove_leftovers(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
