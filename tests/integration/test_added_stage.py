@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
-from ray import cloudpickle
 from support import toy_stage
 
 from fqgan_dist.config import load_config
@@ -96,17 +95,12 @@ def test_without_its_line_nobody_knows_it(tmp_path: Path, monkeypatch: pytest.Mo
         load_config(TINY, [f"storage.root={tmp_path}", "stages=[toy]"], RunConfig)
 
 
-@pytest.fixture
-def travels_as_code() -> Iterator[None]:
-    """Actors cannot import `support`."""
-    cloudpickle.register_pickle_by_value(toy_stage)
-    yield
-    cloudpickle.unregister_pickle_by_value(toy_stage)
-
-
 @pytest.mark.ray
-@pytest.mark.usefixtures("travels_as_code")
-def test_its_chunks_run_on_actors_of_a_cluster(tmp_path: Path) -> None:
+def test_its_chunks_run_on_actors_of_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its module must be importable where it works, as any stage's.
+    monkeypatch.setenv("PYTHONPATH", str(TINY.parents[1]), prepend=os.pathsep)
     run_pipeline(load(tmp_path / "here"))
     config = load(tmp_path / "ray", "execution=ray", "ray.local_cpus=2")
     assert run_pipeline(config)["toy"]["metrics"] == {"total": IMAGES}
