@@ -33,7 +33,6 @@ class Submission:
 
     @property
     def job_id(self) -> str:
-        """Id of the current job."""
         return f"{self._prefix}-{self._number}"
 
     def bring_to_end(self) -> int:

@@ -20,8 +20,8 @@ from pydantic_core import PydanticCustomError
 
 from fqgan_dist.errors import ConfigError
 
+# Type of a pydantic error that holds several problems, and their place in its context.
 _SEVERAL = "problems"
-"""Type of a pydantic error that holds several problems, and their place in its context."""
 
 Value = Any
 """A plain YAML value: scalar, list or mapping."""

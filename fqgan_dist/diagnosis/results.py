@@ -28,7 +28,6 @@ class Diagnosis:
 
     @property
     def has_failed(self) -> bool:
-        """Whether any verdict is `failed`."""
         return self._counts["failed"] > 0
 
     @property

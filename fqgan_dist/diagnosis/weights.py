@@ -21,8 +21,8 @@ from fqgan_dist.tokenizer.config import PerceptualConfig
 
 _READ_BYTES = 8 * 2**20
 _LENGTH_BYTES = 8
+# safetensors' own limit.
 _LARGEST_HEADER_BYTES = 100 * 10**6
-"""safetensors' own limit."""
 _REQUEST_TIMEOUT_S = 10.0
 _FETCH = "run `fqgan weights fetch CONFIG to=DIR` where there is access, and use the files it makes"
 
@@ -50,7 +50,6 @@ def check_weights(needed: NeededWeights) -> Verdict:
 
 
 def judge_hub(field: str, state: HubState) -> Verdict:
-    """Judge weights that a library fetches for itself."""
     if state.is_cached:
         return ok(field, f"hub: {state.place} is in this node's cache")
     if state.is_reachable:

@@ -27,8 +27,8 @@ from fqgan_dist.telemetry.environment import collect_environment
 AUTHENTICATION, VERSIONS = "authentication", "versions"
 RESOURCES, SHARED_ROOT = "resources", "shared storage"
 
+# For all checks of a node; usual are 20 s to 60 s, hub weights and slow storage may take more.
 _NODE_LIMIT_S = 600.0
-"""For all checks of a node; usual are 20 s to 60 s, hub weights and slow storage may take more."""
 _CLUSTER_CHECK_S = 300.0
 _COMPARED = ("fqgan-dist", "torch", "ray", "deepspeed", "numpy", "pydantic")
 
@@ -39,7 +39,6 @@ class NodeReport:
 
     verdicts: list[Verdict]
     versions: dict[str, str]
-    """Of what must be equal on all nodes."""
 
 
 def diagnose_cluster(config: RunConfig | None) -> dict[str, list[Verdict]]:
@@ -108,7 +107,6 @@ def _list_checks(config: RunConfig | None, versions: dict[str, dict[str, str]]) 
 
 
 def check_ray() -> Verdict:
-    """Count the nodes and their slots."""
     nodes, total = len(list_nodes()), ray.cluster_resources()
     slots = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {slots}")
@@ -129,11 +127,7 @@ def check_authentication() -> Verdict:
 
 
 def judge_versions(versions: dict[str, dict[str, str]]) -> Verdict:
-    """Compare what must be equal on all nodes.
-
-    Args:
-        versions: by node, then by name.
-    """
+    """Compare what must be equal on all nodes, given by node, then by name."""
     names = sorted({name for found in versions.values() for name in found})
     problems = [
         f"{name}: " + ", ".join(f"{value} on {' and '.join(labels)}" for value, labels in found)
@@ -156,7 +150,6 @@ def _group_by_version(
 
 
 def check_resources(config: RunConfig) -> Verdict:
-    """Compare the cluster's slots with what the run reserves at once."""
     return judge_resources(config, ray.cluster_resources())
 
 
@@ -185,7 +178,6 @@ def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
 
 
 def check_shared_root(root: str) -> Verdict:
-    """Write a file to the storage root here, and look for it on every node."""
     try:
         with shared_root(Storage(root)):
             return ok(SHARED_ROOT, f"{root}: one storage, seen by every node")

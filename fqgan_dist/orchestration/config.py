@@ -35,7 +35,6 @@ class TrainWorkersConfig(ProcessResources):
     """Wait for the workers' resources; must cover the boot of autoscaled nodes."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find a number of GPUs that no process trains on."""
         if self.gpus not in (0.0, 1.0):
             yield (
                 f"gpus: {self.gpus} per train worker; expected 0 (CPU) or 1 (one process per GPU)"
@@ -53,7 +52,6 @@ class PoolConfig(ProcessResources):
     """Times that a chunk may lose its actor before the pool gives up on it."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find a range that is empty."""
         if self.max_actors < self.min_actors:
             yield f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
 
@@ -72,5 +70,4 @@ class RayConfig(Config):
     """CPU slots of a Ray that is started here; None takes the machine's."""
 
     def pool(self, stage: str) -> PoolConfig:
-        """Return the pool of a stage."""
         return self.pools.get(stage, PoolConfig())

@@ -10,11 +10,7 @@ from fqgan_dist.orchestration.config import ProcessResources
 
 
 def describe_shortage(needs: ProcessResources) -> str:
-    """Say what the connected cluster lacks for one more process.
-
-    Args:
-        needs: what the process reserves, all of it on one node.
-    """
+    """Say what the connected cluster lacks for one more process, all of it on one node."""
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus, **needs.custom}
     wanted = {name: amount for name, amount in wanted.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

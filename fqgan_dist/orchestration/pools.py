@@ -33,13 +33,13 @@ from fqgan_dist.telemetry.observer import Observer
 
 logger = logging.getLogger(__name__)
 
+# Longest wait for an answer before the driver looks at what is pending.
 _WAIT_S = 1.0
-"""Longest wait for an answer before the driver looks at what is pending."""
 _SHORTAGE_WARNING_S = 10.0
 _SLOW_START_WARNING_S = 60.0
 _WARNING_INTERVAL_S = 60.0
+# What actors that are let go have to finish their logs.
 _GRACE_S = 10.0
-"""What actors that are let go have to finish their logs."""
 
 
 @contextmanager
@@ -54,14 +54,8 @@ def open_pool(
 
     What is given processes every chunk of some work that is not done. It is called for one piece
     of work after another, and actors, whose start takes seconds of imports, serve them all: at
-    most `min_actors` wait between two, and the end of the block ends all.
-
-    Args:
-        name: of the pool, in the actors' logs.
-        config: resources of an actor, and how many there are.
-        observer: is told how far the work is.
-        check_node: called once in every actor before its first chunk; picklable; raises on a node
-            that cannot take part.
+    most `min_actors` wait between two, and the end of the block ends all. `check_node` is called
+    once in every actor before its first chunk; picklable; raises on a node that cannot take part.
 
     Raises:
         FqganError: the first that a chunk or `check_node` raised; the rest is stopped at once.
@@ -167,15 +161,10 @@ class _Pool:
 
     @property
     def num_ready(self) -> int:
-        """Actors that work or could."""
         return sum(member.is_ready for member in self._members)
 
     def run(self, work: ChunkWork, chunks: Sequence[int]) -> Iterator[int]:
-        """Give every chunk once, when its output is committed.
-
-        Raises:
-            as `open_pool`.
-        """
+        """Give every chunk once, when its output is committed; raises as `open_pool`."""
         if not chunks:
             return
         job = self._open_job(work, chunks)
@@ -274,11 +263,8 @@ class _Pool:
         self._leaving.clear()
 
     def _end_finished(self, timeout_s: float) -> None:
-        """Kill the actors that were let go and have nothing left to do.
-
-        Ray's gentle end takes 4 s of a process that has loaded torch, during which it holds memory
-        that Ray counts as free already; a kill takes 50 ms (both measured).
-        """
+        # Ray's gentle end takes 4 s of a process that has loaded torch, during which it holds
+        # memory that Ray counts as free already; a kill takes 50 ms (both measured).
         if not self._leaving:
             return
         refs = [member.ref for member in self._leaving]

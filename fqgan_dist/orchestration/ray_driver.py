@@ -36,8 +36,8 @@ from fqgan_dist.telemetry.run_view import StageState
 
 logger = logging.getLogger(__name__)
 
+# Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day.
 _JOB_FOLDER = "working_dir_files"
-"""Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day."""
 _CPU = torch.device("cpu")
 
 
@@ -116,10 +116,6 @@ def _with_absolute_root(config: RunConfig) -> RunConfig:
 
 def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
     """Check a Ray that cannot grow; on a cluster the autoscaler may bring what is missing.
-
-    Args:
-        config: the run's settings.
-        total: Ray's resources of the whole machine, by name.
 
     Raises:
         ClusterError: train workers, or not even one actor of a pool, do not fit.

@@ -40,8 +40,8 @@ from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
 
+# Ray needs some seconds to notice which nodes are gone.
 _RETRY_WAIT_S = 5.0
-"""Ray needs some seconds to notice which nodes are gone."""
 
 
 def launch_training(config: RunConfig, stage: str, *, root: SharedRoot, observer: Observer) -> None:
@@ -96,11 +96,8 @@ def run_workers(
 ) -> None:
     """Run a function once on every rank of a group of train workers, which is started for it.
 
-    Args:
-        train_fn: is called with the arguments, in a process group with all ranks.
-        arguments: picklable.
-        workers: how many, and what each reserves.
-        name: of the group, in Ray's own views.
+    The function is in a process group with all ranks; its arguments must be picklable; `name`
+    stands in Ray's own views.
 
     Raises:
         TrainingFailedError: a rank failed, or the group did not start.
@@ -153,10 +150,8 @@ class _Trainer(TorchTrainer):
 
 
 def _fit_in_thread(trainer: TorchTrainer) -> None:
-    """Run `fit` where it installs no handler of Ctrl-C.
-
-    Ray's handler turns an interrupted training into a finished one.
-    """
+    # Where `fit` installs no handler of Ctrl-C: Ray's turns an interrupted training into a finished
+    # one.
     errors: list[BaseException] = []
 
     def fit() -> None:
@@ -173,7 +168,7 @@ def _fit_in_thread(trainer: TorchTrainer) -> None:
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """Be one rank; Ray Train has set its variables and joined the process group."""
+    # Ray Train has set this rank's variables and joined the process group.
     root: SharedRoot = arguments["root"]
     config: RunConfig = arguments["config"]
     if config.ray.train.gpus == 0:

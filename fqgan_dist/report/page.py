@@ -18,8 +18,8 @@ from fqgan_dist.report.style import STYLE_SHEET
 from fqgan_dist.telemetry.summary import Metric, StageSummary, format_number, format_seconds
 
 COMPARISON_COLUMNS = 8
+# Images smaller than this are shown with hard pixel edges: smoothing would hide what they are.
 PIXELATED_BELOW = 128
-"""Images smaller than this are shown with hard pixel edges: smoothing would hide what they are."""
 
 # Names in a report come from datasets and buckets. Everything is escaped; should something slip
 # through all the same, this policy lets no script run and nothing load.

@@ -44,16 +44,13 @@ class AutoregressiveStage(TrainingStage):
 
     @classmethod
     def training(cls, config: RunConfig) -> TrainingConfig:
-        """Return the generator's."""
         return config.autoregressive.training
 
     @classmethod
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
-        """Return sizes, memory and steps."""
         return plan_autoregressive(config)
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that moves a weight."""
         stage = self.context.config.autoregressive
         return {
             "model": stage.model.model_dump(mode="json"),
@@ -64,19 +61,15 @@ class AutoregressiveStage(TrainingStage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the codes."""
         return {"codes": self.context.read(CodeIds).model_dump()}
 
     def build_task(self) -> AutoregressiveTask:
-        """Build the task of this run."""
         return build_autoregressive_task(self.context)
 
     def build_loader(self) -> CodeLoader:
-        """Build the loader of the training codes."""
         return build_code_loader(self.context)
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
-        """Choose what was measured on held-out codes."""
         return {
             f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
             for name, value in result.metrics.items()

@@ -32,13 +32,13 @@ Action = Literal["list", "verify", "export", "prune"]
 TrainedStage = Literal["tokenizer", "autoregressive"]
 
 _SUFFIXES = {"ours": ".safetensors", "published": ".pt"}
+# Which options an action takes; another one has no effect, and is an error.
 _OPTIONS: dict[Action, tuple[str, ...]] = {
     "list": (),
     "verify": ("step",),
     "export": ("to", "format", "step"),
     "prune": (),
 }
-"""Which options an action takes; another one has no effect, and is an error."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,7 @@ def run_checkpoint_action(
     stage: TrainedStage,
     target: CheckpointTarget | None = None,
 ) -> ActionResult:
-    """Carry out one `fqgan checkpoints` command.
-
-    Args:
-        action: what to do.
-        config: of the run, for its storage root and retention.
-        stage: whose checkpoints.
-        target: what to work on; None for the defaults.
+    """Carry out one `fqgan checkpoints` command on a stage's checkpoints.
 
     Raises:
         ConfigError: an option is missing, wrong or without effect.

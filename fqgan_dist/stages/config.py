@@ -78,7 +78,6 @@ class TokenizerStageConfig(TrainedStageConfig):
         return values | {"perceptual": perceptual}
 
     def find_problems(self) -> Iterator[str]:
-        """Find a partition that the tokenizer cannot be trained with."""
         if self.training.zero_stage > 2:
             yield (
                 f"training.zero_stage: {self.training.zero_stage} cannot train the tokenizer, "
@@ -129,7 +128,6 @@ class RunConfig(Config):
     evaluation: EvaluationConfig
 
     def find_problems(self) -> Iterator[str]:
-        """Find names of no stage, and sections that do not go together."""
         yield from self._find_unknown_stages()
         if (
             "samples" in self.stages
@@ -227,6 +225,8 @@ class _Derived:
 
 
 _IMAGE_SIZE = "tokenizer.model.image_size"
+# What the sections of the data, the codes and the generator take from the tokenizer's; besides, the
+# `feature_dim` of a codebook follows from its teacher.
 _DERIVED = (
     _Derived("data.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
     _Derived("codes.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
@@ -246,8 +246,6 @@ _DERIVED = (
         lambda model: model.grid_size,
     ),
 )
-"""What the sections of the data, the codes and the generator take from the tokenizer's; besides,
-the `feature_dim` of a codebook follows from its teacher."""
 
 
 def _describe_disagreement(field: str, given: object, source: str, derived: object) -> str:

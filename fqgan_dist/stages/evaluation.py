@@ -43,8 +43,8 @@ from fqgan_dist.weights.staging import is_missing
 
 logger = logging.getLogger(__name__)
 
+# Where runs that were begun when evaluation had one record keep its figures.
 FORMER_FIGURES = "evaluation/figures"
-"""Where runs that were begun when evaluation had one record keep its figures."""
 
 
 class Evaluated(StageOutput):
@@ -66,17 +66,13 @@ class EvaluationStage(Stage):
 
     @classmethod
     def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
-        """Look for ADM's reference file."""
         reference = config.evaluation.adm_reference
         if reference is not None and is_missing(reference):
             yield describe_missing(reference)
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the scores, besides images and weights.
-
-        ADM's reference file counts by its content, which is upstream: it may be moved, and is read
-        only when this stage runs.
-        """
+        # ADM's reference file counts by its content, which is upstream: it may be moved, and is
+        # read only when this stage runs.
         evaluation = self.context.config.evaluation
         return {
             **evaluation.identity(),
@@ -84,12 +80,7 @@ class EvaluationStage(Stage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the images, the tokenizer and, where there are any, samples and ADM's file.
-
-        Raises:
-            DataError: an earlier stage has not finished, or no longer.
-            ConfigError: there is no such reference file.
-        """
+        """See `Stage`; besides, a ConfigError where ADM's reference file is named and not there."""
         datasets, samples = self.context.read(DatasetIds), self.context.find(Samples)
         return {
             "train": datasets.train,
@@ -101,11 +92,9 @@ class EvaluationStage(Stage):
         }
 
     def has_output(self) -> bool:
-        """Whether any chunk or result is there."""
         return bool(self.context.storage.list(self.name))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Compute what is missing, then fold."""
         models = EvaluationModels(self.context)
         has_samples = self.context.find(Samples) is not None
         # Before the features, which take hours: a wrong file is known at once.
@@ -128,7 +117,6 @@ class EvaluationStage(Stage):
 
     @property
     def _folder(self) -> str:
-        """Where the results of these inputs are."""
         return f"{self.name}/results/{fingerprint(self.collect_inputs())}"
 
     @functools.cached_property
@@ -192,10 +180,7 @@ class EvaluationStage(Stage):
         work: SampleFeatureWork,
         adm: ReferenceStatistics | None,
     ) -> dict[str, Any]:
-        """Score samples against ADM's or the training images' statistics.
-
-        Precision and recall need features, which ADM's file does not hold: training images'.
-        """
+        # Precision and recall need features, which ADM's file does not hold: training images'.
         statistics = adm or self._fold_reference("gfid", reference, "features", "train")
         fid = _compute_fid(work, "features", statistics)
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
@@ -220,7 +205,6 @@ class EvaluationStage(Stage):
     def _fold_reference(
         self, kind: FidKind, work: ImageWork, name: str, split: str
     ) -> ReferenceStatistics:
-        """Fold the features of the centre crops of a split."""
         return ReferenceStatistics(
             kind=kind,
             reference_id=self._name_split(split),
@@ -248,7 +232,6 @@ class EvaluationStage(Stage):
 
 
 def figure_file(context: RunContext, place: str) -> TensorFiles:
-    """Open the file of the report's images."""
     return TensorFiles(context.storage, place, "report")
 
 
@@ -264,7 +247,7 @@ def _fold(work: ImageWork, name: str) -> Moments:
 
 
 def _read_first(work: ImageWork, name: str, count: int) -> Tensor:
-    """Read a tensor of the first `count` images; shards are class-mixed, so they are a fair few."""
+    # Shards are class-mixed, so the first images are a fair few.
     parts: list[Tensor] = []
     for chunk in work.chunks():
         parts.append(work.files.read(chunk)[name])

@@ -23,6 +23,7 @@ from fqgan_dist.world import World
 
 META = torch.device("meta")
 
+# Functions of our models that CUDA's autocast runs in bf16 (PyTorch's list of autocast ops).
 _TO_BF16 = {
     functional.conv2d,
     functional.linear,
@@ -32,7 +33,7 @@ _TO_BF16 = {
     torch.einsum,
     torch.bmm,
 }
-"""Functions of our models that CUDA's autocast runs in bf16 (PyTorch's list of autocast ops)."""
+# Functions of our models that it runs in fp32.
 _TO_FP32 = {
     functional.group_norm,
     functional.layer_norm,
@@ -40,7 +41,6 @@ _TO_FP32 = {
     torch.softmax,
     Tensor.softmax,
 }
-"""Functions of our models that it runs in fp32."""
 
 
 class SavedBytes:
@@ -57,12 +57,10 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        """Bytes saved so far."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what the passes of a block save."""
         with torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back):
             yield
 
@@ -80,12 +78,7 @@ class MeasuringEngine:
     """
 
     def __init__(self, module: nn.Module, *, others: Sequence[nn.Module] = ()) -> None:
-        """Measure a module on the meta device.
-
-        Args:
-            module: what the engine's passes train.
-            others: modules whose parameters its passes use too.
-        """
+        """Measure a module on the meta device; its passes use the parameters of others too."""
         self.module = module
         self.layout = build_step_layout(1, World())
         self.device = META
@@ -95,24 +88,20 @@ class MeasuringEngine:
         self._counter: SavedBytes | None = None
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model."""
         return self.module(*inputs, **options)
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:  # noqa: ARG002  part of Engine
-        """Measure one micro-batch."""
         self._counter = SavedBytes([self.module, *self._others])
         with self._counter.counting():
             yield
 
     def backward(self, loss: Tensor, slot: Slot) -> None:  # noqa: ARG002  part of Engine
-        """Note what is kept now that the backward pass would begin."""
         assert self._counter is not None, "backward outside micro_batch"
         self.saved_bytes = max(self.saved_bytes, self._counter.total)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Take the parameters out of autograd."""
         self.module.requires_grad_(False)
         try:
             yield
@@ -123,7 +112,6 @@ class MeasuringEngine:
         """Nothing can go wrong: no gradient is computed."""
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:  # noqa: ARG002  part of Engine
-        """Move nothing."""
         return losses.new_zeros(())
 
     def advance(self, num_steps: int) -> None:
@@ -133,27 +121,22 @@ class MeasuringEngine:
         """Nothing was computed."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
-        """Return the weights; there is no optimizer."""
         return {"weights": dict(self.module.state_dict()), "optimizer": {}}
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load nothing: meta tensors have no values."""
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters, which are whole."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
-        """Return the values: there is one rank."""
         return dict(values)
 
     def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values: parameters are whole."""
         return dict(values)
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:  # noqa: ARG002  part of Engine
-        """Give the model as it is: meta tensors have no values."""
         yield self.module
 
 

@@ -94,7 +94,6 @@ def chunk_range(chunk: int, chunk_size: int, total: int) -> range:
 
 
 def count_chunks(total: int, chunk_size: int) -> int:
-    """Return how many chunks hold `total` ids."""
     return -(-total // chunk_size)
 
 

@@ -18,8 +18,8 @@ from fqgan_dist.stages.teachers import stores_features
 from fqgan_dist.stages.training_plan import IMAGENET_IMAGES, Plan, plan_training
 from fqgan_dist.storage.storage import Storage
 
+# Of a float16 feature value and of a uint16 code.
 _HALF_BYTES = 2
-"""Of a float16 feature value and of a uint16 code."""
 
 
 def plan_run(config: RunConfig) -> Plan:

@@ -49,12 +49,8 @@ def open_run(
 ) -> RunContext:
     """Prepare this process for a run: storage, logging, device, threads.
 
-    Args:
-        config: the run's settings.
-        world: rank geometry.
-        process: begins the name of this process's log file, for example a stage.
-        observer: watches the stages; None shows progress here.
-        device: None takes the configured one.
+    `process` begins the name of its log file. Without an observer progress is shown here; without
+    a device it is the configured one.
 
     Raises:
         DataError: the storage root cannot be written.
@@ -143,7 +139,6 @@ def run_stage(stage: Stage, run_chunks: RunChunks) -> None:
 
 
 def _describe_metrics(metrics: Mapping[str, Any]) -> str:
-    """Write the numbers among a stage's metrics on one line."""
     numbers = [
         f"{name.partition('/')[2]} {format_number(value)}"
         for name, value in metrics.items()
@@ -153,13 +148,11 @@ def _describe_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def wait_for_ranks(world: World) -> None:
-    """Wait until every rank is here."""
     if world.world_size > 1:
         dist.barrier()
 
 
 def write_run_files(context: RunContext) -> None:
-    """Write what the run is made of: its resolved config and its environment."""
     storage = context.storage
     storage.write_bytes("config.yaml", dump_config(context.config).encode())
     environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
@@ -167,7 +160,6 @@ def write_run_files(context: RunContext) -> None:
 
 
 def write_summary(context: RunContext) -> None:
-    """Write `summary.json` from the stages' records."""
     summary = json.dumps(load_summary(context), indent=1)
     context.storage.write_bytes("summary.json", summary.encode())
 

@@ -87,16 +87,11 @@ class RunContext:
     """Is told how far the stages' work is."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what is pickled."""
         names = [item.name for item in fields(self) if item.name != "device"]
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Restore it in another process.
-
-        Raises:
-            ConfigError: a GPU is asked for and this process has none.
-        """
+        # A ConfigError where a GPU is asked for and this process has none.
         device = select_device(state["config"].device, state["world"])
         for name, value in {**state, "device": device}.items():
             object.__setattr__(self, name, value)
@@ -144,7 +139,6 @@ class RunWork(ProcessLocalCaches):
     """Stages read the run's storage, which all nodes see; see `ChunkWork`."""
 
     def set_up_process(self, role: str, number: int) -> None:
-        """Set up torch, the log file and the console of a fresh process."""
         configure_torch(self.context.config)
         name = f"{role.replace(' ', '-')}-{number:05d}"
         log_file = open_log_file(self.context.storage, name)
@@ -257,7 +251,6 @@ class Stage(ABC):
             return None
 
     def save_record(self, record: StageRecord) -> None:
-        """Replace the stage's record for its inputs."""
         save_record(self.context.storage, self._record_path(record.inputs), record)
 
     def list_other_records(self) -> list[StageRecord]:
@@ -288,7 +281,6 @@ class Stage(ABC):
 
 
 def find_stage(name: str) -> type[Stage]:
-    """Import the class of a stage by its name."""
     return _load(next(entry for entry in catalog.STAGES if entry.name == name))
 
 
@@ -298,7 +290,6 @@ def find_stages(config: RunConfig) -> list[type[Stage]]:
 
 
 def all_stages() -> list[type[Stage]]:
-    """Import the classes of all stages, in the order in which they run."""
     return [_load(entry) for entry in catalog.STAGES]
 
 

@@ -49,16 +49,13 @@ class TokenizerStage(TrainingStage):
 
     @classmethod
     def training(cls, config: RunConfig) -> TrainingConfig:
-        """Return the tokenizer's."""
         return config.tokenizer.training
 
     @classmethod
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
-        """Return sizes, memory and steps."""
         return plan_tokenizer(config)
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that moves a weight."""
         config = self.context.config
         stage = config.tokenizer
         return {
@@ -75,7 +72,6 @@ class TokenizerStage(TrainingStage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the datasets and the teachers' features."""
         datasets = self.context.read(DatasetIds)
         ids = {"train": datasets.train, "val": datasets.val}
         if self.context.config.teachers.networks:
@@ -83,15 +79,12 @@ class TokenizerStage(TrainingStage):
         return ids
 
     def build_task(self) -> TokenizerTask:
-        """Build the task of this run."""
         return build_tokenizer_task(self.context)
 
     def build_loader(self) -> ImageLoader:
-        """Build the loader of the training images."""
         return build_image_loader(self.context)
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
-        """Choose the discriminator's loss and the use of the codebooks."""
         return {
             f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
             f"{STAGE}/training_usage": {

@@ -63,17 +63,14 @@ class FetchResult:
 
     @property
     def overrides(self) -> list[str]:
-        """Settings that take all the files."""
         return [network.override for network in self.networks if network.override is not None]
 
     @property
     def report(self) -> dict[str, Any]:
-        """For machines; JSON-able."""
         return {"networks": [vars(each) for each in self.networks], "overrides": self.overrides}
 
     @property
     def text(self) -> str:
-        """For people; the settings are quoted for a shell."""
         lines = [_describe(network) for network in self.networks]
         if self.overrides:
             lines += ["", "Settings that use these files:"]

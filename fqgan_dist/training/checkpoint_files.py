@@ -36,10 +36,10 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap.
 _MAX_FILE_BYTES = 128 * 2**20
-"""Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap."""
+# Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8).
 _TRANSFER_THREADS = 4
-"""Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8)."""
 _HASH_CHUNK_BYTES = 4 * 2**20
 
 
@@ -47,10 +47,7 @@ _HASH_CHUNK_BYTES = 4 * 2**20
 class Fragment:
     """A contiguous piece of a flattened tensor, which a ZeRO partition boundary cut.
 
-    Attributes:
-        tensor: the elements, (n,).
-        start: index of the first of them in the flattened whole tensor.
-        shape: shape of the whole tensor.
+    `tensor` (n,) begins at index `start` of the flattened whole tensor, whose shape is `shape`.
     """
 
     tensor: Tensor
@@ -97,7 +94,6 @@ class FileImage:
             place.view(source.shape).copy_(source, non_blocking=True)
 
     def write(self, storage: Storage, folder: str) -> FileRecord:
-        """Put the file on storage and describe it."""
         data = self._buffer.numpy().data
         digest = hashlib.sha256(data).hexdigest()
         storage.write_bytes(f"{folder}/{self.name}", data)
@@ -156,16 +152,7 @@ def find_damage(storage: Storage, folder: str, files: Sequence[FileRecord]) -> l
 def read_tensors(
     storage: Storage, folder: str, files: Sequence[FileRecord], names: Collection[str] | None
 ) -> dict[str, Tensor]:
-    """Read tensors of one part, merging what ranks wrote; only files that hold them are read.
-
-    Args:
-        storage: of the checkpoints.
-        folder: of the checkpoint.
-        files: of the part.
-        names: tensors to read; None reads all.
-
-    Returns:
-        CPU tensors by name.
+    """Read tensors of one part on the CPU, merging what ranks wrote; only files that hold them.
 
     Raises:
         CheckpointError: a file is missing or damaged.

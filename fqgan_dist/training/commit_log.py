@@ -85,7 +85,6 @@ _NAME = re.compile(r"^(\d{10})\.json$")
 
 
 def utc_now() -> str:
-    """Format the time of a record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -100,7 +99,6 @@ def canonical_json(value: Any) -> bytes:
 
 
 def sha256_hex(data: bytes) -> str:
-    """Hash bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -132,17 +130,14 @@ class CommitLog:
     """Read access to the log, and the create-only append."""
 
     def __init__(self, storage: Storage) -> None:
-        """Name the log below the storage of the checkpoints."""
         self._storage = storage
         # Records never change once they are there; damaged ones are read again each time.
         self._cache: dict[int, LogRecord] = {}
 
     def uri(self, number: int) -> str:
-        """Give a record's full name, for messages."""
         return self._storage.uri(_path(number))
 
     def numbers(self) -> list[int]:
-        """List all taken numbers, ascending."""
         matches = (_NAME.match(name) for name in self._storage.list(_FOLDER))
         return sorted(int(match[1]) for match in matches if match)
 
@@ -175,7 +170,6 @@ class CommitLog:
                 yield number, error
 
     def is_taken(self, number: int) -> bool:
-        """Tell whether a number is in use."""
         return self._storage.exists(_path(number))
 
     def create(self, record: LogRecord) -> None:

@@ -21,11 +21,7 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        """Start the average at the present parameters.
-
-        Args:
-            parameters: by name, of any shape, also frozen ones; stay unreferenced.
-            decay: weight of the old average in each update, in (0, 1).
+        """Start at the present parameters, also frozen ones; `decay` weighs the old average.
 
         Raises:
             ValueError: the decay is outside (0, 1).

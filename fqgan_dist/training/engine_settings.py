@@ -22,12 +22,10 @@ class EngineSettings:
     name: str
     """What error messages call the model."""
     kind: Literal["plain", "deepspeed"]
-    """Which engine."""
     optimizer: OptimizerConfig
     layout: StepLayout
     """This rank's part in every step; with several ranks the process group must be initialised."""
     device: torch.device
-    """Where the model lives."""
     precision: Literal["fp32", "bf16"]
     """Autocast dtype; parameters stay fp32."""
     zero_stage: int
@@ -45,7 +43,6 @@ class EngineSettings:
         device: torch.device,
         parameter_groups: ParameterGroups | None = None,
     ) -> EngineSettings:
-        """Take what a training's settings decide, and the rest as given."""
         return cls(
             name=name,
             kind=training.engine,

@@ -34,7 +34,6 @@ class TrainingResult:
     """What a finished training leaves behind."""
 
     step: int
-    """Optimizer steps done."""
     metrics: dict[str, float]
     """Training and held-out metrics of the last step."""
 
@@ -53,17 +52,7 @@ class Trainer(Generic[BatchT]):
         world: World,
         hooks: Sequence[TrainerHook],
     ) -> None:
-        """Hold what the loop needs.
-
-        Args:
-            task: what is trained.
-            batches: the data, from any step on.
-            config: lengths and intervals.
-            store: where checkpoints are committed; every rank writes what it owns.
-            dataset_id: named in every checkpoint.
-            world: rank geometry.
-            hooks: what happens beside the training on this rank.
-        """
+        """Hold what the loop needs; every rank has its own hooks and saves what it owns."""
         self.task = task
         self.batches = batches
         self.config = config

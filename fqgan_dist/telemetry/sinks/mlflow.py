@@ -21,7 +21,6 @@ _TAG = "fqgan_dist.id"
 
 
 def build_sink(run: TrackedRun) -> MetricSink:
-    """Build the sink of a training."""
     return _MLflow(run)
 
 
