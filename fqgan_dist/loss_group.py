@@ -22,7 +22,7 @@ RANK_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossGroup:
-    """One rank's place in its group; by default a group of its own."""
+    """One rank's part in its group; by default a group of its own."""
 
     member: int = 0
     """Index of this rank in its group, in [0, size)."""

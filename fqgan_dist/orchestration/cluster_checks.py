@@ -108,8 +108,8 @@ def _list_checks(config: RunConfig | None, versions: dict[str, dict[str, str]]) 
 
 def check_ray() -> Verdict:
     nodes, total = len(list_nodes()), ray.cluster_resources()
-    slots = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-    return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {slots}")
+    resources = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+    return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {resources}")
 
 
 def check_authentication() -> Verdict:
@@ -154,7 +154,7 @@ def check_resources(config: RunConfig) -> Verdict:
 
 
 def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
-    """Compare slots, by name, with what the train workers or the smallest pools reserve."""
+    """Compare resources, by name, with what the train workers or the smallest pools reserve."""
     train = config.ray.train
     groups = {"train workers": (train.num_workers, train)} | {
         f"actors of {stage}": (pool.min_actors, pool) for stage, pool in used_pools(config).items()
@@ -162,7 +162,7 @@ def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
     shortages = [
         f"{count} {title} want {count * amount:g} {name}, there are {total.get(name, 0):g}"
         for title, (count, each) in groups.items()
-        for name, amount in {"CPU": each.cpus, "GPU": each.gpus, **each.custom}.items()
+        for name, amount in each.amounts.items()
         if count * amount > total.get(name, 0)
     ]
     wanted = (

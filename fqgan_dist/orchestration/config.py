@@ -14,11 +14,17 @@ class ProcessResources(Config):
     """What one process reserves on its node."""
 
     cpus: float = Field(default=1.0, ge=0)
-    """CPU slots."""
+    """CPUs, as Ray counts them."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs; a fraction shares one between processes of a pool."""
     custom: dict[str, float] = Field(default_factory=dict)
     """Other Ray resources, by name, for example `{accelerator_type:A100: 0.001}`."""
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What is more than 0 of all this, by Ray's names."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+        return {name: amount for name, amount in named.items() if amount}
 
 
 class TrainWorkersConfig(ProcessResources):
@@ -67,7 +73,7 @@ class RayConfig(Config):
     pools: dict[str, PoolConfig] = Field(default_factory=dict)
     """By stage, where its chunks are worked on; a stage that is not named has a pool of one."""
     local_cpus: int | None = Field(default=None, gt=0)
-    """CPU slots of a Ray that is started here; None takes the machine's."""
+    """CPUs of a Ray that is started here; None takes the machine's."""
 
     def pool(self, stage: str) -> PoolConfig:
         return self.pools.get(stage, PoolConfig())

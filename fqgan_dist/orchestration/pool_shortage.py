@@ -11,8 +11,7 @@ from fqgan_dist.orchestration.config import ProcessResources
 
 def describe_shortage(needs: ProcessResources) -> str:
     """Say what the connected cluster lacks for one more process, all of it on one node."""
-    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, **needs.custom}
-    wanted = {name: amount for name, amount in wanted.items() if amount}
+    wanted = needs.amounts
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(_covers(node, wanted) for node in nodes):
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}

@@ -24,7 +24,7 @@ from fqgan_dist.orchestration.dashboard_metrics import RunGauges
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.run_view import (
     MetricsUpdate,
-    RunLedger,
+    RunProgress,
     StageState,
     StageView,
     Update,
@@ -66,7 +66,7 @@ class ProgressBoard:
 
     def __init__(self, run_name: str, stages: Sequence[str], actor: Any) -> None:
         self._run_name = run_name
-        self._ledger = RunLedger(stages)
+        self._progress = RunProgress(stages)
         self._actor = actor
         self._is_silent = False
 
@@ -75,18 +75,18 @@ class ProgressBoard:
         return RayObserver(self._actor, stage)
 
     def start_stage(self, stage: str) -> None:
-        self._ledger.start(stage)
+        self._progress.start(stage)
 
     def finish_stage(self, stage: str, state: StageState) -> None:
         self._fetch()  # what it said last
-        self._ledger.finish(stage, state)
+        self._progress.finish(stage, state)
 
     def shown(self, console: Console | None = None) -> AbstractContextManager[None]:
         return show_run(self.stages, title=self._run_name, console=console)
 
     def stages(self) -> tuple[StageView, ...]:
         self._fetch()
-        return self._ledger.stages()
+        return self._progress.stages()
 
     def _fetch(self) -> None:
         try:
@@ -98,7 +98,7 @@ class ProgressBoard:
             return
         self._is_silent = False
         for update in updates:
-            self._ledger.apply(update)
+            self._progress.apply(update)
 
 
 class BoardActor:

@@ -140,9 +140,8 @@ def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
 
 
 def _find_missing(reserve: ProcessResources, count: int, total: Mapping[str, float]) -> list[str]:
-    each = {"CPU": reserve.cpus, "GPU": reserve.gpus, **reserve.custom}
     return [
         f"{amount * count:g} {name} (has {total.get(name, 0):g})"
-        for name, amount in each.items()
+        for name, amount in reserve.amounts.items()
         if amount * count > total.get(name, 0)
     ]

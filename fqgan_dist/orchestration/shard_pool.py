@@ -38,8 +38,8 @@ def open_shard_pool(
     from fqgan_dist.orchestration.shared_root import shared_root
 
     with connected_cluster(RayConfig()), shared_root(storage) as root:
-        slots = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
-        pool = PoolConfig(max_actors=workers or slots)
+        cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
+        pool = PoolConfig(max_actors=workers or cpus)
         with open_pool("shards", pool, observer=observer, check_node=root.check) as run_chunks:
             yield run_chunks
 

@@ -108,7 +108,6 @@ def run_workers(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # Its watcher starts one more process and its messages name Ray's internals.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    resources = {"CPU": workers.cpus, "GPU": workers.gpus, **workers.custom}
     with tempfile.TemporaryDirectory(prefix="fqgan-ray-train-") as scratch:
         trainer = _Trainer(
             train_fn,
@@ -117,7 +116,7 @@ def run_workers(
             scaling_config=ScalingConfig(
                 num_workers=workers.num_workers,
                 use_gpu=workers.gpus > 0,
-                resources_per_worker={key: value for key, value in resources.items() if value},
+                resources_per_worker=workers.amounts,
                 placement_strategy=workers.placement,
             ),
             # Nothing is reported: checkpoints are ours, and each report would cost seconds.

@@ -94,8 +94,8 @@ def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
         model = FactorizedTransformer(config.model)
     load_initial_weights(model, config.init_from, field="autoregressive.init_from")
     groups = decay_groups(model, config.training.optimizer.weight_decay)
-    settings = EngineSettings.of(
-        config.training,
+    settings = EngineSettings(
+        training=config.training,
         name=STAGE,
         layout=StepLayout.of(config.training, context.world),
         device=context.device,

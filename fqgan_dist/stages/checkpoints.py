@@ -13,7 +13,6 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -23,6 +22,7 @@ from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.storage.storage import Storage, locate_file
+from fqgan_dist.telemetry.progress import render_text
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
@@ -105,7 +105,7 @@ def _list(store: CheckpointStore) -> ActionResult:
         size = f"{row['bytes'] / 2**20:,.1f} MiB"
         cells = (str(row["step"]), size, row["written_at"], row["problem"] or "ok", metrics)
         table.add_row(*(Text(cell) for cell in cells))
-    text = _render(table) if rows else f"{store}: all checkpoints were given up"
+    text = render_text(table, width=120) if rows else f"{store}: all checkpoints were given up"
     return ActionResult({"checkpoints": rows}, text)
 
 
@@ -125,7 +125,7 @@ def _describe(store: CheckpointStore, commit: CommitRecord) -> dict[str, Any]:
     except CheckpointError as error:
         return row | {"problem": str(error)}
     size = sum(file.bytes for file in loaded.manifest.files)
-    return row | {"bytes": size, "metrics": loaded.metrics}
+    return row | {"bytes": size, "metrics": loaded.manifest.metrics}
 
 
 def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
@@ -154,7 +154,7 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
     if loaded is None:
         raise CheckpointError(f"{store}: no checkpoint was ever committed; train first")
     ema = f"{stage}_ema"
-    has_ema = ema in loaded.part_names
+    has_ema = ema in loaded.manifest.parts
     # An average covers parameters, not buffers.
     weights = loaded.read(stage) | (loaded.read(ema) if has_ema else {})
     if target.format == "published":
@@ -171,10 +171,10 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
         "is_ema": has_ema,
         "parameters": sum(value.numel() for value in weights.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "config": loaded.config,
-        "dataset_id": loaded.dataset_id,
-        "state": loaded.state,
-        "metrics": loaded.metrics,
+        "config": loaded.manifest.config,
+        "dataset_id": loaded.manifest.dataset_id,
+        "state": loaded.manifest.state,
+        "metrics": loaded.manifest.metrics,
     }
     folder.write_bytes(name, data)
     # The description comes last: a weights file without one is half an export.
@@ -219,7 +219,7 @@ def _encode_published(
         ConfigError: the released code has no such architecture.
     """
     if stage == "tokenizer":
-        config = TokenizerConfig.model_validate(loaded.config)
+        config = TokenizerConfig.model_validate(loaded.manifest.config)
         state = published_tokenizer.to_published_state_dict(weights, config)
     else:
         try:
@@ -229,9 +229,3 @@ def _encode_published(
     buffer = io.BytesIO()
     torch.save({"model": state}, buffer)
     return buffer.getvalue()
-
-
-def _render(table: Table) -> str:
-    output = io.StringIO()
-    Console(file=output, width=120, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")

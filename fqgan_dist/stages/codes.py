@@ -67,9 +67,6 @@ class CodesStage(Stage):
             "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
 
-    def has_output(self) -> bool:
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         check_codebook_size(self.context.config.tokenizer.model.codebook_size)
         ids: dict[str, str] = {}

@@ -127,6 +127,10 @@ class RunConfig(Config):
     samples: SamplesConfig
     evaluation: EvaluationConfig
 
+    @property
+    def is_deterministic(self) -> bool:
+        return self.tokenizer.training.deterministic or self.autoregressive.training.deterministic
+
     def find_problems(self) -> Iterator[str]:
         yield from self._find_unknown_stages()
         if (
@@ -158,10 +162,10 @@ class RunConfig(Config):
             if given != derived:
                 yield _describe_disagreement(each.field, given, each.source, derived)
         for number, teacher in enumerate(self.teachers.networks):
-            for place, book in enumerate(self.tokenizer.model.codebooks):
+            for position, book in enumerate(self.tokenizer.model.codebooks):
                 if book.teacher == teacher.name and book.feature_dim != teacher.feature_dim:
                     yield _describe_disagreement(
-                        f"tokenizer.model.codebooks.{place}.feature_dim",
+                        f"tokenizer.model.codebooks.{position}.feature_dim",
                         book.feature_dim,
                         f"teachers.networks.{number} ({teacher.name})",
                         teacher.feature_dim,

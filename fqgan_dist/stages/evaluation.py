@@ -91,9 +91,6 @@ class EvaluationStage(Stage):
             "adm_reference": self._adm_sha256,
         }
 
-    def has_output(self) -> bool:
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         models = EvaluationModels(self.context)
         has_samples = self.context.find(Samples) is not None
@@ -111,9 +108,9 @@ class EvaluationStage(Stage):
         if not self.context.world.is_main:
             return StageOutcome(None, metrics)
         figures = build_figures(self.context, models.tokenizer, with_samples=has_samples)
-        place = f"{self._folder}/figures"
-        figure_file(self.context, place).write(0, figures)
-        return StageOutcome(Evaluated(figures=place), metrics)
+        folder = f"{self._folder}/figures"
+        figure_file(self.context, folder).write(0, figures)
+        return StageOutcome(Evaluated(figures=folder), metrics)
 
     @property
     def _folder(self) -> str:
@@ -231,8 +228,8 @@ class EvaluationStage(Stage):
         self.context.storage.write_bytes(f"{self._folder}/{name}.json", data)
 
 
-def figure_file(context: RunContext, place: str) -> TensorFiles:
-    return TensorFiles(context.storage, place, "report")
+def figure_file(context: RunContext, folder: str) -> TensorFiles:
+    return TensorFiles(context.storage, folder, "report")
 
 
 def _compute_fid(work: ImageWork, name: str, reference: ReferenceStatistics) -> FidScore:

@@ -8,6 +8,7 @@ matrix of scores.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -150,8 +151,11 @@ def imitated_gpu(*, bf16: bool) -> Iterator[None]:
         yield
 
 
-class _Autocast(TorchFunctionMode):
-    """CUDA's autocast to bf16, as far as our models use it."""
+class _CallMode(TorchFunctionMode, ABC):
+    """Gives every torch function that is called in a block to `call`."""
+
+    @abstractmethod
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
 
     def __torch_function__(
         self,
@@ -160,7 +164,13 @@ class _Autocast(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.call(func, *args, **(kwargs or {}))
+
+
+class _Autocast(_CallMode):
+    """CUDA's autocast to bf16, as far as our models use it."""
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # `full_precision` marks its blocks by this flag: no autocast inside.
         if torch.backends.cuda.matmul.fp32_precision == "ieee":
             return func(*args, **kwargs)
@@ -174,17 +184,10 @@ class _Autocast(TorchFunctionMode):
         return func(*cast, **{name: _cast(value, dtype) for name, value in kwargs.items()})
 
 
-class _FusedAttention(TorchFunctionMode):
+class _FusedAttention(_CallMode):
     """Attention that keeps queries, keys, values, output and one number per row, as kernels do."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         is_causal = bool(kwargs.get("is_causal", False))

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
-from fqgan_dist.devices import select_device
+from fqgan_dist.devices import configure_torch, select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, Stage, configure_torch
+from fqgan_dist.stages.stage import RunContext, Stage
 from fqgan_dist.stages.stage_record import (
     StageRecord,
     check_inputs,
@@ -61,7 +61,7 @@ def open_run(
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
     configure_logging(world, open_log_file(storage, f"{process}-rank-{world.rank:05d}"))
-    configure_torch(config)
+    configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
     return RunContext(
         config=config,
         storage=storage,

@@ -51,9 +51,6 @@ class SamplesStage(Stage):
             "train": self.context.read(DatasetIds).train,
         }
 
-    def has_output(self) -> bool:
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         work = SampleWork(self.context)
         run_chunks(work)

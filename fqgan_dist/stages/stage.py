@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pydantic import ConfigDict
 
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.config import Config
-from fqgan_dist.devices import select_device
+from fqgan_dist.devices import configure_torch, select_device
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages import catalog
@@ -139,7 +138,8 @@ class RunWork(ProcessLocalCaches):
     """Stages read the run's storage, which all nodes see; see `ChunkWork`."""
 
     def set_up_process(self, role: str, number: int) -> None:
-        configure_torch(self.context.config)
+        config = self.context.config
+        configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
         name = f"{role.replace(' ', '-')}-{number:05d}"
         log_file = open_log_file(self.context.storage, name)
         configure_logging(World(), log_file, label=f"{role} {number}")
@@ -197,9 +197,9 @@ class Stage(ABC):
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Do what is not done yet; every process of the world calls it."""
 
-    @abstractmethod
     def has_output(self) -> bool:
-        """Whether there is anything that other inputs would contradict."""
+        """Whether there is anything that other inputs would contradict: files in its folder."""
+        return bool(self.context.storage.list(self.name))
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:  # noqa: ARG003  most always are
@@ -301,12 +301,3 @@ def build_stages(context: RunContext) -> list[Stage]:
 def _load(entry: StageEntry) -> type[Stage]:
     module, _, name = entry.home.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def configure_torch(config: RunConfig) -> None:
-    """Set up torch in a process of a run, before it computes."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
-        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

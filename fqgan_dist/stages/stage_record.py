@@ -34,7 +34,7 @@ class StageRecord(Config):
     inputs: dict[str, Any]
     """Settings and ids of upstream outputs, flattened to dotted names."""
     outputs: dict[str, Any] = Field(default_factory=dict)
-    """Ids and places of what the stage made."""
+    """Ids and folders of what the stage made."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Results for the summary; equal to the bit for equal inputs."""
     seconds: float = 0.0

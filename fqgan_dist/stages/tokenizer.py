@@ -107,7 +107,9 @@ def build_tokenizer_task(context: RunContext) -> TokenizerTask:
         discriminator = PatchDiscriminator(config.discriminator)
     load_initial_weights(tokenizer, config.init_from, field="tokenizer.init_from")
     layout = StepLayout.of(training, context.world)
-    settings = functools.partial(EngineSettings.of, training, layout=layout, device=context.device)
+    settings = functools.partial(
+        EngineSettings, training=training, layout=layout, device=context.device
+    )
     teachers = None
     if context.config.teachers.networks and not context.config.teachers.precompute:
         teachers = build_online_teachers(context)

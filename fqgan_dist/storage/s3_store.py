@@ -79,8 +79,8 @@ class S3Backend:
         self._lock = threading.Lock()
         self._connection: Any = None
         self._retries = RequestRetries()
-        self._slots = asyncio.Semaphore(_REQUESTS_AT_ONCE)
-        self._transfer_slots = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
+        self._requests = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+        self._transfers = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
 
     @property
     def num_retries(self) -> int:
@@ -166,7 +166,7 @@ class S3Backend:
         # By a GET of one byte: the error answers of a HEAD have no body that says what is wrong.
         span = _Span(uri, 0, 1)
         try:
-            await self._fetch(span, _drop, self._slots)
+            await self._fetch(span, _drop, self._requests)
         except RequestError as error:
             if not error.is_beyond_end:  # an empty object has no first byte
                 raise
@@ -203,14 +203,14 @@ class S3Backend:
             pieces[position] = piece
 
         if length == wanted:
-            await self._fetch(first, keep, self._slots)
+            await self._fetch(first, keep, self._requests)
         else:
             answered = asyncio.Event()
-            head = asyncio.create_task(self._fetch(first, keep, self._slots, answered))
+            head = asyncio.create_task(self._fetch(first, keep, self._requests, answered))
             await _wait_for_first(head, answered)
             end = first.total if length is None else min(first.total, offset + length)
             rest = [
-                self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfer_slots)
+                self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfers)
                 for start, stop in _split(offset + wanted, end, _PART_BYTES)
             ]
             await _gather([head, *rest])
@@ -220,7 +220,7 @@ class S3Backend:
         self,
         span: _Span,
         sink: Sink,
-        slots: asyncio.Semaphore,
+        permits: asyncio.Semaphore,
         answered: asyncio.Event | None = None,
     ) -> None:
         """Read a range; after an error go on from where it broke off.
@@ -230,7 +230,7 @@ class S3Backend:
         start = span.position
 
         async def read_on() -> None:
-            async with slots, aclosing(self._pieces(span, answered)) as pieces:
+            async with permits, aclosing(self._pieces(span, answered)) as pieces:
                 async for piece in pieces:
                     await sink(span.position, piece)
                     span.position += len(piece)
@@ -288,7 +288,7 @@ class S3Backend:
                     await asyncio.to_thread(file.write, position - len(data), data)
 
             part = _Span(span.uri, start, end, span.etag)
-            await self._fetch(part, keep, self._transfer_slots)
+            await self._fetch(part, keep, self._transfers)
 
         tasks = [asyncio.create_task(fetch(start, end)) for start, end in parts]
         try:
@@ -306,7 +306,7 @@ class S3Backend:
 
     async def _request(self, method: str, **parameters: Any) -> Any:
         async def request() -> Any:
-            async with self._slots:
+            async with self._requests:
                 try:
                     return await self._filesystem._call_s3(method, **parameters)
                 except client_errors() as error:
@@ -332,7 +332,7 @@ class S3Backend:
         identity = {"UploadId": upload["UploadId"]}
 
         async def put(number: int, start: int, end: int) -> dict[str, Any]:
-            async with self._transfer_slots:  # bounds the parts in memory
+            async with self._transfers:  # bounds the parts in memory
                 data = await asyncio.to_thread(part_of, start, end)
                 answer = await self._call(
                     "upload_part", uri, PartNumber=number, Body=data, **identity

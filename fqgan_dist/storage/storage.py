@@ -76,7 +76,7 @@ class Storage:
         return self._backend.num_retries
 
     def uri(self, path: str) -> str:
-        """Give the full name of an object, for messages and manifests."""
+        """Give the full name of an object, for messages and records."""
         return f"{self.root}/{check_relative_path(path)}"
 
     def local_path(self, path: str) -> Path | None:

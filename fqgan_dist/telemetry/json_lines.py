@@ -70,22 +70,6 @@ class JsonLinesWriter:
             self._file = None
 
 
-def read_records(path: Path, *, kind: str) -> list[Record]:
-    """Read all records in file order; a last line torn by a kill is left out.
-
-    Args:
-        path: the file.
-        kind: what its records are called in errors.
-
-    Raises:
-        DataError: the file is missing, or a line is not a record.
-    """
-    try:
-        return parse_records(path.read_bytes(), name=str(path), kind=kind)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such {kind} file; run the stage that writes it") from error
-
-
 def parse_records(data: bytes, *, name: str, kind: str) -> list[Record]:
     """Parse the bytes of a file, wherever they were stored; a last line torn by a kill is left out.
 

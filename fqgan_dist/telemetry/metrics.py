@@ -9,13 +9,12 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.json_lines import Record, parse_records, read_records
+from fqgan_dist.telemetry.json_lines import Record, parse_records
 from fqgan_dist.telemetry.published import PublishedRecords
 
-__all__ = ["MetricsFile", "Record", "metric_series", "parse_metrics", "read_metrics"]
+__all__ = ["MetricsFile", "Record", "metric_series", "parse_metrics"]
 
 # What a record holds besides its metrics: `time` is in Unix seconds.
 RESERVED_NAMES = ("step", "images_seen", "time")
@@ -56,15 +55,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._records.close()
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Read all records in file order; a last line torn by a kill is left out.
-
-    Raises:
-        DataError: the file is missing, or a line is not a record.
-    """
-    return read_records(path, kind=_KIND)
 
 
 def parse_metrics(data: bytes, *, name: str) -> list[Record]:

@@ -62,9 +62,6 @@ class LocalObserver(SilentObserver):
         console = None if self.has_bar else Console(file=io.StringIO())
         return track(total, description, unit, console=console)
 
-    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Do nothing: in one process the metrics file is at hand."""
-
 
 class ObserverSink:
     """Passes a training's metrics on to an observer; a `MetricSink` (metric_sink.py)."""

@@ -219,10 +219,16 @@ def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
         # Text, not str: rich would read [brackets] in a name as markup.
         cells = (stage.name, stage.state, format_seconds(stage.seconds), metrics)
         table.add_row(*(Text(cell) for cell in cells))
+    return render_text(table, width=width)
+
+
+def render_text(*parts: Table | Text, width: int) -> str:
+    """Draw what rich draws as plain text, without blanks at the ends."""
     output = io.StringIO()
-    Console(file=output, width=width, color_system=None).print(table)
-    lines = [line.rstrip() for line in output.getvalue().splitlines()]
-    return "\n".join(lines).strip("\n")
+    console = Console(file=output, width=width, color_system=None)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 
 
 class _LoggedBar(ProgressBar):

@@ -1,8 +1,8 @@
 """One console view of a run: every stage with its state, progress, rate and time left.
 
-The ledger holds what is known; it learns from messages that name whole states, never differences,
-so that a lost message costs nothing. On a terminal the view is a live table with log lines passing
-above it; elsewhere (log files, `ray job logs`) plain log lines.
+`RunProgress` holds what is known; it learns from messages that name whole states, never
+differences, so that a lost message costs nothing. On a terminal the view is a live table with log
+lines passing above it; elsewhere (log files, `ray job logs`) plain log lines.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StageView:
         return f"{self.name}: {self.state}"
 
 
-class RunLedger:
+class RunProgress:
     """What is known of a run's stages; safe to use from several threads."""
 
     def __init__(

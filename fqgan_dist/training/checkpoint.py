@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -62,30 +61,6 @@ class LoadedCheckpoint:
     def step(self) -> int:
         return self.manifest.step
 
-    @property
-    def manifest_sha256(self) -> str:
-        return self.commit.manifest_sha256
-
-    @property
-    def dataset_id(self) -> str:
-        return self.manifest.dataset_id
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.manifest.config
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self.manifest.state
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return self.manifest.metrics
-
-    @property
-    def part_names(self) -> list[str]:
-        return self.manifest.parts
-
     def tensor_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Give the shapes of a part's tensors without reading them.
 
@@ -133,7 +108,7 @@ class LoadedCheckpoint:
     def _require(self, part: str) -> None:
         if part not in self.manifest.parts:
             raise CheckpointError(
-                f"{self._uri}: no part {part!r}; it has {', '.join(self.part_names)}"
+                f"{self._uri}: no part {part!r}; it has {', '.join(self.manifest.parts)}"
             )
 
 

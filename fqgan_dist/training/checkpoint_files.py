@@ -1,6 +1,6 @@
 """Tensors to safetensors files and back, with one host copy and no pickle.
 
-A save copies each tensor straight into its place in the image of the file that it will be in. The
+A save copies each tensor straight into the image of the file that it will be in. The
 images are kept from save to save, so a save costs no allocation, and no byte is copied twice. The
 layout is safetensors' own (8 bytes of header length, JSON header, data in the header's order); any
 safetensors reader opens the files, and this module reads them with the library.
@@ -80,7 +80,7 @@ class FileImage:
         is_pinned = any(_tensor(value).is_cuda for value in contents.values())
         self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self._places = {
+        self._views = {
             key: self._buffer[offset : offset + _num_bytes(self.records[key])].view(
                 _DTYPES[self.records[key].dtype]
             )
@@ -88,10 +88,10 @@ class FileImage:
         }
 
     def fill(self, contents: PartTensors) -> None:
-        """Start copying tensors into their places; copies from a GPU run on its current stream."""
-        for key, place in self._places.items():
+        """Start copying tensors into the file; copies from a GPU run on its current stream."""
+        for key, view in self._views.items():
             source = _tensor(contents[key]).detach()
-            place.view(source.shape).copy_(source, non_blocking=True)
+            view.view(source.shape).copy_(source, non_blocking=True)
 
     def write(self, storage: Storage, folder: str) -> FileRecord:
         data = self._buffer.numpy().data

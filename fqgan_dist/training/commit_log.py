@@ -32,24 +32,25 @@ AttemptId = Annotated[str, Field(pattern=ATTEMPT_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
-class StartRecord(Config):
-    """An attempt began; every older attempt is fenced off from here on."""
-
-    kind: Literal["start"] = "start"
+class _Numbered(Config):
     number: int = Field(ge=1)
     """Position in the log."""
-    attempt: AttemptId
-    """The new attempt."""
     written_at: str
     """UTC, ISO 8601; for people only."""
 
 
-class CommitRecord(Config):
+class StartRecord(_Numbered):
+    """An attempt began; every older attempt is fenced off from here on."""
+
+    kind: Literal["start"] = "start"
+    attempt: AttemptId
+    """The new attempt."""
+
+
+class CommitRecord(_Numbered):
     """A checkpoint became valid."""
 
     kind: Literal["commit"] = "commit"
-    number: int = Field(ge=1)
-    """Position in the log."""
     attempt: AttemptId
     """Who wrote the checkpoint."""
     parent: int | None
@@ -58,22 +59,16 @@ class CommitRecord(Config):
     """Optimizer steps done."""
     manifest_sha256: Sha256
     """Of the manifest's bytes; it names all parts."""
-    written_at: str
-    """UTC, ISO 8601; for people only."""
 
 
-class PruneRecord(Config):
+class PruneRecord(_Numbered):
     """Commits were given up; their files are deleted after this record, never before."""
 
     kind: Literal["prune"] = "prune"
-    number: int = Field(ge=1)
-    """Position in the log."""
     attempt: AttemptId | None
     """Who rotates; None for a person's `fqgan checkpoints prune`, which fences nobody off."""
     removed: list[int]
     """Numbers of the commits."""
-    written_at: str
-    """UTC, ISO 8601; for people only."""
 
 
 LogRecord = StartRecord | CommitRecord | PruneRecord

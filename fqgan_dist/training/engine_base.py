@@ -30,7 +30,7 @@ class EngineBase:
         self.layout = settings.layout
         self.world = settings.layout.world
         self.device = settings.device
-        self.config = settings.optimizer
+        self.config = settings.training.optimizer
         self.name = settings.name
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = _build_optimizer(

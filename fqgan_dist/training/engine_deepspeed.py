@@ -55,7 +55,7 @@ class DeepSpeedEngine(EngineBase):
             ConfigError: ZeRO-3 and a parameter that is not trained.
         """
         super().__init__(module, settings)
-        self.zero_stage = settings.zero_stage
+        self.zero_stage = settings.training.zero_stage
         self._has_partitions = self.zero_stage > 0
         self._whole_norm = torch.zeros((), device=self.device)
         if self.zero_stage == 0:
@@ -68,7 +68,7 @@ class DeepSpeedEngine(EngineBase):
         self._deepspeed: Any = deepspeed.initialize(
             model=_Passes(module),
             optimizer=self.optimizer,
-            config=self._deepspeed_config(settings.precision),
+            config=self._deepspeed_config(settings.training.precision),
             dist_init_required=False,
         )[0]
         if self._has_partitions:
@@ -258,8 +258,8 @@ def _piece_of_flat_group(parameter: Any, owner: Tensor) -> Piece:
     shape = tuple(parameter.shape)
     if mapping is None:
         return Piece(owner, shape, start=0, position=0, count=0)
-    place, address = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-    return Piece(owner, shape, place.start, address.start, place.numel)
+    fragment, address = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+    return Piece(owner, shape, fragment.start, address.start, fragment.numel)
 
 
 def _require_all_trained(module: nn.Module, name: str) -> None:

@@ -75,7 +75,7 @@ class Trainer(Generic[BatchT]):
             if loaded:
                 attempt.continue_from(loaded.number)
             if loaded and first_step >= self.config.steps:
-                return TrainingResult(step=first_step, metrics=loaded.metrics)
+                return TrainingResult(step=first_step, metrics=loaded.manifest.metrics)
             with ExitStack() as started:
                 for hook in self.hooks:
                     started.callback(hook.end)
@@ -134,23 +134,23 @@ class Trainer(Generic[BatchT]):
 
     def _restore(self, loaded: LoadedCheckpoint) -> int:
         architecture = self.task.architecture.model_dump(mode="json")
-        if loaded.config != architecture:
+        if loaded.manifest.config != architecture:
             changed = sorted(
                 key
-                for key in loaded.config.keys() | architecture.keys()
-                if loaded.config.get(key) != architecture.get(key)
+                for key in loaded.manifest.config.keys() | architecture.keys()
+                if loaded.manifest.config.get(key) != architecture.get(key)
             )
             raise CheckpointError(
                 f"{self.store}: step {loaded.step} was trained with another architecture "
                 f"({', '.join(changed)} differ); use its config, or another storage.root"
             )
-        if loaded.dataset_id != self.dataset_id:
+        if loaded.manifest.dataset_id != self.dataset_id:
             raise CheckpointError(
                 f"{self.store}: step {loaded.step} was trained on dataset "
-                f"{loaded.dataset_id[:12]}, not {self.dataset_id[:12]}; use its data, or another "
-                f"storage.root"
+                f"{loaded.manifest.dataset_id[:12]}, not {self.dataset_id[:12]}; use its data, or "
+                f"another storage.root"
             )
-        self.task.load_state_dict({name: loaded.read(name) for name in loaded.part_names})
+        self.task.load_state_dict({name: loaded.read(name) for name in loaded.manifest.parts})
         logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
         return loaded.step
 

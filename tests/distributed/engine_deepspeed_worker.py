@@ -65,7 +65,9 @@ class Comparison:
         def build_engine(module: nn.Module, settings: EngineSettings) -> Engine:
             if engine == "plain":
                 return PlainEngine(module, settings)
-            return DeepSpeedEngine(module, replace(settings, zero_stage=int(engine[-1])))
+            changes = {"zero_stage": int(engine[-1])}
+            training = settings.training.model_copy(update=changes)
+            return DeepSpeedEngine(module, replace(settings, training=training))
 
         return self.build(load_tiny(*OVERRIDES, *overrides), world, engine_type=build_engine)
 
@@ -177,7 +179,7 @@ def save(task: Any, root: Storage, name: str, world: World) -> None:
 def load(root: Storage, name: str) -> dict[str, dict[str, Tensor]]:
     loaded = CheckpointStore(root, name).load_latest()
     assert loaded is not None
-    return {part: loaded.read(part) for part in loaded.part_names}
+    return {part: loaded.read(part) for part in loaded.manifest.parts}
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

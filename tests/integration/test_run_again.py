@@ -17,8 +17,8 @@ from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.metrics import read_metrics
 from fqgan_dist.training.checkpoint import CheckpointStore
+from tests.support.records import read_records
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
 CONSTANT = "autoregressive.training.schedule.kind=constant"
@@ -63,7 +63,7 @@ def test_more_steps_continue_and_end_where_one_long_training_ends(
     longer = "autoregressive.training.steps=10"
     summary = run(root, CONSTANT, longer)
     at_once = run(tmp_path / "at_once", CONSTANT, longer)
-    steps = [record["step"] for record in read_metrics(root / "autoregressive" / "metrics.jsonl")]
+    steps = [record["step"] for record in read_records(root / "autoregressive" / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(1, 11))
     ours, theirs = (weights(each, "autoregressive", 10) for each in (root, tmp_path / "at_once"))
     assert ours.keys() == theirs.keys()

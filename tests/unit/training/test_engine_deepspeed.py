@@ -240,6 +240,6 @@ def assert_all_fp32(engine: Any) -> None:
 def test_the_engine_that_a_training_asks_for_is_built(world: World, kind: str) -> None:
     training = load_tiny(f"tokenizer.training.engine={kind}").tokenizer.training
     layout = StepLayout.of(training, world)
-    settings = EngineSettings.of(training, name="network", layout=layout, device=CPU)
+    settings = EngineSettings(training=training, name="network", layout=layout, device=CPU)
     engine = build_engine(Network(), settings)
     assert isinstance(engine, PlainEngine) == (kind == "plain")
