@@ -64,10 +64,45 @@ class AutoregressiveStage(TrainingStage):
         return {"codes": self.context.read(CodeIds).model_dump()}
 
     def build_task(self) -> AutoregressiveTask:
-        return build_autoregressive_task(self.context)
+        # Initial weights depend on the seed only, or are those of `init_from`.
+        config = self.context.config.autoregressive
+        index = open_dataset(self.context, "train").index
+        if index.num_classes > config.model.num_classes:
+            raise ConfigError(
+                f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
+                f"{index.num_classes} classes of dataset {index.name!r}; raise it"
+            )
+        with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
+            model = FactorizedTransformer(config.model)
+        load_initial_weights(model, config.init_from, field="autoregressive.init_from")
+        groups = decay_groups(model, config.training.optimizer.weight_decay)
+        settings = EngineSettings(
+            training=config.training,
+            name=STAGE,
+            layout=StepLayout.of(config.training, self.context.world),
+            device=self.context.device,
+            parameter_groups=[dict(group) for group in groups],
+        )
+        return AutoregressiveTask(
+            engine=build_engine(model, settings),
+            training=config.training,
+            codebook_names=[book.name for book in self.context.config.tokenizer.model.codebooks],
+            evaluate_fn=HeldOutCodes(self.context).measure_model,
+        )
 
     def build_loader(self) -> CodeLoader:
-        return build_code_loader(self.context)
+        config, training = self.context.config, self.context.config.autoregressive.training
+        return CodeLoader(
+            self.context.storage_of(DatasetIds.stage),
+            dataset_prefix(self.context, "train"),
+            codes=code_store(self.context, "train"),
+            seed=config.data.seed,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches_per_step=training.micro_batches_per_step,
+            window_shards=config.data.window_shards,
+            loader_workers=config.data.loader_workers,
+            dataset_id=self.context.read(DatasetIds).train,
+        )
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
         return {
@@ -75,54 +110,6 @@ class AutoregressiveStage(TrainingStage):
             for name, value in result.metrics.items()
             if name.startswith(f"{STAGE}/validation/")
         }
-
-
-def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
-    """Build model and engine; initial weights depend on the seed only, or are `init_from`'s.
-
-    Raises:
-        ConfigError: the dataset has more classes than the model.
-    """
-    config = context.config.autoregressive
-    index = open_dataset(context, "train").index
-    if index.num_classes > config.model.num_classes:
-        raise ConfigError(
-            f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
-            f"{index.num_classes} classes of dataset {index.name!r}; raise it"
-        )
-    with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
-        model = FactorizedTransformer(config.model)
-    load_initial_weights(model, config.init_from, field="autoregressive.init_from")
-    groups = decay_groups(model, config.training.optimizer.weight_decay)
-    settings = EngineSettings(
-        training=config.training,
-        name=STAGE,
-        layout=StepLayout.of(config.training, context.world),
-        device=context.device,
-        parameter_groups=[dict(group) for group in groups],
-    )
-    return AutoregressiveTask(
-        engine=build_engine(model, settings),
-        training=config.training,
-        codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
-        evaluate_fn=HeldOutCodes(context).measure_model,
-    )
-
-
-def build_code_loader(context: RunContext) -> CodeLoader:
-    """Build the loader of the training codes."""
-    config, training = context.config, context.config.autoregressive.training
-    return CodeLoader(
-        context.storage_of(DatasetIds.stage),
-        dataset_prefix(context, "train"),
-        codes=code_store(context, "train"),
-        seed=config.data.seed,
-        micro_batch_size=training.micro_batch_size,
-        micro_batches_per_step=training.micro_batches_per_step,
-        window_shards=config.data.window_shards,
-        loader_workers=config.data.loader_workers,
-        dataset_id=context.read(DatasetIds).train,
-    )
 
 
 def load_model(context: RunContext) -> FactorizedTransformer:
