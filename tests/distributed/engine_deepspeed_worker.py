@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from support.engines import with_zero_stage
 from support.tiny_tasks import (
     build_autoregressive_task,
     build_tokenizer_task,
@@ -65,9 +66,7 @@ class Comparison:
         def build_engine(module: nn.Module, settings: EngineSettings) -> Engine:
             if engine == "plain":
                 return PlainEngine(module, settings)
-            changes = {"zero_stage": int(engine[-1])}
-            training = settings.training.model_copy(update=changes)
-            return DeepSpeedEngine(module, replace(settings, training=training))
+            return DeepSpeedEngine(module, with_zero_stage(settings, int(engine[-1])))
 
         return self.build(load_tiny(*OVERRIDES, *overrides), world, engine_type=build_engine)
 

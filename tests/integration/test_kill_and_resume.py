@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.records import read_records
 
 from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, StartRecord
-from tests.support.records import read_records
 
 TESTS_DIR = Path(__file__).parents[1]
 CONFIG = TESTS_DIR / "support" / "tiny.yaml"

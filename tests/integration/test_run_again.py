@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.records import read_records
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, DataError
@@ -18,7 +19,6 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
-from tests.support.records import read_records
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
 CONSTANT = "autoregressive.training.schedule.kind=constant"

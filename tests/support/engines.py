@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,3 +38,8 @@ def engine_settings(
         device=torch.device("cpu"),
         parameter_groups=parameter_groups,
     )
+
+
+def with_zero_stage(settings: EngineSettings, zero_stage: int) -> EngineSettings:
+    training = settings.training.model_copy(update={"zero_stage": zero_stage})
+    return replace(settings, training=training)

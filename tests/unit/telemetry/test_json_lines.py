@@ -4,10 +4,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.records import read_records
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter, parse_records
-from tests.support.records import read_records
 
 
 def write_steps(writer: JsonLinesWriter, steps: range) -> None:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.records import read_records
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import MetricsFile, metric_series
-from tests.support.records import read_records
 
 LOSS = "tokenizer/loss/commitment"
 

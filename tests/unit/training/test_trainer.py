@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import engine_settings
+from support.records import read_records
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
@@ -35,7 +36,6 @@ from fqgan_dist.training.step_layout import Slot, StepLayout
 from fqgan_dist.training.task import Parts
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.world import World
-from tests.support.records import read_records
 
 CPU = torch.device("cpu")
 PREFIX = "toy/checkpoints"
