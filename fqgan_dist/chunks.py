@@ -166,7 +166,7 @@ def _process_all(work: ChunkWork, pending: Sequence[int], *, workers: int) -> It
 
 @contextmanager
 def _spawn_workers(work: ChunkWork, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Keep processes for a block; they are killed if it fails, as chunks may take minutes."""
+    # They are killed if the block fails, as chunks may take minutes.
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(
         workers,

@@ -210,7 +210,6 @@ def _describe(error: Exception, *, place: str, moment: float) -> RankFailure:
 
 
 def _is_echo(error: Exception) -> bool:
-    """Whether an error is what a rank sees of another one's end."""
     if isinstance(error, FqganError):
         return False
     if isinstance(error, _ECHO_TYPES):

@@ -165,7 +165,7 @@ def _is_of_process(error: Exception) -> bool:
 
 
 def _pickle_checked(error: Exception) -> bytes | None:
-    """Pickle an exception; None if it cannot be restored from that."""
+    # None where it cannot be restored.
     try:
         data = pickle.dumps(error)
         restored = pickle.loads(data)

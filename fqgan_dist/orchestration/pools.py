@@ -214,7 +214,6 @@ class _Pool:
         member.ref = member.handle.load.remote(job.task, job=job.number)
 
     def _resize(self, job: _Job) -> None:
-        """Start what is wanted and let go what is not."""
         waiting = len(job.queue)
         wanted = count_wanted_actors(
             self._config,
@@ -249,7 +248,7 @@ class _Pool:
         self._members.append(_Member(number, handle, handle.locate.remote()))
 
     def _let_go(self, member: _Member) -> None:
-        """End an actor that has no chunk, so that its node may go too."""
+        # It has no chunk: so its node may go too.
         if member.has_started:
             member.ref = member.handle.finish.remote()
             self._leaving.append(member)
@@ -362,7 +361,7 @@ def _longest_wait(members: list[_Member], now: float) -> float:
 
 
 def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:
-    """Get an answer that is there; an exception means that the actor is lost."""
+    # An exception means that the actor is lost.
     try:
         return ray.get(ref)
     except RayError as error:
@@ -370,7 +369,7 @@ def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:
 
 
 def _is_drain(error: RayError) -> bool:
-    """Whether the node was taken away with notice: no chunk is to blame."""
+    # The node was taken away with notice: no chunk is to blame.
     return isinstance(error, RayActorError) and error.preempted
 
 

@@ -135,9 +135,9 @@ class _Trainer(TorchTrainer):
     """Ray's trainer without the process that watches over its placement group.
 
     That process asks the State API of whatever Ray started last on its node whether the controller
-    lives. Where several run, as on a developer's machine, it asks a stranger, who knows of none,
-    and takes the workers' resources away in the middle of training (Ray 2.60). It is needed where
-    a controller dies and its driver does not: ours ends then, and its job's groups with it.
+    lives. Where several run, it asks a stranger, who knows of none, and takes the workers'
+    resources away in the middle of training (Ray 2.60). It is needed where a controller dies and
+    its driver does not: ours ends then, and its job's groups with it.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:

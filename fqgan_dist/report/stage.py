@@ -117,7 +117,6 @@ def _to_pixels(images: Tensor) -> np.ndarray:
 
 
 def _collect_notes(context: RunContext) -> list[str]:
-    """Say what a reader must know before comparing numbers."""
     notes = describe_random_weights(context.config)
     records = {
         stage.name: stage.find_record()

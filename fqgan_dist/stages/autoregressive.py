@@ -115,9 +115,7 @@ class AutoregressiveStage(TrainingStage):
 def load_model(context: RunContext) -> FactorizedTransformer:
     """Load the finished generator for inference: averaged weights if there are any, on the device.
 
-    Raises:
-        DataError: the stage has not finished.
-        CheckpointError: the checkpoint is damaged or of another architecture.
+    Raises what `load_tokenizer` does.
     """
     config = context.config.autoregressive
     model = FactorizedTransformer(config.model)

@@ -110,7 +110,7 @@ def _list(store: CheckpointStore) -> ActionResult:
 
 
 def _describe(store: CheckpointStore, commit: CommitRecord) -> dict[str, Any]:
-    """Describe a checkpoint by its manifest; its files are not read."""
+    # By its manifest: its files are not read.
     row: dict[str, Any] = {
         "step": commit.step,
         "commit": commit.number,
@@ -187,11 +187,6 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
 
 
 def _check_file(target: CheckpointTarget) -> tuple[Storage, str]:
-    """Split the file to export to into folder and name.
-
-    Raises:
-        ConfigError: none is given, it has another suffix, or it is there.
-    """
     suffix = _SUFFIXES[target.format]
     if target.to is None:
         raise ConfigError(f"to: required by `checkpoints export`; name a file: to=FILE{suffix}")
@@ -213,11 +208,7 @@ def _description_name(name: str) -> str:
 def _encode_published(
     stage: TrainedStage, weights: Mapping[str, Tensor], loaded: LoadedCheckpoint
 ) -> bytes:
-    """Encode weights by the released names, as the dict that the released code loads.
-
-    Raises:
-        ConfigError: the released code has no such architecture.
-    """
+    """Encode weights by the released names, as the dict that the released code loads."""
     if stage == "tokenizer":
         config = TokenizerConfig.model_validate(loaded.manifest.config)
         state = published_tokenizer.to_published_state_dict(weights, config)

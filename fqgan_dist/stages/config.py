@@ -70,7 +70,7 @@ class TokenizerStageConfig(TrainedStageConfig):
     @model_validator(mode="before")
     @classmethod
     def _seed_former_spelling(cls, values: Any) -> Any:
-        """Give random perceptual weights that are spelt as formerly the seed they had then."""
+        # Random weights that are spelt as formerly get the seed that they had then.
         seed = _find(values, "training.seed")
         if not isinstance(values, dict) or not isinstance(seed, int) or "perceptual" not in values:
             return values
@@ -206,7 +206,7 @@ class RunConfig(Config):
 
     @model_serializer(mode="wrap")
     def _leave_out_derived(self, dump_fn: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump the settings without what follows from others: an override changes one place."""
+        # What follows from others is not dumped, so an override changes one place.
         values = dump_fn(self)
         for each in _DERIVED:
             path, _, name = each.field.rpartition(".")

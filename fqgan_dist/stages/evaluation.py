@@ -129,7 +129,6 @@ class EvaluationStage(Stage):
         return load_adm_reference(source, sha256=sha256, evaluator_id=evaluator_id)
 
     def _judge_reconstructions(self, work: ReconstructionWork) -> dict[str, Any]:
-        """Score reconstructions against the same centre-cropped validation images."""
         context = self.context
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
         model = context.config.tokenizer.model

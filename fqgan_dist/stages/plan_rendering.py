@@ -87,7 +87,6 @@ def _stage_table(stage: str, plan: dict[str, Any]) -> Table:
 
 
 def _add_processes(table: Table, placement: dict[str, Any]) -> None:
-    """Add what processes reserve on a cluster; nothing without one."""
     workers = placement.get("train_workers")
     if workers:
         _add(

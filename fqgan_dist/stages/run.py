@@ -75,8 +75,7 @@ def check_static_inputs(stage: Stage) -> None:
     """Compare a stage's settings with its record, before any work starts.
 
     Raises:
-        DataError: the stage was made from other settings, or is to be taken from a run that has
-            not finished it.
+        DataError: it was made from others, or is to be taken from a run that has not finished it.
     """
     if stage.name in stage.context.config.upstream:
         _check_taken(stage)
@@ -169,9 +168,6 @@ def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
 
     A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
     and goes on.
-
-    Raises:
-        DataError: it has one record, of other inputs.
     """
     record = stage.load_record()
     if record is None or (not record.is_done and not stage.has_output()):

@@ -169,11 +169,7 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
 
 
 def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:
-    """Take a split's share of a source: a seeded choice among the sorted names.
-
-    Raises:
-        ConfigError: one of the shares would be empty.
-    """
+    # A seeded choice among the sorted names.
     num_val = round(len(source) * fraction)
     if not 0 < num_val < len(source):
         raise ConfigError(

@@ -156,12 +156,7 @@ def stores_features(config: RunConfig) -> bool:
 
 
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
-    """Build the configured teachers.
-
-    Raises:
-        ConfigError: a file of weights is not there.
-        DataError: weights are missing or of another network.
-    """
+    """Build the configured teachers; raises what `resolve_weights` and `build_teacher` do."""
     teachers = {}
     for index, settings in enumerate(config.teachers.networks):
         path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")
@@ -170,11 +165,7 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
 
 
 def load_same_teachers(context: RunContext, network_ids: NetworkIds) -> dict[str, Teacher]:
-    """Build the configured teachers as `load_teachers` does, for work that is done on many nodes.
-
-    Raises:
-        DataError: they are others than where the work was made.
-    """
+    """As `load_teachers`; a DataError where they are others than where the work was made."""
     teachers = load_teachers(context.config, context.device)
     for name, teacher in teachers.items():
         network_ids.confirm(f"teacher {name!r}", teacher.fingerprint)

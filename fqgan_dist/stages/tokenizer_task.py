@@ -227,7 +227,6 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         }
 
     def _fold_state(self, codes: Sequence[Tensor], has_discriminator: bool) -> None:
-        """Bring what is stateful across micro-batches up to date, in micro-batch order."""
         # (M, g, K, n): a member's codes are those of consecutive images.
         ordered = self.layout.gather_in_order(torch.stack(list(codes)))
         self.usage.update(rearrange(ordered, "M g K n -> K (M g n)"))
@@ -236,7 +235,6 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         self._update_average()
 
     def _fold_batch_statistics(self) -> None:
-        """Fold the BatchNorm statistics of the passes since the last fold."""
         passes = torch.stack(self.discriminator.take_batch_statistics())
         per_slot = passes.unflatten(0, (len(self.layout.slots), -1))
         # Synchronised statistics are the same on all members of a group: they count once.

@@ -89,7 +89,7 @@ class TrainingStage(Stage):
         return StageOutcome(output, metrics)
 
     def _warn_of_other_schedule(self, training: TrainingConfig) -> None:
-        """Say that a longer training is not the one that it would have been from the start."""
+        # A longer training is not the one that it would have been from the start.
         record = self.load_record()
         if record is None or not record.history or training.schedule.kind == "constant":
             return

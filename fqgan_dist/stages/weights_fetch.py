@@ -110,7 +110,6 @@ def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
 
 
 def _load(network: FrozenNetwork) -> Mapping[str, Tensor]:
-    """Download and check a network of the hub."""
     match network.settings:
         case PerceptualConfig() as config:
             return copy_backbone_weights(build_perceptual_loss(config))
@@ -173,7 +172,6 @@ def _write(folder: Storage, name: str, data: bytes) -> tuple[str, State]:
 
 
 def _to_yaml(group: Mapping[str, str]) -> str:
-    """Write settings on one line, as an override takes them."""
     return yaml.safe_dump(
         dict(group), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
     ).strip()

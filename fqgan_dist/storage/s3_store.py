@@ -422,7 +422,7 @@ def _parse_range(answer: dict[str, Any]) -> tuple[int, int]:
 
 
 def _part_bytes(size: int) -> int:
-    """Choose parts so that all connections end at about the same time."""
+    # So that all connections end at about the same time.
     waves = -(-size // (_TRANSFERS_AT_ONCE * _LONGEST_PART_BYTES))
     return max(_PART_BYTES, -(-size // max(1, waves * _TRANSFERS_AT_ONCE)))
 
@@ -459,7 +459,7 @@ async def _drop(position: int, piece: bytes) -> None:
 
 
 async def _gather(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Wait for all; when one fails, cancel the others and wait for their end."""
+    # When one fails, the others are cancelled and waited for.
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

@@ -56,12 +56,9 @@ def publish_log() -> None:
 
 @functools.cache
 def _publish_at_exit() -> None:
-    """Publish once more when the main thread ends.
-
-    An ordinary atexit function is too late for clients of object stores: concurrent.futures refuses
-    work by then. Only this private hook of Python comes earlier; its functions are called in
-    reverse order. Where it is missing, the log's last seconds may be.
-    """
+    # An ordinary atexit function is too late for clients of object stores: concurrent.futures
+    # refuses work by then. Only this private hook of Python comes earlier; its functions are called
+    # in reverse order. Where it is missing, the log's last seconds may be.
     import concurrent.futures.thread  # noqa: F401  registers its own end before ours
 
     register = getattr(threading, "_register_atexit", None)

@@ -229,7 +229,6 @@ class _StageEntry:
 
 
 def _shown_metrics(values: Mapping[str, float]) -> dict[str, Metric]:
-    """Choose the few metrics that say how a training goes, under short names."""
     shown: dict[str, Metric] = {}
     for name, value in values.items():
         if name.endswith("/loss/total"):

@@ -250,11 +250,7 @@ def _check_part_names(tensors: Mapping[str, PartTensors]) -> None:
 
 
 def _plain_copy(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Copy plain values through JSON, so that later changes do not reach the writer.
-
-    Raises:
-        ValueError: the values would not load back equal.
-    """
+    # Through JSON, so that later changes do not reach the writer.
     try:
         copy = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -58,10 +58,5 @@ class ExponentialMovingAverage:
         return dict(self._averages)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore averages laid out like the parameters.
-
-        Raises:
-            CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing is
-                copied then.
-        """
+        """Restore averages laid out like the parameters; raises as `copy_named_tensors`."""
         copy_named_tensors(tensors, self._averages, what="averaged weights")

@@ -135,12 +135,11 @@ class EngineBase:
             group["lr"] = lr
 
     def _note_if_not_finite(self, *values: Tensor) -> None:
-        """Refuse this and all later steps if a value is not finite, without a wait."""
+        # Without a wait: this and all later steps are refused on the device.
         for value in values:
             self._is_not_finite.logical_or_(~torch.isfinite(value).all())
 
     def _clip(self) -> Tensor:
-        """Clip whole gradients and return their norm before that."""
         return nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip, foreach=True)
 
 

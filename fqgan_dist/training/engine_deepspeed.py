@@ -272,7 +272,6 @@ def _require_all_trained(module: nn.Module, name: str) -> None:
 
 
 def _copy_without_storage(module: nn.Module) -> nn.Module:
-    """Copy a module, with its parameters on the meta device."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for parameter in module.parameters()
@@ -281,11 +280,7 @@ def _copy_without_storage(module: nn.Module) -> nn.Module:
 
 
 def _prepare_deepspeed(world: World, device: torch.device) -> None:
-    """Tie DeepSpeed to the device and to the present process group.
-
-    Raises:
-        ClusterError: there is no process group.
-    """
+    """Tie DeepSpeed to the device and to the present process group."""
     if not dist.is_initialized():
         raise ClusterError(
             "the DeepSpeed engine found no process group, which it needs for one process too; "

@@ -97,7 +97,6 @@ def _owners(pieces: Pieces) -> list[Tensor]:
 
 
 def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Describe the whole state of all parameters by tensors without storage."""
     return {
         f"{name}.{key}": torch.empty(
             tensor.shape if key == STEP else piece.shape, dtype=tensor.dtype, device="meta"
@@ -108,7 +107,7 @@ def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dic
 
 
 def _require_equal_steps(pieces: Pieces, tensors: Mapping[str, Tensor]) -> None:
-    """Check that parameters with one owner have one count of steps: the owner has but one."""
+    # An owner has but one count of steps.
     first: dict[int, tuple[str, float]] = {}
     for name, piece in pieces.items():
         steps = float(tensors[f"{name}.{STEP}"])
@@ -130,7 +129,7 @@ def _require_adam(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _new_state(owner: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Make the state of an owner's first step, as torch/optim/adam.py does in _init_group."""
+    # As torch/optim/adam.py does in _init_group.
     options = optimizer.defaults
     is_on_device = bool(options["capturable"] or options["fused"])
     state = {

@@ -84,7 +84,6 @@ class Trainer(Generic[BatchT]):
                 return self._run_steps(first_step, batches, attempt)
 
     def _begin_attempt(self) -> Attempt:
-        """Begin to save on the main rank, and join it on the others."""
         rank, world_size = self.world.rank, self.world.world_size
         attempt = self.store.begin_attempt(world_size=world_size) if self.world.is_main else None
         if world_size > 1:
@@ -124,7 +123,7 @@ class Trainer(Generic[BatchT]):
         return TrainingResult(step=self.config.steps, metrics=results)
 
     def _load(self) -> LoadedCheckpoint | None:
-        """Load the newest good checkpoint: the main rank finds it, all load that one."""
+        # The main rank finds the newest good checkpoint, and all load that one.
         found = self.store.load_latest() if self.world.is_main else None
         if self.world.world_size == 1:
             return found
