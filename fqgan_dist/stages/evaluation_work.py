@@ -54,6 +54,7 @@ class EvaluationModels(ProcessLocalCaches):
 
     @functools.cached_property
     def inception(self) -> InceptionFeatures:
+        """The feature network."""
         # torch-fidelity imports torchvision: 2 CPU-seconds of every process that knows the stages.
         from fqgan_dist.evaluation.inception import build_inception
 
