@@ -231,7 +231,7 @@ def restore(task: Any, store: CheckpointStore) -> None:
                 value.zero_()
     loaded = store.load_latest()
     assert loaded is not None, "a checkpoint was just saved"
-    task.load_state_dict({part: loaded.read(part) for part in loaded.part_names})
+    task.load_state_dict({part: loaded.read(part) for part in loaded.manifest.parts})
 
 
 def build_tokenizer_task(
@@ -243,7 +243,9 @@ def build_tokenizer_task(
     tokenizer = FactorizedTokenizer(settings.model)
     discriminator = DiscriminatorPasses(PatchDiscriminator(settings.discriminator))
     layout = StepLayout.of(settings.training, world)
-    engine = functools.partial(EngineSettings.of, settings.training, layout=layout, device=device)
+    engine = functools.partial(
+        EngineSettings, training=settings.training, layout=layout, device=device
+    )
     task = TokenizerTask(
         engine=build_engine(tokenizer, engine(name="tokenizer")),
         discriminator_engine=build_engine(discriminator, engine(name="discriminator")),
@@ -264,8 +266,8 @@ def build_autoregressive_task(
     torch.manual_seed(0)
     model = FactorizedTransformer(settings.model)
     groups = decay_groups(model, settings.training.optimizer.weight_decay)
-    engine = EngineSettings.of(
-        settings.training,
+    engine = EngineSettings(
+        training=settings.training,
         name="autoregressive",
         layout=StepLayout.of(settings.training, world),
         device=device,

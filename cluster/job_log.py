@@ -13,8 +13,8 @@ from fqgan_dist.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+# After so long without a word a log is connected anew: a dead tunnel does not say that it is.
 SILENCE_S = 600.0
-"""After so long without a word a log is connected anew: a dead tunnel does not say that it is."""
 
 
 class LogCopier:
@@ -64,7 +64,6 @@ class LogCopier:
             logger.warning("the end of the log of %s cannot be read (%s)", self._job_id, error)
 
     def close(self) -> None:
-        """Leave the job's log."""
         self.disconnect()
         self._runner.close()
 

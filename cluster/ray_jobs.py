@@ -19,8 +19,8 @@ from fqgan_dist.errors import ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
 
+# For one answer, and for sending a folder; a dead tunnel never answers.
 REQUEST_TIMEOUT_S = 120.0
-"""For one answer, and for sending a folder; a dead tunnel never answers."""
 
 T = TypeVar("T")
 

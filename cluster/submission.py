@@ -33,7 +33,6 @@ class Submission:
 
     @property
     def job_id(self) -> str:
-        """Id of the current job."""
         return f"{self._prefix}-{self._number}"
 
     def bring_to_end(self) -> int:
@@ -62,7 +61,7 @@ class Submission:
                     self._note_loss(end)
 
     def _find_number(self) -> None:
-        """Step over the jobs of earlier calls that have ended."""
+        # Jobs of earlier calls that have ended are stepped over.
         while self._wait_for_head().phase not in (Phase.UNKNOWN, Phase.ACTIVE):
             self._number += 1
 
@@ -86,7 +85,6 @@ class Submission:
         return environment
 
     def _follow(self) -> Status:
-        """Copy the job's log until it ends; return how it ended."""
         with closing(LogCopier(self._jobs, self.job_id)) as copier:
             while (status := self._wait_for_head(copier)).phase is Phase.ACTIVE:
                 copier.copy(self._settings.poll_s)
@@ -108,7 +106,6 @@ class Submission:
             self._number += 1
 
     def _wait_for_head(self, copier: LogCopier | None = None) -> Status:
-        """Return the current job's status, once the head answers."""
         deadline = time.monotonic() + self._settings.head_wait_s
         is_waiting = False
         while (status := self._jobs.status(self.job_id)).phase is Phase.UNREACHABLE:

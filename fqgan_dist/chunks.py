@@ -23,8 +23,8 @@ from fqgan_dist.errors import ClusterError
 from fqgan_dist.telemetry.observer import SILENT, Observer
 from fqgan_dist.telemetry.summary import Metric
 
+# Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there.
 _CONCURRENT_CHECKS = 32
-"""Threads that ask a remote storage, some 20 ms each, which of thousands of chunks are there."""
 
 
 class ChunkWork(Protocol):
@@ -75,12 +75,7 @@ class ChunkWork(Protocol):
         ...
 
     def set_up_process(self, role: str, number: int) -> None:
-        """Set up a fresh process that will do this work, its logging above all.
-
-        Args:
-            role: what the process is, for example `teachers actor`.
-            number: of the process in its role.
-        """
+        """Set up a fresh process, logging above all; it is number `number` of its role."""
         ...
 
 
@@ -98,7 +93,6 @@ class ProcessLocalCaches:
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what is pickled."""
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -121,16 +115,9 @@ def process_pending(
     *,
     fields: Callable[[], Mapping[str, Metric]] = dict,
 ) -> None:
-    """Process every chunk that is not done.
+    """Process every chunk that is not done by `execute`, and tell the observer of each.
 
-    Args:
-        work: what is to be done.
-        execute: who does it.
-        observer: is told how far it is.
-        fields: gives what else the observer is told at each chunk.
-
-    Raises:
-        as `execute`.
+    `fields` gives what else the observer is told at each chunk. It raises what `execute` raises.
     """
     pending = find_pending(work)
     total = sum(work.size(chunk) for chunk in work.chunks())
@@ -141,15 +128,10 @@ def process_pending(
 
 
 def run_in_processes(work: ChunkWork, *, workers: int = 1, observer: Observer = SILENT) -> None:
-    """Process every chunk that is not done in processes of this machine.
+    """Process every chunk that is not done in at most `workers` processes of this machine.
 
     With one worker, or one chunk, that is this process. Others are spawned, so `work` and its
     module must be importable; they die with this process, however it ends.
-
-    Args:
-        work: what is to be done.
-        workers: greatest number of processes.
-        observer: is told how far it is.
 
     Raises:
         ValueError: `workers` is not positive.
@@ -162,7 +144,6 @@ def run_in_processes(work: ChunkWork, *, workers: int = 1, observer: Observer = 
 
 
 def _process_all(work: ChunkWork, pending: Sequence[int], *, workers: int) -> Iterator[int]:
-    """Give every chunk when it is done."""
     workers = min(workers, len(pending))
     if workers <= 1:
         for chunk in pending:
@@ -185,7 +166,7 @@ def _process_all(work: ChunkWork, pending: Sequence[int], *, workers: int) -> It
 
 @contextmanager
 def _spawn_workers(work: ChunkWork, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Keep processes for a block; they are killed if it fails, as chunks may take minutes."""
+    # They are killed if the block fails, as chunks may take minutes.
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(
         workers,
@@ -204,8 +185,8 @@ def _spawn_workers(work: ChunkWork, workers: int) -> Iterator[ProcessPoolExecuto
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+# What a spawned process works on.
 _worker_work: ChunkWork | None = None
-"""What a spawned process works on."""
 
 
 def _set_up_worker(work: ChunkWork) -> None:

@@ -20,8 +20,8 @@ from pydantic_core import PydanticCustomError
 
 from fqgan_dist.errors import ConfigError
 
+# Type of a pydantic error that holds several problems, and their place in its context.
 _SEVERAL = "problems"
-"""Type of a pydantic error that holds several problems, and their place in its context."""
 
 Value = Any
 """A plain YAML value: scalar, list or mapping."""
@@ -149,7 +149,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _unshare(value: Value) -> Value:
-    """Copy a tree, giving every YAML alias its own copy: an override changes one place only."""
+    # Every YAML alias gets its own copy: an override changes one place only.
     if isinstance(value, dict):
         return {key: _unshare(item) for key, item in value.items()}
     return [_unshare(item) for item in value] if isinstance(value, list) else value
@@ -167,7 +167,7 @@ def _merge(base: dict[str, Value], changes: Mapping[str, Value]) -> dict[str, Va
 
 
 def _same_kind(former: Mapping[str, Value], change: Mapping[str, Value]) -> bool:
-    """Whether a group stays what it is: one of another `kind` has other settings altogether."""
+    # A group of another `kind` has other settings altogether.
     return "kind" not in change or change["kind"] == former.get("kind")
 
 
@@ -212,7 +212,6 @@ def _list_index(target: list[Value], part: str, where: str) -> int:
 
 
 def _describe(problem: Any, config_type: type[Config]) -> list[str]:
-    """Write a pydantic error as the lines that users read."""
     location, known = _locate(config_type, problem["loc"])
     dotted = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
@@ -240,9 +239,8 @@ def _locate(
 ) -> tuple[list[Any], list[str]]:
     """Turn pydantic's location of a problem into the one that users write.
 
-    Returns:
-        The location without the names of union members, which pydantic puts after the field, and
-        the sorted settings of the group that the last part belongs to.
+    It leaves out the names of union members, which pydantic puts after the field; with it come the
+    sorted settings of the group that the last part belongs to.
     """
     annotations: list[Any] = [config_type]
     path: list[Any] = []

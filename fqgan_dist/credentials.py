@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+# In the names of variables and settings that hold credentials.
 SECRET_NAME = re.compile(
     r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE
 )
-"""In the names of variables and settings that hold credentials."""
 _PATH_NAME = re.compile(r"_(PATH|FILE|URI|DIR)$", re.IGNORECASE)
+# Shorter values ("true", "1") are no secrets, and removing them would garble texts.
 _SHORTEST_SECRET = 8
-"""Shorter values ("true", "1") are no secrets, and removing them would garble texts."""
 _IN_TEXT = (
     re.compile(r"(?<=://)[^/\s@]+@"),  # user:password@host
     re.compile(r"(?<=X-Amz-Signature=)[^&\s]+", re.IGNORECASE),
@@ -28,8 +28,8 @@ _REMOVED = "[removed]"
 def scrub(text: str) -> str:
     """Remove this process's credentials from a text, and what looks like credentials in a URL.
 
-    Known are the values of environment variables whose names say so (secret, token, password, key),
-    of the AWS tools' credentials file and of Ray's token file.
+    Known are the environment variables whose names say so, the AWS tools' credentials file and
+    Ray's token file.
     """
     for secret in sorted(set(_find_secrets()), key=len, reverse=True):
         text = text.replace(secret, _REMOVED)

@@ -1,6 +1,8 @@
-"""Which device a process computes on."""
+"""What a process computes with: its device, its threads, its workspaces."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -22,3 +24,12 @@ def select_device(name: str, world: World) -> torch.device:
             "or on a cluster reserve GPUs (ray.train.gpus, ray.pools.<stage>.gpus)"
         )
     return torch.device(name, world.local_rank) if name == "cuda" else torch.device(name)
+
+
+def configure_torch(num_threads: int | None, *, is_deterministic: bool) -> None:
+    """Set up torch in a process of a run, before it computes; None leaves its own threads."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if is_deterministic:
+        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fqgan_dist.world import World
 
+# How long ranks wait for each other, as under Ray Train: the main one may be writing a checkpoint,
+# and NCCL's own 10 minutes are less than a slow bucket may take.
 RANK_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, as under Ray Train: the main one may be writing a checkpoint,
-and NCCL's own 10 minutes are less than a slow bucket may take."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossGroup:
-    """One rank's place in its group; by default a group of its own."""
+    """One rank's part in its group; by default a group of its own."""
 
     member: int = 0
     """Index of this rank in its group, in [0, size)."""
@@ -53,16 +53,14 @@ class LossGroup:
         return total.div_(self.size)
 
 
+# A rank that runs whole micro-batches.
 ALONE = LossGroup()
-"""A rank that runs whole micro-batches."""
 
 
 def build_loss_group(world: World, size: int) -> LossGroup:
-    """Join the groups of `size` ranks; every rank of the world must call it.
+    """Join the groups of `size` ranks, g; every rank of the world must call it.
 
-    Args:
-        world: rank geometry; with several ranks the process group must be initialised.
-        size: ranks per micro-batch, g; divides the world size.
+    With several ranks the process group must be initialised.
     """
     if world.world_size % size:
         raise ValueError(

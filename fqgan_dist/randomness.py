@@ -40,7 +40,6 @@ def numpy_generator(*key: Key) -> np.random.Generator:
 
 
 def torch_generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:
-    """Build a torch generator for a key on a device."""
     return torch.Generator(device).manual_seed(derive_seed(*key))
 
 
@@ -50,13 +49,8 @@ def keyed_torch_rng(
 ) -> Iterator[None]:
     """Seed torch's default generators for a block, for what takes no generator (dropout).
 
-    The generators' former states come back afterwards.
-
-    Args:
-        key: what the numbers are for.
-        device: whose generator is seeded besides the CPU's.
-        loss_group: the ranks that share the micro-batch that the block runs: each draws for all of
-            it and uses its own rows, so that it is given the numbers that a single rank would be.
+    Their former states come back afterwards. Of the ranks that share the block's micro-batch each
+    draws for all of it and uses its own rows: the numbers that a single rank would be given.
     """
     with ExitStack() as stack:
         stack.enter_context(
@@ -122,6 +116,7 @@ class _DrawsForWholeMicroBatch(TorchFunctionMode):
         return drawn[self._loss_group.rows(shape[0])]
 
 
+# Other functions that draw numbers; none of our networks uses one in a training pass.
 _NOT_SHARED = {
     functional.alpha_dropout,
     functional.dropout1d,
@@ -143,7 +138,6 @@ _NOT_SHARED = {
     Tensor.random_,
     Tensor.uniform_,
 }
-"""Other functions that draw numbers; none of our networks uses one in a training pass."""
 
 
 def _describe(part: Key) -> str:

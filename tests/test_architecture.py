@@ -464,3 +464,53 @@ def test_source_files_stay_small() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     too_long = {name: length for name, length in lengths.items() if length > 500}
     assert not too_long, textwrap.shorten(f"split these files: {too_long}", 500)
+
+
+SHORT_BODY = 5
+"""Lines of a public function whose name and signature may say it all (house_style.md)."""
+
+
+def test_public_functions_that_are_not_short_have_docstrings() -> None:
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    # What implements a method or overrides one is documented where that is declared.
+    declared = {
+        function.name
+        for tree in trees.values()
+        for owner in find_public_classes(tree)
+        for function in find_public_functions(owner)
+        if is_declaration(owner, function)
+    }
+    undocumented = [
+        f"{module}:{function.lineno} {function.name}"
+        for module, tree in trees.items()
+        for owner in (tree, *find_public_classes(tree))
+        for function in find_public_functions(owner)
+        if ast.get_docstring(function) is None
+        and count_body_lines(function) > SHORT_BODY
+        and not (isinstance(owner, ast.ClassDef) and function.name in declared)
+    ]
+    assert not undocumented, "give these a docstring:\n" + "\n".join(undocumented)
+
+
+def find_public_classes(tree: ast.Module) -> list[ast.ClassDef]:
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [node for node in found if not node.name.startswith("_")]
+
+
+def find_public_functions(owner: ast.Module | ast.ClassDef) -> list[ast.FunctionDef]:
+    found = [node for node in owner.body if isinstance(node, ast.FunctionDef)]
+    return [node for node in found if not node.name.startswith("_")]
+
+
+def is_declaration(owner: ast.ClassDef, function: ast.FunctionDef) -> bool:
+    """Whether a method is one of a protocol, abstract, or made to be overridden by a hook."""
+    bases = {ast.unparse(base).partition("[")[0] for base in owner.bases}
+    is_abstract = any(ast.unparse(each) == "abstractmethod" for each in function.decorator_list)
+    is_base = bool(bases & {"Protocol", "ABC", "BaseModel"}) or owner.name == "TrainerHook"
+    return ast.get_docstring(function) is not None and (is_base or is_abstract)
+
+
+def count_body_lines(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    assert function.end_lineno is not None
+    return function.end_lineno - first.lineno + 1

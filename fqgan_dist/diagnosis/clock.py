@@ -15,10 +15,10 @@ from fqgan_dist.diagnosis.verdict import Verdict, judge, warning
 SERVER_CLOCK = "clock"
 _REQUEST_TIMEOUT_S = 10.0
 _AWS_ENDPOINT = "https://s3.amazonaws.com"
+# Resolution of an HTTP Date.
 _DATE_STEP_S = 1.0
-"""Resolution of an HTTP Date."""
+# S3 refuses requests whose time differs by more (RequestTimeTooSkewed).
 _REFUSED_SKEW_S = 900.0
-"""S3 refuses requests whose time differs by more (RequestTimeTooSkewed)."""
 _LARGE_SKEW_S = 5.0
 
 
@@ -61,15 +61,9 @@ def judge_skew(
     refused_s: float,
     large_s: float,
 ) -> Verdict:
-    """Judge the difference of two clocks.
+    """Judge this clock minus another one, `skew_s`, which may be wrong by `uncertainty_s`.
 
-    Args:
-        check: name of the check.
-        skew_s: this clock minus the other.
-        uncertainty_s: by how much `skew_s` may be wrong in either direction.
-        other: whose clock the other one is.
-        refused_s: from here on a run fails.
-        large_s: from here on it is worth a warning.
+    From `large_s` on it is worth a warning, from `refused_s` on a run fails.
     """
     least_s = max(0.0, abs(skew_s) - uncertainty_s)
     direction = "ahead of" if skew_s > 0 else "behind"
@@ -87,7 +81,7 @@ def judge_skew(
 
 
 def _read_headers(endpoint: str) -> Message:
-    """Ask without credentials: a refusal has a Date too."""
+    # Without credentials: a refusal has a Date too.
     context = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
     request = urllib.request.Request(endpoint, method="HEAD")
     try:

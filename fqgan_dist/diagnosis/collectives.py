@@ -13,16 +13,16 @@ from fqgan_dist.diagnosis.programs import Finished, import_path, python_module, 
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge
 
 COLLECTIVES = "NCCL and gloo"
+# Twice torch's own limit of 60 s, after which the reason is known, and the imports.
 RANKS_TIME_LIMIT_S = 140.0
-"""Twice torch's own limit of 60 s, after which the reason is known, and the imports."""
 TIME_LIMIT_S = RANKS_TIME_LIMIT_S + 10
+# What is added up, by backend.
 SIZE_BYTES = {"nccl": 256 * 2**20, "gloo": 4 * 2**20}
-"""What is added up, by backend."""
 
 _CPU_RANKS = 2
+# Well below what PCIe gives; the NVLink of an A100 node gives 230, four such nodes 30
+# (github.com/NVIDIA/nccl/issues/527).
 _SLOW_NCCL_GB_PER_S = 5.0
-"""Well below what PCIe gives; the NVLink of an A100 node gives 230, four such nodes 30
-(github.com/NVIDIA/nccl/issues/527)."""
 _PROGRAM = "fqgan_dist.diagnosis.all_reduce"
 
 
@@ -40,13 +40,9 @@ def check_collectives() -> Verdict:
 def run_ranks(
     backend: str, ranks: Sequence[int], world_size: int, init_method: str
 ) -> list[Finished]:
-    """Run this node's ranks of an all-reduce.
+    """Run this node's ranks of an all-reduce, with nccl the i-th of them on GPU i.
 
-    Args:
-        backend: nccl (rank number i of these on GPU i) or gloo.
-        ranks: those that run here.
-        world_size: ranks on all nodes.
-        init_method: where they meet: torch's `file://` or `tcp://` URL.
+    They meet at `init_method`, torch's `file://` or `tcp://` URL.
     """
     size = str(SIZE_BYTES[backend])
     commands = [

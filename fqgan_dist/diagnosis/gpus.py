@@ -20,8 +20,8 @@ from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.stages.config import RunConfig
 
 GPUS = "GPUs"
+# nvidia-smi takes tens of seconds where the driver's persistence mode is off.
 QUERY_TIME_LIMIT_S = 60.0
-"""nvidia-smi takes tens of seconds where the driver's persistence mode is off."""
 
 _FIELDS = "name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 _BUSY_FRACTION = 0.1

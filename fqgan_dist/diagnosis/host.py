@@ -22,14 +22,13 @@ _GIB = 2**30
 _LEAST_SHARED_GIB, _LITTLE_SHARED_GIB = 0.25, 2.0
 _LEAST_MEMORY_GIB, _LITTLE_MEMORY_GIB = 1.0, 4.0
 _LEAST_FILES, _FEW_FILES = 256, 4096
+# Ray stops writing to a disk that is fuller (RAY_local_fs_capacity_threshold).
 _FULL_FRACTION = 0.95
-"""Ray stops writing to a disk that is fuller (RAY_local_fs_capacity_threshold)."""
 _PROBE_BYTES = 2**20
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_cpus(config: RunConfig | None) -> Verdict:
-    """Count the CPUs that this process may use."""
     usable, gpus = count_cpus(), torch.cuda.device_count()
     return judge_cpus(usable, gpus, loader_workers=config.data.loader_workers if config else 0)
 
@@ -56,7 +55,6 @@ def count_cpus() -> float:
 
 
 def check_memory() -> Verdict:
-    """Look at the main memory that is left, within the container's limit."""
     total, available = read_memory()
     return judge_memory(total, available)
 
@@ -76,7 +74,7 @@ def judge_memory(total_bytes: int, available_bytes: int) -> Verdict:
 
 
 def read_memory() -> tuple[int, int]:
-    """Return total and available bytes."""
+    """Return total and available bytes, within the container's limit."""
     facts = {
         name: int(value.split()[0]) * 1024
         for name, _, value in (
@@ -114,7 +112,6 @@ def judge_shared_memory(total_bytes: int, free_bytes: int) -> Verdict:
 
 
 def check_temporary_folder() -> Verdict:
-    """Write to the folder of temporary files, and look at its free space."""
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
@@ -167,7 +164,6 @@ def check_folder(check: str, path: Path, *, variable: str) -> Verdict:
 
 
 def check_open_files() -> Verdict:
-    """Look at the number of files that a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return judge_open_files(soft, hard)
 

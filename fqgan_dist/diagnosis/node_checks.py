@@ -15,7 +15,6 @@ _QUICK_S, _NETWORK_S, _TRANSFER_S = 20.0, 90.0, 180.0
 
 
 def diagnose_node(config: RunConfig | None) -> list[Verdict]:
-    """Run every check on this node; without a config those that need none."""
     return run_checks(list_checks(config))
 
 

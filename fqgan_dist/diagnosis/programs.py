@@ -22,9 +22,7 @@ class Finished:
     exit_code: int | None
     """None: it was ended at the time limit."""
     output: str
-    """Standard output."""
     errors: str
-    """Standard error."""
 
     @property
     def has_succeeded(self) -> bool:
@@ -47,12 +45,9 @@ def run_programs(
     time_limit_s: float,
     environments: Sequence[Mapping[str, str]] | None = None,
 ) -> list[Finished]:
-    """Run programs at once and wait for all; at the time limit those left are killed.
+    """Run programs at once and wait for all; after `time_limit_s` those left are killed.
 
-    Args:
-        commands: program and arguments of each.
-        time_limit_s: for all together.
-        environments: variables to add, for each.
+    `environments` are variables to add, for each.
 
     Raises:
         FileNotFoundError: a program is not installed.
@@ -67,7 +62,6 @@ def run_programs(
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """Give the command that runs a module with this process's interpreter."""
     return [sys.executable, "-m", module, *arguments]
 
 

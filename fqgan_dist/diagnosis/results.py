@@ -28,7 +28,6 @@ class Diagnosis:
 
     @property
     def has_failed(self) -> bool:
-        """Whether any verdict is `failed`."""
         return self._counts["failed"] > 0
 
     @property
@@ -72,6 +71,6 @@ def _format(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def _one_line(verdict: Verdict) -> str:
-    """Join finding and advice; errors of libraries may have several lines."""
+    # Errors of libraries may have several lines.
     advice = f" -> {verdict.advice}" if verdict.advice else ""
     return textwrap.shorten(f"{verdict.finding}{advice}", 1000, placeholder=" ...")

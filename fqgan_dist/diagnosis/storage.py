@@ -25,14 +25,14 @@ from fqgan_dist.storage.storage import Storage
 ACCESS, SPEED, SPACE = "storage access", "storage speed", "storage space"
 
 _TRANSFER_BYTES = 32 * 2**20
+# Loaders read ranges of this size concurrently.
 _PART_BYTES = 8 * 2**20
-"""Loaders read ranges of this size concurrently."""
 _SMALL_REQUESTS = 10
 _SLOW_REQUEST_S = 0.2
+# Below it, the background save of a rank's 1.4 GB takes more than a minute.
 _SLOW_UPLOAD_MB_PER_S = 20.0
-"""Below it, the background save of a rank's 1.4 GB takes more than a minute."""
+# What the tokenizer's training reads on a node of 8 A100 (performance.md, section 5).
 _SLOW_DOWNLOAD_MB_PER_S = 90.0
-"""What the tokenizer's training reads on a node of 8 A100 (performance.md, section 5)."""
 _LEAST_GIB, _LITTLE_GIB = 1, 20
 
 _GRANT = "grant s3:PutObject, GetObject, ListBucket and DeleteObject on the bucket and the root"
@@ -126,7 +126,6 @@ def judge_speed(
 
 
 def check_space(root: str) -> Verdict:
-    """Look at the free space of a local root's disk."""
     folder = find_existing(Path(root))
     return judge_space(SPACE, f"{root}", shutil.disk_usage(folder).free)
 

@@ -17,7 +17,6 @@ class Verdict:
     """What a check found."""
 
     check: str
-    """What was looked at."""
     status: Status
     """`failed`: a run would fail, or be wrong; `warning`: it may be slow or break later."""
     finding: str
@@ -37,29 +36,19 @@ class Check:
 
 
 def ok(check: str, finding: str) -> Verdict:
-    """Say that nothing is wrong."""
     return Verdict(check, "ok", finding)
 
 
 def warning(check: str, finding: str, advice: str) -> Verdict:
-    """Say what may be slow or break later, and what to do."""
     return Verdict(check, "warning", finding, advice)
 
 
 def failed(check: str, finding: str, advice: str) -> Verdict:
-    """Say what would make a run fail, and what to do."""
     return Verdict(check, "failed", finding, advice)
 
 
 def judge(check: str, finding: str, *, failures: list[str], warnings: list[str]) -> Verdict:
-    """Give the verdict of several conditions.
-
-    Args:
-        check: its name.
-        finding: what is so.
-        failures: what to do about each condition that fails a run; [] if there is none.
-        warnings: what to do about each other condition; [] if there is none.
-    """
+    """Give the verdict of several conditions: what to do about each that fails a run, or warns."""
     advice = "; ".join(failures + warnings)
     return Verdict(
         check, "failed" if failures else "warning" if warnings else "ok", finding, advice

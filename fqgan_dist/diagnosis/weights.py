@@ -21,8 +21,8 @@ from fqgan_dist.tokenizer.config import PerceptualConfig
 
 _READ_BYTES = 8 * 2**20
 _LENGTH_BYTES = 8
+# safetensors' own limit.
 _LARGEST_HEADER_BYTES = 100 * 10**6
-"""safetensors' own limit."""
 _REQUEST_TIMEOUT_S = 10.0
 _FETCH = "run `fqgan weights fetch CONFIG to=DIR` where there is access, and use the files it makes"
 
@@ -31,7 +31,7 @@ _FETCH = "run `fqgan weights fetch CONFIG to=DIR` where there is access, and use
 class HubState:
     """What a library would do for weights of its hub."""
 
-    place: str
+    origin: str
     """Repository or address."""
     is_cached: bool
     """Whether they are in this node's cache."""
@@ -50,12 +50,11 @@ def check_weights(needed: NeededWeights) -> Verdict:
 
 
 def judge_hub(field: str, state: HubState) -> Verdict:
-    """Judge weights that a library fetches for itself."""
     if state.is_cached:
-        return ok(field, f"hub: {state.place} is in this node's cache")
+        return ok(field, f"hub: {state.origin} is in this node's cache")
     if state.is_reachable:
-        return ok(field, f"hub: {state.place} can be reached and is downloaded at its first use")
-    return failed(field, f"hub: {state.place} is neither cached nor reachable", _FETCH)
+        return ok(field, f"hub: {state.origin} can be reached and is downloaded at its first use")
+    return failed(field, f"hub: {state.origin} is neither cached nor reachable", _FETCH)
 
 
 def check_file(field: str, source: str, sha256: str | None) -> Verdict:
@@ -82,7 +81,7 @@ def check_file(field: str, source: str, sha256: str | None) -> Verdict:
 
 
 def _find_damage(file: BinaryIO, size: int) -> str | None:
-    """Read the header of a safetensors file: its length, then names and places of the tensors."""
+    """Read the header of a safetensors file: its length, then names and offsets of the tensors."""
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if length > min(size, _LARGEST_HEADER_BYTES):
         return "not a safetensors file"

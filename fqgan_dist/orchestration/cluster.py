@@ -76,9 +76,9 @@ def _start_here(config: RayConfig) -> None:
 def _describe_cluster() -> str:
     total = ray.cluster_resources()
     nodes = len(list_nodes())
-    slots = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+    resources = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     where = "attached to a cluster" if is_attached() else "started on this machine"
-    return f"{where}: {nodes} node{'s' if nodes > 1 else ''}, {slots}"
+    return f"{where}: {nodes} node{'s' if nodes > 1 else ''}, {resources}"
 
 
 def _first_line(error: Exception) -> str:

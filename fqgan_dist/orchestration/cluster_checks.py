@@ -27,8 +27,8 @@ from fqgan_dist.telemetry.environment import collect_environment
 AUTHENTICATION, VERSIONS = "authentication", "versions"
 RESOURCES, SHARED_ROOT = "resources", "shared storage"
 
+# For all checks of a node; usual are 20 s to 60 s, hub weights and slow storage may take more.
 _NODE_LIMIT_S = 600.0
-"""For all checks of a node; usual are 20 s to 60 s, hub weights and slow storage may take more."""
 _CLUSTER_CHECK_S = 300.0
 _COMPARED = ("fqgan-dist", "torch", "ray", "deepspeed", "numpy", "pydantic")
 
@@ -39,7 +39,6 @@ class NodeReport:
 
     verdicts: list[Verdict]
     versions: dict[str, str]
-    """Of what must be equal on all nodes."""
 
 
 def diagnose_cluster(config: RunConfig | None) -> dict[str, list[Verdict]]:
@@ -108,10 +107,9 @@ def _list_checks(config: RunConfig | None, versions: dict[str, dict[str, str]]) 
 
 
 def check_ray() -> Verdict:
-    """Count the nodes and their slots."""
     nodes, total = len(list_nodes()), ray.cluster_resources()
-    slots = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-    return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {slots}")
+    resources = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+    return ok(RAY, f"{ray.__version__}; nodes alive: {nodes}; {resources}")
 
 
 def check_authentication() -> Verdict:
@@ -129,11 +127,7 @@ def check_authentication() -> Verdict:
 
 
 def judge_versions(versions: dict[str, dict[str, str]]) -> Verdict:
-    """Compare what must be equal on all nodes.
-
-    Args:
-        versions: by node, then by name.
-    """
+    """Compare what must be equal on all nodes, given by node, then by name."""
     names = sorted({name for found in versions.values() for name in found})
     problems = [
         f"{name}: " + ", ".join(f"{value} on {' and '.join(labels)}" for value, labels in found)
@@ -156,12 +150,11 @@ def _group_by_version(
 
 
 def check_resources(config: RunConfig) -> Verdict:
-    """Compare the cluster's slots with what the run reserves at once."""
     return judge_resources(config, ray.cluster_resources())
 
 
 def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
-    """Compare slots, by name, with what the train workers or the smallest pools reserve."""
+    """Compare resources, by name, with what the train workers or the smallest pools reserve."""
     train = config.ray.train
     groups = {"train workers": (train.num_workers, train)} | {
         f"actors of {stage}": (pool.min_actors, pool) for stage, pool in used_pools(config).items()
@@ -169,7 +162,7 @@ def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
     shortages = [
         f"{count} {title} want {count * amount:g} {name}, there are {total.get(name, 0):g}"
         for title, (count, each) in groups.items()
-        for name, amount in {"CPU": each.cpus, "GPU": each.gpus, **each.custom}.items()
+        for name, amount in each.amounts.items()
         if count * amount > total.get(name, 0)
     ]
     wanted = (
@@ -185,7 +178,6 @@ def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
 
 
 def check_shared_root(root: str) -> Verdict:
-    """Write a file to the storage root here, and look for it on every node."""
     try:
         with shared_root(Storage(root)):
             return ok(SHARED_ROOT, f"{root}: one storage, seen by every node")

@@ -14,11 +14,17 @@ class ProcessResources(Config):
     """What one process reserves on its node."""
 
     cpus: float = Field(default=1.0, ge=0)
-    """CPU slots."""
+    """CPUs, as Ray counts them."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs; a fraction shares one between processes of a pool."""
     custom: dict[str, float] = Field(default_factory=dict)
     """Other Ray resources, by name, for example `{accelerator_type:A100: 0.001}`."""
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What is more than 0 of all this, by Ray's names."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+        return {name: amount for name, amount in named.items() if amount}
 
 
 class TrainWorkersConfig(ProcessResources):
@@ -35,7 +41,6 @@ class TrainWorkersConfig(ProcessResources):
     """Wait for the workers' resources; must cover the boot of autoscaled nodes."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find a number of GPUs that no process trains on."""
         if self.gpus not in (0.0, 1.0):
             yield (
                 f"gpus: {self.gpus} per train worker; expected 0 (CPU) or 1 (one process per GPU)"
@@ -53,7 +58,6 @@ class PoolConfig(ProcessResources):
     """Times that a chunk may lose its actor before the pool gives up on it."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find a range that is empty."""
         if self.max_actors < self.min_actors:
             yield f"max_actors: {self.max_actors} is less than min_actors ({self.min_actors})"
 
@@ -69,8 +73,7 @@ class RayConfig(Config):
     pools: dict[str, PoolConfig] = Field(default_factory=dict)
     """By stage, where its chunks are worked on; a stage that is not named has a pool of one."""
     local_cpus: int | None = Field(default=None, gt=0)
-    """CPU slots of a Ray that is started here; None takes the machine's."""
+    """CPUs of a Ray that is started here; None takes the machine's."""
 
     def pool(self, stage: str) -> PoolConfig:
-        """Return the pool of a stage."""
         return self.pools.get(stage, PoolConfig())

@@ -18,12 +18,7 @@ class RunGauges:
     """Gauges of one run, set from the messages that the progress board gets."""
 
     def __init__(self, run: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Make the gauges.
-
-        Args:
-            run: the run's name, a tag of all of them.
-            clock: source of seconds for the rates.
-        """
+        """Make the gauges, which have the run's name as a tag."""
         self._run = run
         self._clock = clock
         self._meters: dict[str, RateMeter] = {}
@@ -54,7 +49,6 @@ class RunGauges:
         )
 
     def apply(self, update: Update) -> None:
-        """Set the gauges that a message tells of."""
         if isinstance(update, MetricsUpdate):
             self._apply_metrics(update)
         else:

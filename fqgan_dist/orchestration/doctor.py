@@ -26,8 +26,7 @@ _NO_CLUSTER = (
 def run_doctor(config: RunConfig | None) -> Diagnosis:
     """Check every node of the cluster that RAY_ADDRESS names, or else this machine.
 
-    Args:
-        config: a run whose storage, weights and resources are checked too; None: without them.
+    With a config also the run's storage, weights and resources.
     """
     notes = [] if config else [_NO_CONFIG]
     address = os.environ.get(ADDRESS_VARIABLE)

@@ -28,8 +28,8 @@ from fqgan_dist.orchestration.pool_actor import Failure
 from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.world import World
 
+# How long an echo is held back: Ray Train polls its workers every 2 s.
 HOLD_BACK_S = 5.0
-"""How long an echo is held back: Ray Train polls its workers every 2 s."""
 
 FailureKind = Literal["own", "lost", "echo"]
 """`own`: the rank's own error. `lost`: its process or node is gone. `echo`: of another's end."""
@@ -42,6 +42,7 @@ _ECHO_TEXT = re.compile(
 )
 _NODE_ADDRESS = re.compile(r"^\tip: (\S+)$", re.MULTILINE)
 _LOSS_CHARACTERS = 400
+# Mistakes of the program: they would come again.
 _PROGRAM_ERRORS = (
     "ArithmeticError",
     "AssertionError",
@@ -52,7 +53,6 @@ _PROGRAM_ERRORS = (
     "TypeError",
     "ValueError",
 )
-"""Mistakes of the program: they would come again."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RankFailure:
     """For example `rank 1/2 node0`."""
     kind: FailureKind
     failure: Failure | None
-    """The exception; None where the process was lost with it."""
+    """None where the process was lost with it."""
     text: str
     """Its type and message on one line."""
     time: float = 0.0
@@ -73,7 +73,6 @@ class RankFailure:
 
     @property
     def is_permanent(self) -> bool:
-        """Whether another attempt would fail in the same way."""
         if self.kind != "own" or self.failure is None:
             return False
         names = set(self.failure.type_names)
@@ -105,12 +104,10 @@ class FailureReport:
 
     @property
     def is_permanent(self) -> bool:
-        """Whether another attempt would fail in the same way; a lost process or node is not."""
         return self.first.is_permanent
 
     @property
     def text(self) -> str:
-        """The cause, and on further lines what followed."""
         return "\n  then ".join(str(failure) for failure in (self.first, *self.others))
 
     @property
@@ -213,7 +210,6 @@ def _describe(error: Exception, *, place: str, moment: float) -> RankFailure:
 
 
 def _is_echo(error: Exception) -> bool:
-    """Whether an error is what a rank sees of another one's end."""
     if isinstance(error, FqganError):
         return False
     if isinstance(error, _ECHO_TYPES):

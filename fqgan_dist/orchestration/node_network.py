@@ -20,8 +20,8 @@ CLOCKS, NETWORK = "clocks", "network"
 
 _ROUNDS = 3
 _TIMEOUT_S = 60.0
+# From here on, which rank failed first can no longer be told from its time.
 _LARGE_SKEW_S = 1.0
-"""From here on, which rank failed first can no longer be told from its time."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ def check_clocks() -> Verdict:
 
 
 def judge_clocks(bounds: dict[str, tuple[float, float]]) -> Verdict:
-    """Judge the worst of the nodes' clocks.
-
-    Args:
-        bounds: by node, the least and the largest difference to this process's clock, seconds.
-    """
+    """Judge the worst clock by the least and largest difference of each to ours, in seconds."""
     verdicts = {
         label: judge_skew(
             CLOCKS,

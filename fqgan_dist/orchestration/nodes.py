@@ -24,9 +24,7 @@ class Node:
     node_id: str
     """Ray's hexadecimal id."""
     address: str
-    """IP address."""
     is_head: bool
-    """Whether Ray's global services run there."""
 
     @property
     def label(self) -> str:
@@ -54,17 +52,12 @@ def run_on_every_node(
 ) -> dict[str, T | Exception]:
     """Run a function at once on all nodes that are alive, the head included, and wait for it.
 
-    It takes no CPU slot, so that a full cluster does not make it wait, and it is not repeated.
-
-    Args:
-        fn: what to run; it and its arguments must be picklable.
-        args: its arguments.
-        timeout_s: after it, whoever still runs is stopped.
+    It and its arguments must be picklable. It takes no CPU, so that a full cluster does not make
+    it wait, and is not repeated; whoever still runs after `timeout_s` is stopped.
 
     Returns:
-        For every node, in the order of `list_nodes`, by its label: the result; or the exception
-        that the function raised; or, where the node or its worker was lost or gave no answer in
-        time, a ClusterError.
+        By node label, in the order of `list_nodes`: the result; the exception that the function
+        raised; or a ClusterError where node or worker was lost or did not answer in time.
     """
     nodes = list_nodes()
     refs = [

@@ -33,10 +33,6 @@ RunStage = Callable[[Stage], None]
 def open_checked_run(config: RunConfig, *, device: torch.device | None = None) -> RunContext:
     """Open a run and check all that can be checked before anything starts.
 
-    Args:
-        config: the run's settings.
-        device: of this process; None takes the configured one.
-
     Raises:
         FqganError: settings, files or records of the run contradict each other.
     """
@@ -54,12 +50,9 @@ def run_stages(
     *,
     note_skipped: Callable[[Stage], None] = lambda _: None,
 ) -> None:
-    """Run the configured stages in order, and say so when there was nothing to do.
+    """Run the configured stages in order by `run_one`, and say so when there was nothing to do.
 
-    Args:
-        context: the run.
-        run_one: runs a stage that is not done.
-        note_skipped: is told of each that is.
+    `note_skipped` is told of each that is done already.
     """
     has_run = False
     for stage in build_stages(context):
@@ -79,12 +72,10 @@ def run_stages(
 
 
 def run_stage_here(stage: Stage) -> None:
-    """Run a stage in this process."""
     run_stage(stage, partial(run_in_processes, observer=stage.context.observer))
 
 
 def finish(context: RunContext) -> Summary:
-    """Show and return the summary of a run."""
     summary = load_summary(context)
     logger.info("summary of %s\n%s", context.storage.root, render_summary(summary))
     return summary

@@ -31,9 +31,7 @@ class ActorPlace:
     """Where an actor runs."""
 
     host: str
-    """Name of the machine."""
     pid: int
-    """Process id on it."""
 
     def __str__(self) -> str:
         return f"{self.host}, pid {self.pid}"
@@ -46,7 +44,6 @@ class Failure:
     type_names: tuple[str, ...]
     """Names of its classes, the most special first."""
     message: str
-    """Its text."""
     traceback_text: str
     """Where it came from, with its causes."""
     pickled: bytes | None
@@ -95,13 +92,7 @@ class PoolActor:
     """
 
     def __init__(self, pool: str, *, number: int, gpus: float) -> None:
-        """Keep what `load` needs.
-
-        Args:
-            pool: name of the pool.
-            number: of this actor in it, from 0.
-            gpus: that were reserved for it.
-        """
+        """Keep what `load` needs; `number` counts the actors of a pool from 0."""
         self._pool = pool
         self._number = number
         self._work: ChunkWork | None = None
@@ -121,9 +112,7 @@ class PoolActor:
     def load(self, pickled_task: bytes, *, job: int) -> Failure | None:
         """Unpack the next work, which chooses the device of this process; at first set it up.
 
-        Args:
-            pickled_task: a `PoolTask`.
-            job: number of the work; loading it again does nothing.
+        Loading the job of the same number again does nothing.
         """
         if job == self._job:
             return None
@@ -142,7 +131,6 @@ class PoolActor:
         return None
 
     def process(self, chunk: int) -> Failure | None:
-        """Make and commit a chunk."""
         assert self._work is not None, "a chunk comes after its work"
         try:
             self._work.process(chunk)
@@ -159,7 +147,6 @@ class PoolActor:
         publish_log()
 
     def _drop_work(self) -> None:
-        """Free what the former work has loaded, networks above all."""
         if self._work is None:
             return
         import torch
@@ -178,7 +165,7 @@ def _is_of_process(error: Exception) -> bool:
 
 
 def _pickle_checked(error: Exception) -> bytes | None:
-    """Pickle an exception; None if it cannot be restored from that."""
+    # None where it cannot be restored.
     try:
         data = pickle.dumps(error)
         restored = pickle.loads(data)

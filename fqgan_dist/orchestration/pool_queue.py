@@ -16,13 +16,6 @@ class ChunkQueue:
     """
 
     def __init__(self, chunks: Sequence[int], *, description: str, max_failures: int) -> None:
-        """Fill the queue.
-
-        Args:
-            chunks: what is to be done, in order.
-            description: of the work, for messages.
-            max_failures: times that a chunk may lose its actor.
-        """
         self._waiting = deque(chunks)
         self._losses: Counter[int] = Counter()
         self._description = description
@@ -32,18 +25,12 @@ class ChunkQueue:
         return len(self._waiting)
 
     def take(self) -> int:
-        """Take the next chunk."""
         return self._waiting.popleft()
 
     def put_back(self, chunk: int, cause: str, *, counts: bool = True) -> None:
         """Let a chunk that lost its actor wait again, before all others.
 
-        So a chunk that kills its actors is known soon, not at the end.
-
-        Args:
-            chunk: what the actor worked on.
-            cause: why the actor was lost.
-            counts: whether the chunk may be to blame.
+        So a chunk that kills its actors is known soon; `counts` tells whether it may be to blame.
 
         Raises:
             ClusterError: it has lost too many.
@@ -66,15 +53,9 @@ def count_wanted_actors(
     """Decide how many actors to have, those that are still starting included.
 
     A pool starts with `min_actors` and asks for `max_actors` once it works and more chunks wait
-    than actors are busy. It never asks for more than can be used; of those that run, `min_actors`
-    stay for the work that may follow, so at an empty queue only these and the busy ones do.
-
-    Args:
-        config: size of the pool.
-        waiting: chunks that no actor has.
-        busy: actors with a chunk.
-        located: actors whose process runs.
-        present: actors that the pool has or has asked for.
+    than actors are busy. It never asks for more than can be used; of those that run (`located`),
+    `min_actors` stay for the work that may follow, so at an empty queue only these and the busy
+    ones do. `present` are those that the pool has or has asked for.
     """
     # Nothing is asked for beyond the first actors before they have shown that the work runs.
     is_growing = 0 < busy < waiting

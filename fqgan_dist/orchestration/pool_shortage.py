@@ -10,13 +10,8 @@ from fqgan_dist.orchestration.config import ProcessResources
 
 
 def describe_shortage(needs: ProcessResources) -> str:
-    """Say what the connected cluster lacks for one more process.
-
-    Args:
-        needs: what the process reserves, all of it on one node.
-    """
-    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, **needs.custom}
-    wanted = {name: amount for name, amount in wanted.items() if amount}
+    """Say what the connected cluster lacks for one more process, all of it on one node."""
+    wanted = needs.amounts
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(_covers(node, wanted) for node in nodes):
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}

@@ -33,13 +33,13 @@ from fqgan_dist.telemetry.observer import Observer
 
 logger = logging.getLogger(__name__)
 
+# Longest wait for an answer before the driver looks at what is pending.
 _WAIT_S = 1.0
-"""Longest wait for an answer before the driver looks at what is pending."""
 _SHORTAGE_WARNING_S = 10.0
 _SLOW_START_WARNING_S = 60.0
 _WARNING_INTERVAL_S = 60.0
+# What actors that are let go have to finish their logs.
 _GRACE_S = 10.0
-"""What actors that are let go have to finish their logs."""
 
 
 @contextmanager
@@ -54,14 +54,8 @@ def open_pool(
 
     What is given processes every chunk of some work that is not done. It is called for one piece
     of work after another, and actors, whose start takes seconds of imports, serve them all: at
-    most `min_actors` wait between two, and the end of the block ends all.
-
-    Args:
-        name: of the pool, in the actors' logs.
-        config: resources of an actor, and how many there are.
-        observer: is told how far the work is.
-        check_node: called once in every actor before its first chunk; picklable; raises on a node
-            that cannot take part.
+    most `min_actors` wait between two, and the end of the block ends all. `check_node` is called
+    once in every actor before its first chunk; picklable; raises on a node that cannot take part.
 
     Raises:
         FqganError: the first that a chunk or `check_node` raised; the rest is stopped at once.
@@ -167,15 +161,10 @@ class _Pool:
 
     @property
     def num_ready(self) -> int:
-        """Actors that work or could."""
         return sum(member.is_ready for member in self._members)
 
     def run(self, work: ChunkWork, chunks: Sequence[int]) -> Iterator[int]:
-        """Give every chunk once, when its output is committed.
-
-        Raises:
-            as `open_pool`.
-        """
+        """Give every chunk once, when its output is committed; raises as `open_pool`."""
         if not chunks:
             return
         job = self._open_job(work, chunks)
@@ -225,7 +214,6 @@ class _Pool:
         member.ref = member.handle.load.remote(job.task, job=job.number)
 
     def _resize(self, job: _Job) -> None:
-        """Start what is wanted and let go what is not."""
         waiting = len(job.queue)
         wanted = count_wanted_actors(
             self._config,
@@ -260,7 +248,7 @@ class _Pool:
         self._members.append(_Member(number, handle, handle.locate.remote()))
 
     def _let_go(self, member: _Member) -> None:
-        """End an actor that has no chunk, so that its node may go too."""
+        # It has no chunk: so its node may go too.
         if member.has_started:
             member.ref = member.handle.finish.remote()
             self._leaving.append(member)
@@ -274,11 +262,8 @@ class _Pool:
         self._leaving.clear()
 
     def _end_finished(self, timeout_s: float) -> None:
-        """Kill the actors that were let go and have nothing left to do.
-
-        Ray's gentle end takes 4 s of a process that has loaded torch, during which it holds memory
-        that Ray counts as free already; a kill takes 50 ms (both measured).
-        """
+        # Ray's gentle end takes 4 s of a process that has loaded torch, during which it holds
+        # memory that Ray counts as free already; a kill takes 50 ms (both measured).
         if not self._leaving:
             return
         refs = [member.ref for member in self._leaving]
@@ -376,7 +361,7 @@ def _longest_wait(members: list[_Member], now: float) -> float:
 
 
 def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:
-    """Get an answer that is there; an exception means that the actor is lost."""
+    # An exception means that the actor is lost.
     try:
         return ray.get(ref)
     except RayError as error:
@@ -384,7 +369,7 @@ def _fetch(ref: Any) -> ActorPlace | Failure | RayError | None:
 
 
 def _is_drain(error: RayError) -> bool:
-    """Whether the node was taken away with notice: no chunk is to blame."""
+    # The node was taken away with notice: no chunk is to blame.
     return isinstance(error, RayActorError) and error.preempted
 
 

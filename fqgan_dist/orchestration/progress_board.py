@@ -24,7 +24,7 @@ from fqgan_dist.orchestration.dashboard_metrics import RunGauges
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.telemetry.run_view import (
     MetricsUpdate,
-    RunLedger,
+    RunProgress,
     StageState,
     StageView,
     Update,
@@ -35,8 +35,8 @@ from fqgan_dist.telemetry.run_view import (
 SEND_INTERVAL_S = 1.0
 
 _ANSWER_TIMEOUT_S = 5.0
+# Messages that wait for a board which is being restarted; more are dropped.
 _MAX_PENDING_CALLS = 100
-"""Messages that wait for a board which is being restarted; more are dropped."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,7 @@ logger = logging.getLogger(__name__)
 def start_board(run_name: str, stages: Sequence[str]) -> ProgressBoard:
     """Start the board of a run on this process's node of the connected cluster.
 
-    Args:
-        run_name: title of the view, tag of the dashboard's metrics.
-        stages: names of the stages that are shown, in their order.
+    The run's name is the title of the view and the tag of the dashboard's metrics.
     """
     # Beside the driver: an actor on another node would keep it from being released.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -67,15 +65,8 @@ class ProgressBoard:
     """The driver's side of the board; it lives as long as this process."""
 
     def __init__(self, run_name: str, stages: Sequence[str], actor: Any) -> None:
-        """Hold what the view needs.
-
-        Args:
-            run_name: title of the view.
-            stages: names of the stages, in their order.
-            actor: handle of the `BoardActor`.
-        """
         self._run_name = run_name
-        self._ledger = RunLedger(stages)
+        self._progress = RunProgress(stages)
         self._actor = actor
         self._is_silent = False
 
@@ -84,22 +75,18 @@ class ProgressBoard:
         return RayObserver(self._actor, stage)
 
     def start_stage(self, stage: str) -> None:
-        """Note that a stage began; its first message does so too."""
-        self._ledger.start(stage)
+        self._progress.start(stage)
 
     def finish_stage(self, stage: str, state: StageState) -> None:
-        """Note how a stage ended: done, skipped or failed."""
         self._fetch()  # what it said last
-        self._ledger.finish(stage, state)
+        self._progress.finish(stage, state)
 
     def shown(self, console: Console | None = None) -> AbstractContextManager[None]:
-        """Show the run while a block runs, see `telemetry.run_view.show_run`."""
         return show_run(self.stages, title=self._run_name, console=console)
 
     def stages(self) -> tuple[StageView, ...]:
-        """Describe all stages as of now."""
         self._fetch()
-        return self._ledger.stages()
+        return self._progress.stages()
 
     def _fetch(self) -> None:
         try:
@@ -111,18 +98,13 @@ class ProgressBoard:
             return
         self._is_silent = False
         for update in updates:
-            self._ledger.apply(update)
+            self._progress.apply(update)
 
 
 class BoardActor:
     """Collects messages until the driver takes them; one process of the cluster."""
 
     def __init__(self, run_name: str) -> None:
-        """Begin with no news.
-
-        Args:
-            run_name: tag of the dashboard's metrics.
-        """
         self._gauges = RunGauges(run_name)
         self._news: dict[str, Update] = {}
 
@@ -142,12 +124,6 @@ class RayObserver:
     """An observer that tells the run's board; see `telemetry.observer.Observer`."""
 
     def __init__(self, actor: Any, stage: str) -> None:
-        """Name whom to tell.
-
-        Args:
-            actor: handle of the `BoardActor`.
-            stage: whose work is watched.
-        """
         self._actor = actor
         self._stage = stage
         self._lock = threading.Lock()
@@ -159,7 +135,6 @@ class RayObserver:
 
     @contextmanager
     def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
-        """Watch the block, see `Observer`."""
         bar, work_id = ProgressBar(total, description, unit), uuid.uuid4().hex
         stop = threading.Event()
         told: WorkUpdate | None = None
@@ -191,7 +166,7 @@ class RayObserver:
                 self._num_open -= 1
 
     def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Note the newest values, see `Observer`; they are sent with the next progress."""
+        # They are sent with the next progress.
         update = MetricsUpdate(stage=stage, step=step, values=dict(values))
         with self._lock:
             _put(self._news, update)

@@ -36,8 +36,8 @@ from fqgan_dist.telemetry.run_view import StageState
 
 logger = logging.getLogger(__name__)
 
+# Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day.
 _JOB_FOLDER = "working_dir_files"
-"""Ray unpacks a job's `working_dir` below a folder of this name, and deletes it some day."""
 _CPU = torch.device("cpu")
 
 
@@ -117,10 +117,6 @@ def _with_absolute_root(config: RunConfig) -> RunConfig:
 def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
     """Check a Ray that cannot grow; on a cluster the autoscaler may bring what is missing.
 
-    Args:
-        config: the run's settings.
-        total: Ray's resources of the whole machine, by name.
-
     Raises:
         ClusterError: train workers, or not even one actor of a pool, do not fit.
     """
@@ -144,9 +140,8 @@ def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
 
 
 def _find_missing(reserve: ProcessResources, count: int, total: Mapping[str, float]) -> list[str]:
-    each = {"CPU": reserve.cpus, "GPU": reserve.gpus, **reserve.custom}
     return [
         f"{amount * count:g} {name} (has {total.get(name, 0):g})"
-        for name, amount in each.items()
+        for name, amount in reserve.amounts.items()
         if amount * count > total.get(name, 0)
     ]

@@ -22,11 +22,7 @@ def open_shard_pool(
 ) -> Iterator[RunChunks]:
     """Keep actors of the cluster of RAY_ADDRESS, or of a Ray started here, for a block.
 
-    Args:
-        storage: where the shards are written.
-        source: where their images are read.
-        workers: greatest number of actors, one CPU slot each; None: the slots of the cluster.
-        observer: is told how far the work is.
+    At most `workers` of one CPU each; None: as many as the cluster has CPUs.
 
     Raises:
         ClusterError: the cluster cannot be joined, or not all of its nodes see source and storage.
@@ -42,8 +38,8 @@ def open_shard_pool(
     from fqgan_dist.orchestration.shared_root import shared_root
 
     with connected_cluster(RayConfig()), shared_root(storage) as root:
-        slots = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
-        pool = PoolConfig(max_actors=workers or slots)
+        cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
+        pool = PoolConfig(max_actors=workers or cpus)
         with open_pool("shards", pool, observer=observer, check_node=root.check) as run_chunks:
             yield run_chunks
 

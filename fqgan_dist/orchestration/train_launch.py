@@ -40,8 +40,8 @@ from fqgan_dist.world import World
 
 logger = logging.getLogger(__name__)
 
+# Ray needs some seconds to notice which nodes are gone.
 _RETRY_WAIT_S = 5.0
-"""Ray needs some seconds to notice which nodes are gone."""
 
 
 def launch_training(config: RunConfig, stage: str, *, root: SharedRoot, observer: Observer) -> None:
@@ -96,11 +96,8 @@ def run_workers(
 ) -> None:
     """Run a function once on every rank of a group of train workers, which is started for it.
 
-    Args:
-        train_fn: is called with the arguments, in a process group with all ranks.
-        arguments: picklable.
-        workers: how many, and what each reserves.
-        name: of the group, in Ray's own views.
+    The function is in a process group with all ranks; its arguments must be picklable; `name`
+    stands in Ray's own views.
 
     Raises:
         TrainingFailedError: a rank failed, or the group did not start.
@@ -111,7 +108,6 @@ def run_workers(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # Its watcher starts one more process and its messages name Ray's internals.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    resources = {"CPU": workers.cpus, "GPU": workers.gpus, **workers.custom}
     with tempfile.TemporaryDirectory(prefix="fqgan-ray-train-") as scratch:
         trainer = _Trainer(
             train_fn,
@@ -120,7 +116,7 @@ def run_workers(
             scaling_config=ScalingConfig(
                 num_workers=workers.num_workers,
                 use_gpu=workers.gpus > 0,
-                resources_per_worker={key: value for key, value in resources.items() if value},
+                resources_per_worker=workers.amounts,
                 placement_strategy=workers.placement,
             ),
             # Nothing is reported: checkpoints are ours, and each report would cost seconds.
@@ -139,9 +135,9 @@ class _Trainer(TorchTrainer):
     """Ray's trainer without the process that watches over its placement group.
 
     That process asks the State API of whatever Ray started last on its node whether the controller
-    lives. Where several run, as on a developer's machine, it asks a stranger, who knows of none,
-    and takes the workers' resources away in the middle of training (Ray 2.60). It is needed where
-    a controller dies and its driver does not: ours ends then, and its job's groups with it.
+    lives. Where several run, it asks a stranger, who knows of none, and takes the workers'
+    resources away in the middle of training (Ray 2.60). It is needed where a controller dies and
+    its driver does not: ours ends then, and its job's groups with it.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -153,10 +149,8 @@ class _Trainer(TorchTrainer):
 
 
 def _fit_in_thread(trainer: TorchTrainer) -> None:
-    """Run `fit` where it installs no handler of Ctrl-C.
-
-    Ray's handler turns an interrupted training into a finished one.
-    """
+    # Where `fit` installs no handler of Ctrl-C: Ray's turns an interrupted training into a finished
+    # one.
     errors: list[BaseException] = []
 
     def fit() -> None:
@@ -173,7 +167,7 @@ def _fit_in_thread(trainer: TorchTrainer) -> None:
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """Be one rank; Ray Train has set its variables and joined the process group."""
+    # Ray Train has set this rank's variables and joined the process group.
     root: SharedRoot = arguments["root"]
     config: RunConfig = arguments["config"]
     if config.ray.train.gpus == 0:

@@ -23,11 +23,11 @@ from fqgan_dist.telemetry.summary import format_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Longer curves are drawn as the mean and the range of this many intervals.
 MAX_POINTS = 120
-"""Longer curves are drawn as the mean and the range of this many intervals."""
 
+# Curves of positive values that span more than this factor get a logarithmic axis.
 LOG_SCALE_RATIO = 30.0
-"""Curves of positive values that span more than this factor get a logarithmic axis."""
 
 _PANEL_INCHES = (4.2, 2.3)
 _PNG_COLUMNS = 3
@@ -94,8 +94,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 def draw_sheet(rows: Mapping[str, Images]) -> bytes:
     """Lay rows of images, each with its label at the left, on a white PNG.
 
-    Args:
-        rows: label -> images (n, H, W, 3) uint8; all rows of one image size, n may differ.
+    Each row is (n, H, W, 3) uint8; all rows of one image size, n may differ.
     """
     height, width = next(iter(rows.values())).shape[1:3]
     num_columns = max(len(images) for images in rows.values())

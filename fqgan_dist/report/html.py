@@ -20,23 +20,19 @@ def join(parts: Iterable[str]) -> Markup:
 
 
 def data_uri(data: bytes, media_type: str) -> str:
-    """Put bytes into a URI, so that the page needs no other file."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def picture(light_svg: bytes, dark_svg: bytes, alt: str) -> Markup:
-    """Show one of two SVG drawings, by the reader's colour scheme."""
     light, dark = (data_uri(svg, "image/svg+xml") for svg in (light_svg, dark_svg))
     return _PICTURE.format(light=light, dark=dark, alt=alt)
 
 
 def image(png: bytes, alt: str, *, width: int, height: int) -> Markup:
-    """Show a PNG; its size in pixels reserves the space before it is decoded."""
     return _IMAGE.format(uri=data_uri(png, "image/png"), alt=alt, width=width, height=height)
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> Markup:
-    """Build a titled section that the navigation can point to."""
     return Markup(
         '<section id="{anchor}"><h2>{title}</h2><p class="lead">{lead}</p>{body}</section>'
     ).format(anchor=anchor, title=title, lead=lead, body=body)

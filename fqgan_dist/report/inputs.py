@@ -28,7 +28,6 @@ class ReportInputs:
     summary: Mapping[str, Any]
     """Content of `summary.json`: stage -> {state, seconds, metrics}."""
     config_yaml: str
-    """The resolved config."""
     environment: Mapping[str, Any]
     """Content of `environment.json`."""
     metrics: Mapping[str, Sequence[Record]] = field(default_factory=dict)
@@ -60,7 +59,6 @@ class ReportInputs:
 
     @property
     def stages(self) -> dict[str, StageSummary]:
-        """The stages of the summary, in its order."""
         return parse_summary(self.summary)
 
     @property

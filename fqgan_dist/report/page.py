@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,17 @@ from fqgan_dist.report.curves import Panel, arrange_panels, humanise
 from fqgan_dist.report.figures import DARK, LIGHT, comparison_rows, draw_panel_svg, encode_png
 from fqgan_dist.report.html import image, join, picture, section
 from fqgan_dist.report.inputs import Images, ReportInputs
-from fqgan_dist.report.style import STYLE_SHEET
 from fqgan_dist.telemetry.summary import Metric, StageSummary, format_number, format_seconds
 
 COMPARISON_COLUMNS = 8
+# Images smaller than this are shown with hard pixel edges: smoothing would hide what they are.
 PIXELATED_BELOW = 128
-"""Images smaller than this are shown with hard pixel edges: smoothing would hide what they are."""
 
 # Names in a report come from datasets and buckets. Everything is escaped; should something slip
 # through all the same, this policy lets no script run and nothing load.
 _CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+
+_STYLE_SHEET = resources.files("fqgan_dist.report").joinpath("style.css").read_text("utf-8")
 
 _PAGE = Markup(
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -59,7 +61,7 @@ def build_report(inputs: ReportInputs) -> str:
     page = _PAGE.format(
         policy=_CONTENT_POLICY,
         title=f"{inputs.run_name} - FQGAN run report",
-        style=Markup(STYLE_SHEET),
+        style=Markup(_STYLE_SHEET),
         header=_build_header(inputs),
         navigation=Markup("<nav><ul>{}</ul></nav>").format(links),
         sections=join(html for _, html in sections.values()),

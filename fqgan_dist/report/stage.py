@@ -48,20 +48,17 @@ class ReportStage(Stage):
     can_be_taken = False
 
     def settings(self) -> Mapping[str, Any]:
-        """The title, which decides the page and nothing else."""
+        # The title decides the page and nothing else.
         return {"name": self.context.config.name}
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return everything that is shown: the inputs of the evaluation."""
         self.context.read(Evaluated)
         return {"evaluation": EvaluationStage(self.context).collect_inputs()}
 
     def has_output(self) -> bool:
-        """Whether the page is there."""
         return self.context.storage.exists(_PAGE)
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  one process
-        """Write `report.html` and the figures as PNG files."""
         if not self.context.world.is_main:
             return StageOutcome(None)
         # matplotlib: half a CPU-second of every process that knows the stages.
@@ -120,7 +117,6 @@ def _to_pixels(images: Tensor) -> np.ndarray:
 
 
 def _collect_notes(context: RunContext) -> list[str]:
-    """Say what a reader must know before comparing numbers."""
     notes = describe_random_weights(context.config)
     records = {
         stage.name: stage.find_record()

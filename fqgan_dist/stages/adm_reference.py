@@ -20,9 +20,6 @@ _BLOCK_BYTES = 1 << 24
 def hash_adm_reference(source: str) -> str:
     """Hash the bytes of a reference file, which holds 2 GB of images too, block by block.
 
-    Args:
-        source: path or URI.
-
     Raises:
         ConfigError: there is no such file.
     """
@@ -34,13 +31,10 @@ def hash_adm_reference(source: str) -> str:
 
 
 def load_adm_reference(source: str, *, sha256: str, evaluator_id: str) -> ReferenceStatistics:
-    """Read the statistics of a reference file as what gFID compares samples with.
+    """Read the statistics of a reference file of this sha256 as what gFID compares samples with.
 
-    Args:
-        source: path or URI.
-        sha256: of its bytes; it names the reference.
-        evaluator_id: of the network here, which is the one that made the file (`EvaluationConfig`
-            refuses any other architecture, resolution, or random weights).
+    The network here is the one that made the file: `EvaluationConfig` refuses any other
+    architecture, resolution, or random weights.
 
     Raises:
         ConfigError: there is no such file.

@@ -44,16 +44,13 @@ class AutoregressiveStage(TrainingStage):
 
     @classmethod
     def training(cls, config: RunConfig) -> TrainingConfig:
-        """Return the generator's."""
         return config.autoregressive.training
 
     @classmethod
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
-        """Return sizes, memory and steps."""
         return plan_autoregressive(config)
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that moves a weight."""
         stage = self.context.config.autoregressive
         return {
             "model": stage.model.model_dump(mode="json"),
@@ -64,19 +61,48 @@ class AutoregressiveStage(TrainingStage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the codes."""
         return {"codes": self.context.read(CodeIds).model_dump()}
 
     def build_task(self) -> AutoregressiveTask:
-        """Build the task of this run."""
-        return build_autoregressive_task(self.context)
+        # Initial weights depend on the seed only, or are those of `init_from`.
+        config = self.context.config.autoregressive
+        index = open_dataset(self.context, "train").index
+        if index.num_classes > config.model.num_classes:
+            raise ConfigError(
+                f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
+                f"{index.num_classes} classes of dataset {index.name!r}; raise it"
+            )
+        with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
+            model = FactorizedTransformer(config.model)
+        load_initial_weights(model, config.init_from, field="autoregressive.init_from")
+        groups = decay_groups(model, config.training.optimizer.weight_decay)
+        settings = EngineSettings(
+            training=config.training,
+            name=STAGE,
+            layout=StepLayout.of(config.training, self.context.world),
+            device=self.context.device,
+            parameter_groups=[dict(group) for group in groups],
+        )
+        return AutoregressiveTask(
+            engine=build_engine(model, settings),
+            training=config.training,
+            codebook_names=[book.name for book in self.context.config.tokenizer.model.codebooks],
+            evaluate_fn=HeldOutCodes(self.context).measure_model,
+        )
 
     def build_loader(self) -> CodeLoader:
-        """Build the loader of the training codes."""
-        return build_code_loader(self.context)
+        config, training = self.context.config, self.context.config.autoregressive.training
+        return CodeLoader(
+            open_dataset(self.context, "train"),
+            codes=code_store(self.context, "train"),
+            seed=config.data.seed,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches_per_step=training.micro_batches_per_step,
+            window_shards=config.data.window_shards,
+            loader_workers=config.data.loader_workers,
+        )
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
-        """Choose what was measured on held-out codes."""
         return {
             f"{STAGE}/{name.removeprefix(f'{STAGE}/validation/')}": value
             for name, value in result.metrics.items()
@@ -84,58 +110,10 @@ class AutoregressiveStage(TrainingStage):
         }
 
 
-def build_autoregressive_task(context: RunContext) -> AutoregressiveTask:
-    """Build model and engine; initial weights depend on the seed only, or are `init_from`'s.
-
-    Raises:
-        ConfigError: the dataset has more classes than the model.
-    """
-    config = context.config.autoregressive
-    index = open_dataset(context, "train").index
-    if index.num_classes > config.model.num_classes:
-        raise ConfigError(
-            f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
-            f"{index.num_classes} classes of dataset {index.name!r}; raise it"
-        )
-    with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
-        model = FactorizedTransformer(config.model)
-    load_initial_weights(model, config.init_from, field="autoregressive.init_from")
-    groups = decay_groups(model, config.training.optimizer.weight_decay)
-    settings = EngineSettings.of(
-        config.training,
-        name=STAGE,
-        layout=StepLayout.of(config.training, context.world),
-        device=context.device,
-        parameter_groups=[dict(group) for group in groups],
-    )
-    return AutoregressiveTask(
-        engine=build_engine(model, settings),
-        training=config.training,
-        codebook_names=[book.name for book in context.config.tokenizer.model.codebooks],
-        evaluate_fn=HeldOutCodes(context).measure_model,
-    )
-
-
-def build_code_loader(context: RunContext) -> CodeLoader:
-    """Build the loader of the training codes."""
-    config, training = context.config, context.config.autoregressive.training
-    return CodeLoader(
-        open_dataset(context, "train"),
-        codes=code_store(context, "train"),
-        seed=config.data.seed,
-        micro_batch_size=training.micro_batch_size,
-        micro_batches_per_step=training.micro_batches_per_step,
-        window_shards=config.data.window_shards,
-        loader_workers=config.data.loader_workers,
-    )
-
-
 def load_model(context: RunContext) -> FactorizedTransformer:
     """Load the finished generator for inference: averaged weights if there are any, on the device.
 
-    Raises:
-        DataError: the stage has not finished.
-        CheckpointError: the checkpoint is damaged or of another architecture.
+    Raises what `load_tokenizer` does.
     """
     config = context.config.autoregressive
     model = FactorizedTransformer(config.model)

@@ -30,14 +30,6 @@ class AutoregressiveTask(TrainingTask[FactorizedTransformer, CodeBatch]):
         codebook_names: Sequence[str],
         evaluate_fn: Callable[[FactorizedTransformer], dict[str, float]],
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            engine: of a `FactorizedTransformer`.
-            training: sizes, seed, precision.
-            codebook_names: for metric names, in order.
-            evaluate_fn: measures a model in evaluation mode on held-out codes.
-        """
         super().__init__(
             STAGE,
             FactorizedTransformer,
@@ -49,11 +41,9 @@ class AutoregressiveTask(TrainingTask[FactorizedTransformer, CodeBatch]):
 
     @property
     def architecture(self) -> AutoregressiveConfig:
-        """Settings of the model."""
         return self.model.config
 
     def train_step(self, micro_batches: Sequence[CodeBatch], step: int) -> dict[str, Tensor]:
-        """Run one step."""
         self.model.train()
         device = self.engine.device
         lr = self._lr(step)

@@ -14,7 +14,6 @@ class StageEntry:
     """What is known of a stage before its code is imported."""
 
     name: str
-    """In configs, records and paths."""
     command: str
     """The subcommand of `fqgan` that runs it, besides `run`."""
     help: str
@@ -62,5 +61,4 @@ STAGES: tuple[StageEntry, ...] = (
 
 
 def stage_names() -> tuple[str, ...]:
-    """Return the names of all stages in the order in which they run."""
     return tuple(entry.name for entry in STAGES)

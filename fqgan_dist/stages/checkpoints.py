@@ -13,7 +13,6 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -23,6 +22,7 @@ from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.storage.storage import Storage, locate_file
+from fqgan_dist.telemetry.progress import render_text
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
@@ -32,13 +32,13 @@ Action = Literal["list", "verify", "export", "prune"]
 TrainedStage = Literal["tokenizer", "autoregressive"]
 
 _SUFFIXES = {"ours": ".safetensors", "published": ".pt"}
+# Which options an action takes; another one has no effect, and is an error.
 _OPTIONS: dict[Action, tuple[str, ...]] = {
     "list": (),
     "verify": ("step",),
     "export": ("to", "format", "step"),
     "prune": (),
 }
-"""Which options an action takes; another one has no effect, and is an error."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,7 @@ def run_checkpoint_action(
     stage: TrainedStage,
     target: CheckpointTarget | None = None,
 ) -> ActionResult:
-    """Carry out one `fqgan checkpoints` command.
-
-    Args:
-        action: what to do.
-        config: of the run, for its storage root and retention.
-        stage: whose checkpoints.
-        target: what to work on; None for the defaults.
+    """Carry out one `fqgan checkpoints` command on a stage's checkpoints.
 
     Raises:
         ConfigError: an option is missing, wrong or without effect.
@@ -111,12 +105,12 @@ def _list(store: CheckpointStore) -> ActionResult:
         size = f"{row['bytes'] / 2**20:,.1f} MiB"
         cells = (str(row["step"]), size, row["written_at"], row["problem"] or "ok", metrics)
         table.add_row(*(Text(cell) for cell in cells))
-    text = _render(table) if rows else f"{store}: all checkpoints were given up"
+    text = render_text(table, width=120) if rows else f"{store}: all checkpoints were given up"
     return ActionResult({"checkpoints": rows}, text)
 
 
 def _describe(store: CheckpointStore, commit: CommitRecord) -> dict[str, Any]:
-    """Describe a checkpoint by its manifest; its files are not read."""
+    # By its manifest: its files are not read.
     row: dict[str, Any] = {
         "step": commit.step,
         "commit": commit.number,
@@ -131,7 +125,7 @@ def _describe(store: CheckpointStore, commit: CommitRecord) -> dict[str, Any]:
     except CheckpointError as error:
         return row | {"problem": str(error)}
     size = sum(file.bytes for file in loaded.manifest.files)
-    return row | {"bytes": size, "metrics": loaded.metrics}
+    return row | {"bytes": size, "metrics": loaded.manifest.metrics}
 
 
 def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
@@ -160,7 +154,7 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
     if loaded is None:
         raise CheckpointError(f"{store}: no checkpoint was ever committed; train first")
     ema = f"{stage}_ema"
-    has_ema = ema in loaded.part_names
+    has_ema = ema in loaded.manifest.parts
     # An average covers parameters, not buffers.
     weights = loaded.read(stage) | (loaded.read(ema) if has_ema else {})
     if target.format == "published":
@@ -177,10 +171,10 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
         "is_ema": has_ema,
         "parameters": sum(value.numel() for value in weights.values()),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "config": loaded.config,
-        "dataset_id": loaded.dataset_id,
-        "state": loaded.state,
-        "metrics": loaded.metrics,
+        "config": loaded.manifest.config,
+        "dataset_id": loaded.manifest.dataset_id,
+        "state": loaded.manifest.state,
+        "metrics": loaded.manifest.metrics,
     }
     folder.write_bytes(name, data)
     # The description comes last: a weights file without one is half an export.
@@ -193,11 +187,6 @@ def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarge
 
 
 def _check_file(target: CheckpointTarget) -> tuple[Storage, str]:
-    """Split the file to export to into folder and name.
-
-    Raises:
-        ConfigError: none is given, it has another suffix, or it is there.
-    """
     suffix = _SUFFIXES[target.format]
     if target.to is None:
         raise ConfigError(f"to: required by `checkpoints export`; name a file: to=FILE{suffix}")
@@ -219,13 +208,9 @@ def _description_name(name: str) -> str:
 def _encode_published(
     stage: TrainedStage, weights: Mapping[str, Tensor], loaded: LoadedCheckpoint
 ) -> bytes:
-    """Encode weights by the released names, as the dict that the released code loads.
-
-    Raises:
-        ConfigError: the released code has no such architecture.
-    """
+    """Encode weights by the released names, as the dict that the released code loads."""
     if stage == "tokenizer":
-        config = TokenizerConfig.model_validate(loaded.config)
+        config = TokenizerConfig.model_validate(loaded.manifest.config)
         state = published_tokenizer.to_published_state_dict(weights, config)
     else:
         try:
@@ -235,9 +220,3 @@ def _encode_published(
     buffer = io.BytesIO()
     torch.save({"model": state}, buffer)
     return buffer.getvalue()
-
-
-def _render(table: Table) -> str:
-    output = io.StringIO()
-    Console(file=output, width=120, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")

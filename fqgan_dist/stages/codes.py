@@ -35,9 +35,7 @@ class CodeIds(StageOutput):
     stage = "codes"
 
     train: str
-    """Fingerprint of the training images' codes."""
     val: str
-    """Fingerprint of the validation images' codes."""
 
 
 class CodesStage(Stage):
@@ -48,7 +46,6 @@ class CodesStage(Stage):
 
     @classmethod
     def find_problems(cls, config: RunConfig) -> Iterator[str]:
-        """Look for codes that cannot be stored and views that cannot be counted."""
         for check in (
             lambda: check_codebook_size(config.tokenizer.model.codebook_size),
             lambda: count_code_views(config.codes.views),
@@ -59,12 +56,10 @@ class CodesStage(Stage):
                 yield str(error)
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the codes, besides the tokenizer."""
         codes = self.context.config.codes
         return {"views": codes.views.model_dump(mode="json"), "batch_size": codes.batch_size}
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the images and the tokenizer's weights."""
         datasets = self.context.read(DatasetIds)
         return {
             "train": datasets.train,
@@ -72,12 +67,7 @@ class CodesStage(Stage):
             "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
 
-    def has_output(self) -> bool:
-        """Whether any codes are there."""
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Extract what is missing of both splits."""
         check_codebook_size(self.context.config.tokenizer.model.codebook_size)
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
@@ -104,19 +94,15 @@ class CodeWork(RunWork):
         self.store = CodeStore(context.storage, CodeIds.stage, self._fingerprint())
 
     def chunks(self) -> Sequence[int]:
-        """All shards."""
         return range(len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
-        """Crops of the shard."""
         return self.dataset.index.shards[chunk].count * len(self.views)
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the file is there; it is written whole or not at all."""
         return self.store.exists(self.dataset.index.shards[chunk])
 
     def process(self, chunk: int) -> None:
-        """Extract one shard."""
         entry = self.dataset.index.shards[chunk]
         keys: list[str] = []
         crops: list[list[CropRecord]] = []
@@ -153,7 +139,6 @@ class CodeWork(RunWork):
 
 
 def code_store(context: RunContext, split: str) -> CodeStore:
-    """Open the codes of a finished `codes` stage."""
     storage = context.storage_of(CodeIds.stage)
     return CodeStore(storage, CodeIds.stage, getattr(context.read(CodeIds), split))
 
@@ -161,11 +146,7 @@ def code_store(context: RunContext, split: str) -> CodeStore:
 def read_all_codes(
     context: RunContext, split: str, dataset: Dataset, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read view 0 of the first `count` samples.
-
-    Returns:
-        Codes (n, K, h, w) and labels (n,), both int64.
-    """
+    """Read view 0 of the first `count` samples: codes (n, K, h, w) and labels (n,), both int64."""
     store = code_store(context, split)
     codes: list[np.ndarray] = []
     labels: list[np.ndarray] = []

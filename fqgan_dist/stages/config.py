@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -70,7 +71,7 @@ class TokenizerStageConfig(TrainedStageConfig):
     @model_validator(mode="before")
     @classmethod
     def _seed_former_spelling(cls, values: Any) -> Any:
-        """Give random perceptual weights that are spelt as formerly the seed they had then."""
+        # Random weights that are spelt as formerly get the seed that they had then.
         seed = _find(values, "training.seed")
         if not isinstance(values, dict) or not isinstance(seed, int) or "perceptual" not in values:
             return values
@@ -78,7 +79,6 @@ class TokenizerStageConfig(TrainedStageConfig):
         return values | {"perceptual": perceptual}
 
     def find_problems(self) -> Iterator[str]:
-        """Find a partition that the tokenizer cannot be trained with."""
         if self.training.zero_stage > 2:
             yield (
                 f"training.zero_stage: {self.training.zero_stage} cannot train the tokenizer, "
@@ -115,7 +115,7 @@ class RunConfig(Config):
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
     stages: tuple[str, ...] = Field(default_factory=stage_names)
-    """Stages to run, whatever their order here."""
+    """Stages to run, whatever their order here; `samples` names `exports` too."""
     upstream: dict[str, str] = Field(default_factory=dict)
     """Stages that are not run here but taken from another run that has finished them: stage ->
     storage root of that run. Their settings here must be those that they were made from."""
@@ -128,18 +128,18 @@ class RunConfig(Config):
     samples: SamplesConfig
     evaluation: EvaluationConfig
 
+    @field_validator("stages")
+    @classmethod
+    def _name_exports(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        # Configs that were written before exports were a stage of their own name `samples` alone.
+        return (*stages, "exports") if "samples" in stages and "exports" not in stages else stages
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.tokenizer.training.deterministic or self.autoregressive.training.deterministic
+
     def find_problems(self) -> Iterator[str]:
-        """Find names of no stage, and sections that do not go together."""
         yield from self._find_unknown_stages()
-        if (
-            "samples" in self.stages
-            and self.samples.export != "none"
-            and "exports" not in self.stages
-        ):
-            yield (
-                f"samples.export: {self.samples.export!r} has no effect without stage 'exports'; "
-                f"add it to stages, or set samples.export: none"
-            )
         yield from self._find_disagreements()
         yield from self._find_teacher_problems()
 
@@ -160,10 +160,10 @@ class RunConfig(Config):
             if given != derived:
                 yield _describe_disagreement(each.field, given, each.source, derived)
         for number, teacher in enumerate(self.teachers.networks):
-            for place, book in enumerate(self.tokenizer.model.codebooks):
+            for position, book in enumerate(self.tokenizer.model.codebooks):
                 if book.teacher == teacher.name and book.feature_dim != teacher.feature_dim:
                     yield _describe_disagreement(
-                        f"tokenizer.model.codebooks.{place}.feature_dim",
+                        f"tokenizer.model.codebooks.{position}.feature_dim",
                         book.feature_dim,
                         f"teachers.networks.{number} ({teacher.name})",
                         teacher.feature_dim,
@@ -204,7 +204,7 @@ class RunConfig(Config):
 
     @model_serializer(mode="wrap")
     def _leave_out_derived(self, dump_fn: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump the settings without what follows from others: an override changes one place."""
+        # What follows from others is not dumped, so an override changes one place.
         values = dump_fn(self)
         for each in _DERIVED:
             path, _, name = each.field.rpartition(".")
@@ -227,6 +227,8 @@ class _Derived:
 
 
 _IMAGE_SIZE = "tokenizer.model.image_size"
+# What the sections of the data, the codes and the generator take from the tokenizer's; besides, the
+# `feature_dim` of a codebook follows from its teacher.
 _DERIVED = (
     _Derived("data.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
     _Derived("codes.views.image_size", _IMAGE_SIZE, lambda model: model.image_size),
@@ -246,8 +248,6 @@ _DERIVED = (
         lambda model: model.grid_size,
     ),
 )
-"""What the sections of the data, the codes and the generator take from the tokenizer's; besides,
-the `feature_dim` of a codebook follows from its teacher."""
 
 
 def _describe_disagreement(field: str, given: object, source: str, derived: object) -> str:

@@ -43,8 +43,8 @@ from fqgan_dist.weights.staging import is_missing
 
 logger = logging.getLogger(__name__)
 
+# Where runs that were begun when evaluation had one record keep its figures.
 FORMER_FIGURES = "evaluation/figures"
-"""Where runs that were begun when evaluation had one record keep its figures."""
 
 
 class Evaluated(StageOutput):
@@ -66,17 +66,13 @@ class EvaluationStage(Stage):
 
     @classmethod
     def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
-        """Look for ADM's reference file."""
         reference = config.evaluation.adm_reference
         if reference is not None and is_missing(reference):
             yield describe_missing(reference)
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the scores, besides images and weights.
-
-        ADM's reference file counts by its content, which is upstream: it may be moved, and is read
-        only when this stage runs.
-        """
+        # ADM's reference file counts by its content, which is upstream: it may be moved, and is
+        # read only when this stage runs.
         evaluation = self.context.config.evaluation
         return {
             **evaluation.identity(),
@@ -84,12 +80,7 @@ class EvaluationStage(Stage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the images, the tokenizer and, where there are any, samples and ADM's file.
-
-        Raises:
-            DataError: an earlier stage has not finished, or no longer.
-            ConfigError: there is no such reference file.
-        """
+        """See `Stage`; besides, a ConfigError where ADM's reference file is named and not there."""
         datasets, samples = self.context.read(DatasetIds), self.context.find(Samples)
         return {
             "train": datasets.train,
@@ -100,12 +91,7 @@ class EvaluationStage(Stage):
             "adm_reference": self._adm_sha256,
         }
 
-    def has_output(self) -> bool:
-        """Whether any chunk or result is there."""
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Compute what is missing, then fold."""
         models = EvaluationModels(self.context)
         has_samples = self.context.find(Samples) is not None
         # Before the features, which take hours: a wrong file is known at once.
@@ -122,13 +108,12 @@ class EvaluationStage(Stage):
         if not self.context.world.is_main:
             return StageOutcome(None, metrics)
         figures = build_figures(self.context, models.tokenizer, with_samples=has_samples)
-        place = f"{self._folder}/figures"
-        figure_file(self.context, place).write(0, figures)
-        return StageOutcome(Evaluated(figures=place), metrics)
+        folder = f"{self._folder}/figures"
+        figure_file(self.context, folder).write(0, figures)
+        return StageOutcome(Evaluated(figures=folder), metrics)
 
     @property
     def _folder(self) -> str:
-        """Where the results of these inputs are."""
         return f"{self.name}/results/{fingerprint(self.collect_inputs())}"
 
     @functools.cached_property
@@ -144,7 +129,6 @@ class EvaluationStage(Stage):
         return load_adm_reference(source, sha256=sha256, evaluator_id=evaluator_id)
 
     def _judge_reconstructions(self, work: ReconstructionWork) -> dict[str, Any]:
-        """Score reconstructions against the same centre-cropped validation images."""
         context = self.context
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
         model = context.config.tokenizer.model
@@ -192,10 +176,7 @@ class EvaluationStage(Stage):
         work: SampleFeatureWork,
         adm: ReferenceStatistics | None,
     ) -> dict[str, Any]:
-        """Score samples against ADM's or the training images' statistics.
-
-        Precision and recall need features, which ADM's file does not hold: training images'.
-        """
+        # Precision and recall need features, which ADM's file does not hold: training images'.
         statistics = adm or self._fold_reference("gfid", reference, "features", "train")
         fid = _compute_fid(work, "features", statistics)
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
@@ -220,7 +201,6 @@ class EvaluationStage(Stage):
     def _fold_reference(
         self, kind: FidKind, work: ImageWork, name: str, split: str
     ) -> ReferenceStatistics:
-        """Fold the features of the centre crops of a split."""
         return ReferenceStatistics(
             kind=kind,
             reference_id=self._name_split(split),
@@ -247,9 +227,8 @@ class EvaluationStage(Stage):
         self.context.storage.write_bytes(f"{self._folder}/{name}.json", data)
 
 
-def figure_file(context: RunContext, place: str) -> TensorFiles:
-    """Open the file of the report's images."""
-    return TensorFiles(context.storage, place, "report")
+def figure_file(context: RunContext, folder: str) -> TensorFiles:
+    return TensorFiles(context.storage, folder, "report")
 
 
 def _compute_fid(work: ImageWork, name: str, reference: ReferenceStatistics) -> FidScore:
@@ -264,7 +243,7 @@ def _fold(work: ImageWork, name: str) -> Moments:
 
 
 def _read_first(work: ImageWork, name: str, count: int) -> Tensor:
-    """Read a tensor of the first `count` images; shards are class-mixed, so they are a fair few."""
+    # Shards are class-mixed, so the first images are a fair few.
     parts: list[Tensor] = []
     for chunk in work.chunks():
         parts.append(work.files.read(chunk)[name])

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 NUM_FIGURE_IMAGES = 12
 SAMPLES_PER_CLASS = 4
 MAX_FIGURE_CLASSES = 20
+# Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
+# quadratic.
 MANIFOLD_REFERENCE_IMAGES = 10_000
-"""Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
-quadratic."""
 
 
 class EvaluationModels(ProcessLocalCaches):
@@ -66,12 +66,10 @@ class EvaluationModels(ProcessLocalCaches):
 
     @functools.cached_property
     def tokenizer(self) -> FactorizedTokenizer:
-        """The finished tokenizer."""
         return load_tokenizer(self.context)
 
     @functools.cached_property
     def teachers(self) -> dict[str, Teacher]:
-        """The teachers by name."""
         return load_same_teachers(self.context, self.network_ids)
 
 
@@ -106,12 +104,10 @@ class ImageWork(IdRanges, ABC):
         """Make and commit the chunk's output."""
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the file is there; it is written whole or not at all."""
         return self.files.exists(chunk)
 
     @property
     def evaluator_id(self) -> str:
-        """What computed the features."""
         return self.models.inception.evaluator_id
 
     @torch.inference_mode()
@@ -142,7 +138,6 @@ class ReconstructionWork(ImageWork):
         )
 
     def identity(self) -> Mapping[str, Any]:
-        """Validation images and tokenizer."""
         return {
             "dataset": self.dataset.id,
             "train": self.context.read(DatasetIds).train,
@@ -154,7 +149,6 @@ class ReconstructionWork(ImageWork):
 
     @torch.inference_mode()
     def process(self, chunk: int) -> None:
-        """Score one range of images."""
         context = self.context
         rows = read_rows(self.dataset, self.ids(chunk), center_view(context))
         images = rows.images
@@ -222,11 +216,9 @@ class ReferenceWork(ImageWork):
         super().__init__(context, models, "reference", count, evaluation.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
-        """Training images."""
         return {"dataset": self.dataset.id}
 
     def process(self, chunk: int) -> None:
-        """Extract one range of images."""
         context = self.context
         images = read_rows(self.dataset, self.ids(chunk), center_view(context)).images
         features, _ = self.extract(images)
@@ -242,14 +234,12 @@ class SampleFeatureWork(ImageWork):
         super().__init__(context, models, "samples", samples.count, samples.chunk_size)
 
     def identity(self) -> Mapping[str, Any]:
-        """Samples and the tokenizer that decodes them."""
         return {
             "samples": self.samples.fingerprint,
             "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
 
     def process(self, chunk: int) -> None:
-        """Decode and extract one range of samples."""
         codes, _ = read_samples(self.samples, chunk)
         batch_size = self.context.config.evaluation.batch_size
         images = decode_in_batches(self.models.tokenizer, codes, self.context.device, batch_size)
@@ -263,8 +253,7 @@ def build_figures(
 ) -> dict[str, Tensor]:
     """Make the images of the report: originals, reconstructions, single codebooks, samples.
 
-    Returns:
-        By name, (n, 3, H, W) uint8.
+    Each is (n, 3, H, W) uint8, by name.
     """
     dataset, view = open_dataset(context, "val"), center_view(context)
     images = torch.cat(

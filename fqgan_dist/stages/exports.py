@@ -44,8 +44,8 @@ NamedSample = tuple[str, NDArray[np.uint8], int]
 
 NPZ_NAME = "samples.npz"
 _FOLDER = "samples/exports"
+# The earliest that a zip can hold: equal samples give equal bytes.
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""The earliest that a zip can hold: equal samples give equal bytes."""
 
 
 class ExportedSamples(StageOutput):
@@ -68,29 +68,24 @@ class ExportsStage(Stage):
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:
-        """Only where a format is named."""
         return config.samples.export != "none"
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the files, besides samples and tokenizer."""
         return {
             "format": self.context.config.samples.export,
             "batch_size": self.context.config.evaluation.batch_size,
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the samples and the tokenizer that decodes them."""
         return {
             "samples": self.context.read(Samples).fingerprint,
             "tokenizer": self.context.read(TrainedTokenizer).weights,
         }
 
     def has_output(self) -> bool:
-        """Whether any files are there."""
         return bool(self.context.storage.list(_FOLDER))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Export what is missing."""
         wanted = self.context.config.samples.export
         assert wanted != "none", "an export that is not wanted is not run"
         path = export_samples(self.context, sample_files(self.context), wanted, run_chunks)
@@ -101,16 +96,9 @@ class ExportsStage(Stage):
 def export_samples(
     context: RunContext, samples: TensorFiles, export_format: ExportFormat, run_chunks: RunChunks
 ) -> str:
-    """Write all samples in a format; what is there already is not made again.
+    """Write all samples, codes and labels, in a format; what is there already is not made again.
 
-    Args:
-        context: of the run, whose tokenizer has finished.
-        samples: codes and labels of every chunk.
-        export_format: what to write.
-        run_chunks: processes the chunks that are not done.
-
-    Returns:
-        Where the files are, below the storage root.
+    The tokenizer must have finished. Returns where the files are, below the storage root.
     """
     work = ExportWork(context, samples, export_format)
     if export_format != "npz":
@@ -149,7 +137,6 @@ class ExportWork(IdRanges):
         self.folder = exports if export_format == "npz" else f"{exports}/{export_format}"
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's last file is there."""
         return self.context.storage.exists(self.commit_path(chunk))
 
     def commit_path(self, chunk: int) -> str:
@@ -163,7 +150,6 @@ class ExportWork(IdRanges):
                 return f"{self.folder}/shard-{chunk:06d}.tar"
 
     def process(self, chunk: int) -> None:
-        """Decode one range of samples and write it."""
         images, labels = self._decode(chunk)
         names = [f"{sample:08d}" for sample in self.ids(chunk)]
         named = list(zip(names, images, labels.tolist(), strict=True))
@@ -234,7 +220,7 @@ def _encode_png(image: NDArray[np.uint8]) -> bytes:
 
 
 def _pack_shard(samples: Sequence[NamedSample]) -> bytes:
-    """Pack samples as a tar with fixed member metadata."""
+    # With fixed member metadata: equal samples give equal bytes.
     file = io.BytesIO()
     with TarWriter(
         file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False

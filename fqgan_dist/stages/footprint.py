@@ -8,6 +8,7 @@ matrix of scores.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from fqgan_dist.world import World
 
 META = torch.device("meta")
 
+# Functions of our models that CUDA's autocast runs in bf16 (PyTorch's list of autocast ops).
 _TO_BF16 = {
     functional.conv2d,
     functional.linear,
@@ -32,7 +34,7 @@ _TO_BF16 = {
     torch.einsum,
     torch.bmm,
 }
-"""Functions of our models that CUDA's autocast runs in bf16 (PyTorch's list of autocast ops)."""
+# Functions of our models that it runs in fp32.
 _TO_FP32 = {
     functional.group_norm,
     functional.layer_norm,
@@ -40,7 +42,6 @@ _TO_FP32 = {
     torch.softmax,
     Tensor.softmax,
 }
-"""Functions of our models that it runs in fp32."""
 
 
 class SavedBytes:
@@ -57,12 +58,10 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        """Bytes saved so far."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what the passes of a block save."""
         with torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back):
             yield
 
@@ -80,12 +79,7 @@ class MeasuringEngine:
     """
 
     def __init__(self, module: nn.Module, *, others: Sequence[nn.Module] = ()) -> None:
-        """Measure a module on the meta device.
-
-        Args:
-            module: what the engine's passes train.
-            others: modules whose parameters its passes use too.
-        """
+        """Measure a module on the meta device; its passes use the parameters of others too."""
         self.module = module
         self.layout = build_step_layout(1, World())
         self.device = META
@@ -95,24 +89,20 @@ class MeasuringEngine:
         self._counter: SavedBytes | None = None
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model."""
         return self.module(*inputs, **options)
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:  # noqa: ARG002  part of Engine
-        """Measure one micro-batch."""
         self._counter = SavedBytes([self.module, *self._others])
         with self._counter.counting():
             yield
 
     def backward(self, loss: Tensor, slot: Slot) -> None:  # noqa: ARG002  part of Engine
-        """Note what is kept now that the backward pass would begin."""
         assert self._counter is not None, "backward outside micro_batch"
         self.saved_bytes = max(self.saved_bytes, self._counter.total)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Take the parameters out of autograd."""
         self.module.requires_grad_(False)
         try:
             yield
@@ -123,7 +113,6 @@ class MeasuringEngine:
         """Nothing can go wrong: no gradient is computed."""
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:  # noqa: ARG002  part of Engine
-        """Move nothing."""
         return losses.new_zeros(())
 
     def advance(self, num_steps: int) -> None:
@@ -133,27 +122,22 @@ class MeasuringEngine:
         """Nothing was computed."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
-        """Return the weights; there is no optimizer."""
         return {"weights": dict(self.module.state_dict()), "optimizer": {}}
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load nothing: meta tensors have no values."""
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters, which are whole."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
-        """Return the values: there is one rank."""
         return dict(values)
 
     def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values: parameters are whole."""
         return dict(values)
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:  # noqa: ARG002  part of Engine
-        """Give the model as it is: meta tensors have no values."""
         yield self.module
 
 
@@ -167,8 +151,11 @@ def imitated_gpu(*, bf16: bool) -> Iterator[None]:
         yield
 
 
-class _Autocast(TorchFunctionMode):
-    """CUDA's autocast to bf16, as far as our models use it."""
+class _CallMode(TorchFunctionMode, ABC):
+    """Gives every torch function that is called in a block to `call`."""
+
+    @abstractmethod
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
 
     def __torch_function__(
         self,
@@ -177,7 +164,13 @@ class _Autocast(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.call(func, *args, **(kwargs or {}))
+
+
+class _Autocast(_CallMode):
+    """CUDA's autocast to bf16, as far as our models use it."""
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # `full_precision` marks its blocks by this flag: no autocast inside.
         if torch.backends.cuda.matmul.fp32_precision == "ieee":
             return func(*args, **kwargs)
@@ -191,17 +184,10 @@ class _Autocast(TorchFunctionMode):
         return func(*cast, **{name: _cast(value, dtype) for name, value in kwargs.items()})
 
 
-class _FusedAttention(TorchFunctionMode):
+class _FusedAttention(_CallMode):
     """Attention that keeps queries, keys, values, output and one number per row, as kernels do."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         is_causal = bool(kwargs.get("is_causal", False))

@@ -94,7 +94,6 @@ def chunk_range(chunk: int, chunk_size: int, total: int) -> range:
 
 
 def count_chunks(total: int, chunk_size: int) -> int:
-    """Return how many chunks hold `total` ids."""
     return -(-total // chunk_size)
 
 
@@ -102,7 +101,7 @@ class HeldOutImages:
     """The first validation images, kept in memory as centre crops, to measure a tokenizer on."""
 
     def __init__(self, context: RunContext, count: int, batch_size: int) -> None:
-        """Read this rank's share: batch b belongs to rank b mod N."""
+        # This rank's share: batch b belongs to rank b mod N.
         self.context = context
         dataset = open_dataset(context, "val")
         total = min(count, dataset.index.num_samples)
@@ -125,7 +124,6 @@ class HeldOutImages:
 
 
 def center_view(context: RunContext) -> ViewConfig:
-    """Return the view in which images are evaluated: the ADM centre crop."""
     return ViewConfig(policy="center", image_size=context.config.tokenizer.model.image_size)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fqgan_dist.training.config import TrainingConfig
 
 FP32_BYTES = 4
+# Parameters that ZeRO-3 keeps gathered at most, DeepSpeed's stage3_max_live_parameters.
 _GATHERED_PARAMETERS = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered at most, DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +31,17 @@ class StateSizes:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
         return sum(vars(self).values())
 
 
 def compute_state_sizes(
     parameters: int, *, zero_stage: int | None, ranks: int, averaged: int = 0
 ) -> StateSizes:
-    """Give the bytes on each of some ranks.
+    """Give the bytes on each of some ranks, from the numbers of trained and of averaged parameters.
 
     ZeRO-1 shares the moments, with a copy of the rank's parameters to update; ZeRO-2 the gradients
-    too; ZeRO-3 also the parameters, which it gathers for passes, and the averaged weights.
-
-    Args:
-        parameters: number of trained parameters.
-        zero_stage: None for the plain engine; stage 0 keeps the same.
-        ranks: world size N.
-        averaged: parameters that have an average.
+    too; ZeRO-3 also the parameters, which it gathers for passes, and the averaged weights. The
+    plain engine (`zero_stage` None) keeps what stage 0 does.
     """
     whole = parameters * FP32_BYTES
     stage = zero_stage or 0
@@ -69,5 +63,4 @@ def chosen_zero_stage(training: TrainingConfig) -> int | None:
 
 
 def name_engine(zero_stage: int | None) -> str:
-    """Name an engine for people."""
     return "plain/DDP" if zero_stage is None else f"ZeRO-{zero_stage}"

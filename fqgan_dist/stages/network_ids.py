@@ -16,11 +16,7 @@ class NetworkIds:
         self._known: dict[str, str] = {}
 
     def confirm(self, name: str, identity: str) -> None:
-        """Note a network that was loaded, or compare it with the one noted before.
-
-        Args:
-            name: which network it is.
-            identity: what its weights, settings and preprocessing decide.
+        """Note what a network was loaded as, or compare it with what was noted before.
 
         Raises:
             DataError: it is another one than where the work was made.

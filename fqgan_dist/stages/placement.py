@@ -16,12 +16,10 @@ def planned_world_size(config: RunConfig) -> int:
 
 
 def training_stages(config: RunConfig) -> list[type[TrainingStage]]:
-    """Return the stages of a run that train."""
     return [stage for stage in find_stages(config) if issubclass(stage, TrainingStage)]
 
 
 def used_pools(config: RunConfig) -> dict[str, PoolConfig]:
-    """Return the actor pools that a run on a cluster starts, by stage."""
     return {
         stage.name: config.ray.pool(stage.pool)
         for stage in find_stages(config)

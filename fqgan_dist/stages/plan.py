@@ -18,8 +18,8 @@ from fqgan_dist.stages.teachers import stores_features
 from fqgan_dist.stages.training_plan import IMAGENET_IMAGES, Plan, plan_training
 from fqgan_dist.storage.storage import Storage
 
+# Of a float16 feature value and of a uint16 code.
 _HALF_BYTES = 2
-"""Of a float16 feature value and of a uint16 code."""
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -33,7 +33,7 @@ def plan_run(config: RunConfig) -> Plan:
     return {
         "name": config.name,
         "storage_root": config.storage.root,
-        "stages": [stage.name for stage in find_stages(config)],
+        "stages": [stage.name for stage in find_stages(config) if stage.is_wanted(config)],
         "placement": plan_placement(config),
         "dataset": {"training_images": num_images, "known_from": images_source},
         **{stage.name: stage.plan(config) for stage in training_stages(config)},

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fqgan_dist.stages.model_states import name_engine
+from fqgan_dist.telemetry.progress import render_text
 
 _WIDTH = 100
 
 
 def render_plan(plan: dict[str, Any]) -> str:
     """Render what `fqgan_dist.stages.plan.plan_run` returned as plain text tables."""
-    output = io.StringIO()
-    console = Console(file=output, width=_WIDTH, color_system=None)
-    console.print(_run_table(plan))
-    for stage in plan["stages"]:
-        if stage in plan:
-            console.print(_stage_table(stage, plan[stage]))
-    for note in plan["notes"]:
-        console.print(Text(f"- {note}"))
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
+    return render_text(
+        _run_table(plan),
+        *(_stage_table(stage, plan[stage]) for stage in plan["stages"] if stage in plan),
+        *(Text(f"- {note}") for note in plan["notes"]),
+        width=_WIDTH,
+    )
 
 
 def _run_table(plan: dict[str, Any]) -> Table:
@@ -91,7 +87,6 @@ def _stage_table(stage: str, plan: dict[str, Any]) -> Table:
 
 
 def _add_processes(table: Table, placement: dict[str, Any]) -> None:
-    """Add what processes reserve on a cluster; nothing without one."""
     workers = placement.get("train_workers")
     if workers:
         _add(
@@ -111,7 +106,9 @@ def _add_processes(table: Table, placement: dict[str, Any]) -> None:
 
 def _resources(process: dict[str, Any]) -> str:
     named = {"GPU": process["gpus_each"], "CPU": process["cpus_each"], **process["custom_each"]}
-    return ", ".join(f"{amount:g} {name}" for name, amount in named.items() if amount) or "no slot"
+    return (
+        ", ".join(f"{amount:g} {name}" for name, amount in named.items() if amount) or "no resource"
+    )
 
 
 def _describe_ranks(training: dict[str, Any]) -> str:

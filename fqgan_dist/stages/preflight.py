@@ -28,11 +28,7 @@ from fqgan_dist.weights.staging import describe_missing_file, is_missing
 
 
 def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
-    """Check what needs no file.
-
-    Args:
-        config: the run.
-        world_size: ranks that train; None takes what `fqgan run` would start.
+    """Check what needs no file; `world_size` None takes what `fqgan run` would start.
 
     Raises:
         ConfigError: every problem, one line each.

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
-from fqgan_dist.devices import select_device
+from fqgan_dist.devices import configure_torch, select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, Stage, configure_torch
+from fqgan_dist.stages.stage import RunContext, Stage
 from fqgan_dist.stages.stage_record import (
     StageRecord,
     check_inputs,
@@ -49,12 +49,8 @@ def open_run(
 ) -> RunContext:
     """Prepare this process for a run: storage, logging, device, threads.
 
-    Args:
-        config: the run's settings.
-        world: rank geometry.
-        process: begins the name of this process's log file, for example a stage.
-        observer: watches the stages; None shows progress here.
-        device: None takes the configured one.
+    `process` begins the name of its log file. Without an observer progress is shown here; without
+    a device it is the configured one.
 
     Raises:
         DataError: the storage root cannot be written.
@@ -65,7 +61,7 @@ def open_run(
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
     configure_logging(world, open_log_file(storage, f"{process}-rank-{world.rank:05d}"))
-    configure_torch(config)
+    configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
     return RunContext(
         config=config,
         storage=storage,
@@ -79,8 +75,7 @@ def check_static_inputs(stage: Stage) -> None:
     """Compare a stage's settings with its record, before any work starts.
 
     Raises:
-        DataError: the stage was made from other settings, or is to be taken from a run that has
-            not finished it.
+        DataError: it was made from others, or is to be taken from a run that has not finished it.
     """
     if stage.name in stage.context.config.upstream:
         _check_taken(stage)
@@ -143,7 +138,6 @@ def run_stage(stage: Stage, run_chunks: RunChunks) -> None:
 
 
 def _describe_metrics(metrics: Mapping[str, Any]) -> str:
-    """Write the numbers among a stage's metrics on one line."""
     numbers = [
         f"{name.partition('/')[2]} {format_number(value)}"
         for name, value in metrics.items()
@@ -153,13 +147,11 @@ def _describe_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def wait_for_ranks(world: World) -> None:
-    """Wait until every rank is here."""
     if world.world_size > 1:
         dist.barrier()
 
 
 def write_run_files(context: RunContext) -> None:
-    """Write what the run is made of: its resolved config and its environment."""
     storage = context.storage
     storage.write_bytes("config.yaml", dump_config(context.config).encode())
     environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
@@ -167,7 +159,6 @@ def write_run_files(context: RunContext) -> None:
 
 
 def write_summary(context: RunContext) -> None:
-    """Write `summary.json` from the stages' records."""
     summary = json.dumps(load_summary(context), indent=1)
     context.storage.write_bytes("summary.json", summary.encode())
 
@@ -177,9 +168,6 @@ def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
 
     A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
     and goes on.
-
-    Raises:
-        DataError: it has one record, of other inputs.
     """
     record = stage.load_record()
     if record is None or (not record.is_done and not stage.has_output()):

@@ -32,7 +32,6 @@ class Samples(StageOutput):
     stage = "samples"
 
     fingerprint: str
-    """Names what decides them."""
 
 
 class SamplesStage(Stage):
@@ -44,22 +43,15 @@ class SamplesStage(Stage):
     can_be_taken = False
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the samples, besides the generator."""
         return self.context.config.samples.identity()
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the generator's weights, and the dataset for its classes."""
         return {
             "autoregressive": self.context.read(TrainedGenerator).weights,
             "train": self.context.read(DatasetIds).train,
         }
 
-    def has_output(self) -> bool:
-        """Whether any samples are there."""
-        return bool(self.context.storage.list(self.name))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Draw the samples that are missing."""
         work = SampleWork(self.context)
         run_chunks(work)
         return StageOutcome(
@@ -81,11 +73,9 @@ class SampleWork(IdRanges):
         self.files = sample_files(context)
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the file is there; it is written whole or not at all."""
         return self.files.exists(chunk)
 
     def process(self, chunk: int) -> None:
-        """Draw one range."""
         ids = self.ids(chunk)
         settings = self.context.config.samples
         model = self.context.config.autoregressive.model

@@ -28,8 +28,8 @@ from fqgan_dist.storage.names import is_remote
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
+# Validation crops per photograph are the training crops' number divided by this.
 PHOTOGRAPHS_VAL_SHARE = 4
-"""Validation crops per photograph are the training crops' number divided by this."""
 
 
 class DatasetIds(StageOutput):
@@ -38,9 +38,7 @@ class DatasetIds(StageOutput):
     stage = "shards"
 
     train: str
-    """Id of the training images."""
     val: str
-    """Id of the validation images."""
 
 
 class ShardsStage(Stage):
@@ -50,7 +48,6 @@ class ShardsStage(Stage):
     uses_device = False
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the bytes of the shards."""
         data = self.context.config.data
         decisive = {"source", "validation_source", "validation_fraction", "seed", "name"}
         decisive |= {"samples_per_shard", "short_side"}
@@ -61,16 +58,13 @@ class ShardsStage(Stage):
         return settings
 
     def upstream(self) -> Mapping[str, Any]:
-        """Nothing: this is the first stage."""
         return {}
 
     def has_output(self) -> bool:
-        """Whether anything of the datasets is there."""
         return bool(self.context.storage.list(f"data/{self.context.config.data.name}"))
 
     @classmethod
     def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
-        """Look for local sources."""
         for field in ("source", "validation_source"):
             source = getattr(config.data, field)
             if source in (None, BUILTIN_PHOTOGRAPHS) or is_remote(source):
@@ -82,7 +76,7 @@ class ShardsStage(Stage):
                 )
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Write both splits; the class list is the training split's."""
+        # The class list is the training split's.
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
         classes: list[str] | None = None
@@ -175,11 +169,7 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
 
 
 def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:
-    """Take a split's share of a source: a seeded choice among the sorted names.
-
-    Raises:
-        ConfigError: one of the shares would be empty.
-    """
+    # A seeded choice among the sorted names.
     num_val = round(len(source) * fraction)
     if not 0 < num_val < len(source):
         raise ConfigError(

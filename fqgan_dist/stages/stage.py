@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pydantic import ConfigDict
 
 from fqgan_dist.chunks import ProcessLocalCaches, RunChunks
 from fqgan_dist.config import Config
-from fqgan_dist.devices import select_device
+from fqgan_dist.devices import configure_torch, select_device
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages import catalog
@@ -87,16 +86,11 @@ class RunContext:
     """Is told how far the stages' work is."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what is pickled."""
         names = [item.name for item in fields(self) if item.name != "device"]
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Restore it in another process.
-
-        Raises:
-            ConfigError: a GPU is asked for and this process has none.
-        """
+        # A ConfigError where a GPU is asked for and this process has none.
         device = select_device(state["config"].device, state["world"])
         for name, value in {**state, "device": device}.items():
             object.__setattr__(self, name, value)
@@ -144,8 +138,8 @@ class RunWork(ProcessLocalCaches):
     """Stages read the run's storage, which all nodes see; see `ChunkWork`."""
 
     def set_up_process(self, role: str, number: int) -> None:
-        """Set up torch, the log file and the console of a fresh process."""
-        configure_torch(self.context.config)
+        config = self.context.config
+        configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
         name = f"{role.replace(' ', '-')}-{number:05d}"
         log_file = open_log_file(self.context.storage, name)
         configure_logging(World(), log_file, label=f"{role} {number}")
@@ -203,9 +197,9 @@ class Stage(ABC):
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         """Do what is not done yet; every process of the world calls it."""
 
-    @abstractmethod
     def has_output(self) -> bool:
-        """Whether there is anything that other inputs would contradict."""
+        """Whether there is anything that other inputs would contradict: files in its folder."""
+        return bool(self.context.storage.list(self.name))
 
     @classmethod
     def is_wanted(cls, config: RunConfig) -> bool:  # noqa: ARG003  most always are
@@ -257,7 +251,6 @@ class Stage(ABC):
             return None
 
     def save_record(self, record: StageRecord) -> None:
-        """Replace the stage's record for its inputs."""
         save_record(self.context.storage, self._record_path(record.inputs), record)
 
     def list_other_records(self) -> list[StageRecord]:
@@ -288,7 +281,6 @@ class Stage(ABC):
 
 
 def find_stage(name: str) -> type[Stage]:
-    """Import the class of a stage by its name."""
     return _load(next(entry for entry in catalog.STAGES if entry.name == name))
 
 
@@ -298,7 +290,6 @@ def find_stages(config: RunConfig) -> list[type[Stage]]:
 
 
 def all_stages() -> list[type[Stage]]:
-    """Import the classes of all stages, in the order in which they run."""
     return [_load(entry) for entry in catalog.STAGES]
 
 
@@ -310,12 +301,3 @@ def build_stages(context: RunContext) -> list[Stage]:
 def _load(entry: StageEntry) -> type[Stage]:
     module, _, name = entry.home.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def configure_torch(config: RunConfig) -> None:
-    """Set up torch in a process of a run, before it computes."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if config.tokenizer.training.deterministic or config.autoregressive.training.deterministic:
-        # cuBLAS reads it at its first use; torch refuses deterministic products without it.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -29,13 +29,12 @@ class StageRecord(Config):
     """State, inputs and results of one stage of a run."""
 
     stage: str
-    """Name of the stage."""
     state: Literal["started", "done"]
     """`done` only when every output is in storage."""
     inputs: dict[str, Any]
     """Settings and ids of upstream outputs, flattened to dotted names."""
     outputs: dict[str, Any] = Field(default_factory=dict)
-    """Ids and places of what the stage made."""
+    """Ids and folders of what the stage made."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Results for the summary; equal to the bit for equal inputs."""
     seconds: float = 0.0
@@ -45,12 +44,10 @@ class StageRecord(Config):
 
     @property
     def is_done(self) -> bool:
-        """Whether the stage has finished."""
         return self.state == "done"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -82,7 +79,6 @@ def load_record(storage: Storage, path: str) -> StageRecord | None:
 
 
 def save_record(storage: Storage, path: str, record: StageRecord) -> None:
-    """Replace a record."""
     text = json.dumps(record.model_dump(mode="json"), indent=1)
     storage.write_bytes(path, text.encode())
 
@@ -102,19 +98,14 @@ def check_inputs(
     source: str,
     growing: Collection[str] = (),
 ) -> StageRecord:
-    """Compare inputs with those of a record.
+    """Compare inputs with those of a record; return it.
 
-    Args:
-        record: of the stage.
-        inputs: flattened; groups (first part of the name) that are absent here are not compared.
-        source: where the record is, for messages.
-        growing: names of numbers that may have grown since, such as the steps of a training.
-
-    Returns:
-        The record; where a number has grown it is not done, and its history has the former one.
+    Groups (the first part of a name) that are absent in `inputs` are not compared. Numbers that are
+    named as `growing`, such as the steps of a training, may be larger than they were: the record
+    that is returned is then not done, and its history has the former one.
 
     Raises:
-        DataError: an input changed; every change is listed.
+        DataError: an input changed; every change is listed, after `source`.
     """
     current = _as_stored(inputs)
     grown = {
@@ -153,5 +144,4 @@ def _describe_change(name: str, former: Mapping[str, Any], current: Mapping[str,
 
 
 def _as_stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give inputs as JSON keeps them: tuples are lists."""
     return json.loads(json.dumps(dict(inputs)))

@@ -43,7 +43,6 @@ def load_summary(context: RunContext) -> Summary:
 
 
 def _describe_other(other: StageRecord, present: StageRecord | None) -> dict[str, Any]:
-    """Describe a record by its metrics and by what it was made from, where that differs."""
     known = present.inputs if present else {}
     return {
         "state": other.state,

@@ -46,11 +46,9 @@ class TeachersStage(Stage):
 
     @classmethod
     def uses_pool(cls, config: RunConfig) -> bool:
-        """Only where features are stored."""
         return super().uses_pool(config) and stores_features(config)
 
     def settings(self) -> Mapping[str, Any]:
-        """What decides the features."""
         config = self.context.config
         return {
             "networks": {
@@ -65,15 +63,12 @@ class TeachersStage(Stage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the training images."""
         return {"train": self.context.read(DatasetIds).train}
 
     def has_output(self) -> bool:
-        """Whether any features are there."""
         return bool(self.context.storage.list("features"))
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        """Compute the features that are missing."""
         if not stores_features(self.context.config):
             return StageOutcome(FeatureIds(fingerprint=""))
         work = TeacherWork(self.context)
@@ -103,22 +98,18 @@ class TeacherWork(RunWork):
         self.store = FeatureStore(context.storage, _FOLDER, self._fingerprint())
 
     def chunks(self) -> Sequence[int]:
-        """All shards of view 0, then of view 1 ..."""
         num_views = self.context.config.data.num_views
         assert num_views is not None, "RunConfig requires num_views with precomputed features"
         return range(num_views * len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
-        """Images of the shard."""
         return self._locate(chunk)[1].count
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the file is there; it is written whole or not at all."""
         view, entry = self._locate(chunk)
         return self.store.exists(entry, view)
 
     def process(self, chunk: int) -> None:
-        """Compute one file."""
         view, entry = self._locate(chunk)
         config = self.context.config
         keys: list[str] = []
@@ -161,17 +152,11 @@ class TeacherWork(RunWork):
 
 
 def stores_features(config: RunConfig) -> bool:
-    """Whether a run's features are computed beforehand and stored."""
     return bool(config.teachers.networks) and config.teachers.precompute
 
 
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
-    """Build the configured teachers.
-
-    Raises:
-        ConfigError: a file of weights is not there.
-        DataError: weights are missing or of another network.
-    """
+    """Build the configured teachers; raises what `resolve_weights` and `build_teacher` do."""
     teachers = {}
     for index, settings in enumerate(config.teachers.networks):
         path = resolve_weights(settings.weights, field=f"teachers.networks.{index}.weights")
@@ -180,11 +165,7 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
 
 
 def load_same_teachers(context: RunContext, network_ids: NetworkIds) -> dict[str, Teacher]:
-    """Build the configured teachers as `load_teachers` does, for work that is done on many nodes.
-
-    Raises:
-        DataError: they are others than where the work was made.
-    """
+    """As `load_teachers`; a DataError where they are others than where the work was made."""
     teachers = load_teachers(context.config, context.device)
     for name, teacher in teachers.items():
         network_ids.confirm(f"teacher {name!r}", teacher.fingerprint)
@@ -198,7 +179,6 @@ def compute_features(teachers: Mapping[str, Teacher], images: Tensor) -> dict[st
 
 
 def build_online_teachers(context: RunContext) -> TeacherFeatures:
-    """Return a function that computes features in the training step."""
     return functools.partial(compute_features, load_teachers(context.config, context.device))
 
 

@@ -49,16 +49,13 @@ class TokenizerStage(TrainingStage):
 
     @classmethod
     def training(cls, config: RunConfig) -> TrainingConfig:
-        """Return the tokenizer's."""
         return config.tokenizer.training
 
     @classmethod
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
-        """Return sizes, memory and steps."""
         return plan_tokenizer(config)
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that moves a weight."""
         config = self.context.config
         stage = config.tokenizer
         return {
@@ -75,7 +72,6 @@ class TokenizerStage(TrainingStage):
         }
 
     def upstream(self) -> Mapping[str, Any]:
-        """Return the datasets and the teachers' features."""
         datasets = self.context.read(DatasetIds)
         ids = {"train": datasets.train, "val": datasets.val}
         if self.context.config.teachers.networks:
@@ -83,15 +79,55 @@ class TokenizerStage(TrainingStage):
         return ids
 
     def build_task(self) -> TokenizerTask:
-        """Build the task of this run."""
-        return build_tokenizer_task(self.context)
+        # Weights depend on the seed only, or are `init_from`'s; the discriminator's are drawn.
+        config = self.context.config.tokenizer
+        training = config.training
+        with keyed_torch_rng(training.seed, "tokenizer_weights", device=torch.device("cpu")):
+            tokenizer = FactorizedTokenizer(config.model)
+            discriminator = PatchDiscriminator(config.discriminator)
+        load_initial_weights(tokenizer, config.init_from, field="tokenizer.init_from")
+        layout = StepLayout.of(training, self.context.world)
+        settings = functools.partial(
+            EngineSettings, training=training, layout=layout, device=self.context.device
+        )
+        teachers = None
+        if self.context.config.teachers.networks and not self.context.config.teachers.precompute:
+            teachers = build_online_teachers(self.context)
+        weights_path = resolve_weights(
+            config.perceptual.weights, field="tokenizer.perceptual.weights"
+        )
+        perceptual = build_perceptual_loss(config.perceptual, weights_path=weights_path)
+        val = HeldOutImages(self.context, training.evaluation_samples, training.micro_batch_size)
+        return TokenizerTask(
+            engine=build_engine(tokenizer, settings(name="tokenizer")),
+            discriminator_engine=build_engine(
+                DiscriminatorPasses(discriminator), settings(name="discriminator")
+            ),
+            perceptual=perceptual.to(self.context.device),
+            teachers=teachers,
+            losses=config.losses,
+            training=training,
+            evaluate_fn=val.measure_tokenizer,
+        )
 
     def build_loader(self) -> ImageLoader:
-        """Build the loader of the training images."""
-        return build_image_loader(self.context)
+        config = self.context.config
+        training = config.tokenizer.training
+        return ImageLoader(
+            open_dataset(self.context, "train"),
+            seed=config.data.seed,
+            window_shards=config.data.window_shards,
+            view=config.data.views,
+            num_views=config.data.num_views,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches_per_step=training.micro_batches_per_step,
+            features=feature_store(self.context),
+            loader_workers=config.data.loader_workers,
+            max_damaged_in_a_row=config.data.damage_limit,
+            cache=config.data.cache,
+        )
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:
-        """Choose the discriminator's loss and the use of the codebooks."""
         return {
             f"{STAGE}/discriminator_loss": result.metrics.get(f"{STAGE}/loss/discriminator"),
             f"{STAGE}/training_usage": {
@@ -99,58 +135,6 @@ class TokenizerStage(TrainingStage):
                 for book in self.context.config.tokenizer.model.codebooks
             },
         }
-
-
-def build_tokenizer_task(context: RunContext) -> TokenizerTask:
-    """Build models, engines and losses of a run.
-
-    Initial weights depend on the seed only, or are those of `init_from`; the discriminator's are
-    always drawn.
-    """
-    config = context.config.tokenizer
-    training = config.training
-    with keyed_torch_rng(training.seed, "tokenizer_weights", device=torch.device("cpu")):
-        tokenizer = FactorizedTokenizer(config.model)
-        discriminator = PatchDiscriminator(config.discriminator)
-    load_initial_weights(tokenizer, config.init_from, field="tokenizer.init_from")
-    layout = StepLayout.of(training, context.world)
-    settings = functools.partial(EngineSettings.of, training, layout=layout, device=context.device)
-    teachers = None
-    if context.config.teachers.networks and not context.config.teachers.precompute:
-        teachers = build_online_teachers(context)
-    weights_path = resolve_weights(config.perceptual.weights, field="tokenizer.perceptual.weights")
-    perceptual = build_perceptual_loss(config.perceptual, weights_path=weights_path)
-    val = HeldOutImages(context, training.evaluation_samples, training.micro_batch_size)
-    return TokenizerTask(
-        engine=build_engine(tokenizer, settings(name="tokenizer")),
-        discriminator_engine=build_engine(
-            DiscriminatorPasses(discriminator), settings(name="discriminator")
-        ),
-        perceptual=perceptual.to(context.device),
-        teachers=teachers,
-        losses=config.losses,
-        training=training,
-        evaluate_fn=val.measure_tokenizer,
-    )
-
-
-def build_image_loader(context: RunContext) -> ImageLoader:
-    """Build the loader of the training images, with the stored features if there are any."""
-    config = context.config
-    training = config.tokenizer.training
-    return ImageLoader(
-        open_dataset(context, "train"),
-        seed=config.data.seed,
-        window_shards=config.data.window_shards,
-        view=config.data.views,
-        num_views=config.data.num_views,
-        micro_batch_size=training.micro_batch_size,
-        micro_batches_per_step=training.micro_batches_per_step,
-        features=feature_store(context),
-        loader_workers=config.data.loader_workers,
-        max_damaged_in_a_row=config.data.damage_limit,
-        cache=config.data.cache,
-    )
 
 
 def load_tokenizer(context: RunContext) -> FactorizedTokenizer:

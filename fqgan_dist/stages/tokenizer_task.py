@@ -48,7 +48,7 @@ class DiscriminatorPasses(nn.Module):
     def forward(
         self, real: Tensor, fake: Tensor, loss_group: LossGroup = ALONE
     ) -> tuple[Tensor, Tensor]:
-        """Return logits of both; separate passes, because BatchNorm sees its own pass only."""
+        # Separate passes, because BatchNorm sees its own pass only.
         return self.discriminator(real, loss_group), self.discriminator(fake, loss_group)
 
 
@@ -66,16 +66,9 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         training: TrainingConfig,
         evaluate_fn: Callable[[FactorizedTokenizer], dict[str, float]],
     ) -> None:
-        """Put the parts together.
+        """Put the parts together; `perceptual` is frozen and on the engine's device.
 
-        Args:
-            engine: of a `FactorizedTokenizer`.
-            discriminator_engine: of `DiscriminatorPasses`.
-            perceptual: frozen LPIPS on the engine's device.
-            teachers: computes features that the batches do not bring; None if all are stored.
-            losses: weights.
-            training: sizes, seed, precision.
-            evaluate_fn: measures a tokenizer in evaluation mode on held-out images.
+        `teachers` computes features that the batches do not bring; None if all are stored.
         """
         super().__init__(
             STAGE, FactorizedTokenizer, engine=engine, training=training, evaluate_fn=evaluate_fn
@@ -91,18 +84,15 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
 
     @property
     def discriminator(self) -> PatchDiscriminator:
-        """The discriminator, not wrapped by the engine."""
         module = self.discriminator_engine.module
         assert isinstance(module, DiscriminatorPasses), f"engine of {type(module).__name__}"
         return module.discriminator
 
     @property
     def architecture(self) -> TokenizerConfig:
-        """Settings of the tokenizer."""
         return self.model.config
 
     def train_step(self, micro_batches: Sequence[ImageBatch], step: int) -> dict[str, Tensor]:
-        """Run one step of the tokenizer and, once it has started, one of the discriminator."""
         has_discriminator = step >= self.losses.discriminator_start_step
         if step == self.losses.discriminator_start_step:
             self.discriminator_engine.advance(step - 1)
@@ -141,12 +131,10 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         return metrics
 
     def state_dict(self) -> Parts:
-        """Return what this rank saves, the usage window included."""
         usage = dict(self.usage.state_dict()) if self.layout.world.is_main else {}
         return super().state_dict() | {"usage": usage}
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what the `state_dict` of all ranks returned."""
         super().load_state_dict(parts)
         copy_named_tensors(parts["usage"], self.usage.state_dict(), what="usage window")
 
@@ -239,7 +227,6 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         }
 
     def _fold_state(self, codes: Sequence[Tensor], has_discriminator: bool) -> None:
-        """Bring what is stateful across micro-batches up to date, in micro-batch order."""
         # (M, g, K, n): a member's codes are those of consecutive images.
         ordered = self.layout.gather_in_order(torch.stack(list(codes)))
         self.usage.update(rearrange(ordered, "M g K n -> K (M g n)"))
@@ -248,7 +235,6 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         self._update_average()
 
     def _fold_batch_statistics(self) -> None:
-        """Fold the BatchNorm statistics of the passes since the last fold."""
         passes = torch.stack(self.discriminator.take_batch_statistics())
         per_slot = passes.unflatten(0, (len(self.layout.slots), -1))
         # Synchronised statistics are the same on all members of a group: they count once.

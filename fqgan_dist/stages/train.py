@@ -23,10 +23,7 @@ from fqgan_dist.world import World
 
 
 def join_ranks(config: RunConfig, world: World) -> AbstractContextManager[None]:
-    """Join the other ranks for a block, see `process_group`.
-
-    One process needs no group, unless DeepSpeed trains in it.
-    """
+    """Join the other ranks for a block, see `process_group`."""
     trainings = find_trainings(config).values()
     if world.world_size == 1 and all(training.engine == "plain" for training in trainings):
         return nullcontext()

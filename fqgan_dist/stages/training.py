@@ -30,6 +30,8 @@ from fqgan_dist.weights.tensors import hash_tensors
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
 
+# Settings of a training that move no weight (beyond the order in which ranks' gradients are
+# summed): they may change between sessions of a run.
 UNDECISIVE = {
     "log_every",
     "evaluate_every",
@@ -39,17 +41,13 @@ UNDECISIVE = {
     "engine",
     "zero_stage",
 }
-"""Settings of a training that move no weight (beyond the order in which ranks' gradients are
-summed): they may change between sessions of a run."""
 
 
 def training_settings(training: TrainingConfig) -> dict[str, Any]:
-    """Return the settings that decide the weights."""
     return training.model_dump(mode="json", exclude=UNDECISIVE)
 
 
 def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) -> CheckpointStore:
-    """Open a stage's checkpoints."""
     return CheckpointStore(
         context.storage_of(stage),
         f"{stage}/checkpoints",
@@ -120,10 +118,7 @@ def _build_sinks(context: RunContext, stage: str) -> list[MetricSink]:
 
 
 def hash_weights(context: RunContext, stage: str, training: TrainingConfig, step: int) -> str:
-    """Digest the weights that a finished training hands on, equal for equal runs.
-
-    A checkpoint's own id is of no use here: it names the attempt, which differs between runs.
-    """
+    # Not a checkpoint's own id: that names the attempt, which differs between equal runs.
     loaded = checkpoint_store(context, stage, training).load_latest(step=step)
     assert loaded is not None, "load_latest raises when a step is named and missing"
     return hash_tensors(loaded.read(_weights_part(stage, training)))
@@ -146,7 +141,7 @@ def load_weights(
 
 @contextmanager
 def _deterministic_kernels(is_wanted: bool) -> Iterator[None]:
-    """Choose torch's kernels for a block; sampling, for one, uses some that have no such twin."""
+    # For the block only: sampling, for one, uses kernels that have no deterministic twin.
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(is_wanted)
     try:

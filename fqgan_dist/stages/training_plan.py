@@ -33,12 +33,11 @@ from fqgan_dist.world import World
 Plan = dict[str, Any]
 """JSON-able."""
 
+# Training images of ImageNet-1k, the paper's dataset.
 IMAGENET_IMAGES = 1_281_167
-"""Training images of ImageNet-1k, the paper's dataset."""
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Count a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -145,7 +144,6 @@ def plan_autoregressive(config: RunConfig) -> Plan:
 
 
 def _one_pass(training: TrainingConfig) -> TrainingConfig:
-    """Describe the pass of one rank: a member's images of one micro-batch."""
     return training.model_copy(
         update={
             "global_batch_size": training.images_per_pass,
@@ -193,14 +191,8 @@ def _plan_memory(
 ) -> Plan:
     """Give the bytes per GPU with the configured engine, and of the states with the others.
 
-    Args:
-        training: its engine and sizes.
-        ranks: planned world size.
-        trained: number of trained parameters.
-        averaged: those that have an average if the config asks for one.
-        frozen: number of frozen parameters.
-        activations: bytes kept for the backward pass, by kind of pass.
-        zero_stages: stages of ZeRO that can train this.
+    Numbers are of parameters, `averaged` if the config asks for an average; `activations` are the
+    bytes kept for the backward pass, by kind of pass.
     """
     averaged = averaged if training.ema_decay else 0
     zero_stage = chosen_zero_stage(training)

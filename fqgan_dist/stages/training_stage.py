@@ -72,12 +72,11 @@ class TrainingStage(Stage):
             yield f"{cls.name}.{error}"
 
     def has_output(self) -> bool:
-        """Whether there is a checkpoint; a log of attempts alone is none."""
+        # A log of attempts alone is no checkpoint.
         names = self.context.storage.list(f"{self.name}/checkpoints")
         return any(name.startswith("step-") for name in names)
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:  # noqa: ARG002  trains in place
-        """Train to the last step."""
         context = self.context
         training = self.training(context.config)
         self._warn_of_other_schedule(training)
@@ -90,7 +89,7 @@ class TrainingStage(Stage):
         return StageOutcome(output, metrics)
 
     def _warn_of_other_schedule(self, training: TrainingConfig) -> None:
-        """Say that a longer training is not the one that it would have been from the start."""
+        # A longer training is not the one that it would have been from the start.
         record = self.load_record()
         if record is None or not record.history or training.schedule.kind == "constant":
             return

@@ -35,15 +35,7 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
         training: TrainingConfig,
         evaluate_fn: Callable[[ModelT], dict[str, float]],
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            stage: names the model's parts of a checkpoint, and keys all randomness.
-            model_type: class of the model.
-            engine: of a `model_type`.
-            training: sizes, seed, precision.
-            evaluate_fn: measures a model in evaluation mode on held-out data.
-        """
+        """Put the parts together; `stage` names parts of a checkpoint and keys all randomness."""
         self.stage: str = stage
         self.model_type = model_type
         self.engine = engine
@@ -68,21 +60,17 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
 
     @property
     def model(self) -> ModelT:
-        """The model, not wrapped by the engine."""
         return self._check_type(self.engine.module)
 
     @property
     def layout(self) -> StepLayout:
-        """This rank's part in every step."""
         return self.engine.layout
 
     def raise_if_not_finite(self) -> None:
-        """Raise if a step of any model was refused."""
         for engine in self.engines.values():
             engine.raise_if_not_finite()
 
     def evaluate(self, step: int) -> dict[str, float]:  # noqa: ARG002  part of the Task protocol
-        """Measure the averaged weights if there are any, else the current ones."""
         averages = self.ema.state_dict() if self.ema is not None else None
         with self.engine.whole_weights(averages) as module:
             model = self._check_type(module)
@@ -93,7 +81,6 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
                 model.train()
 
     def state_dict(self) -> Parts:
-        """Return what this rank saves of the models, their optimizers and the averaged weights."""
         parts: Parts = {}
         for name, engine in self.engines.items():
             state = engine.state_dict()
@@ -103,7 +90,6 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
         return parts
 
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what the `state_dict` of all ranks returned."""
         for name, engine in self.engines.items():
             engine.load_state_dict(
                 {"weights": parts[name], "optimizer": parts[f"{name}_optimizer"]}

@@ -63,17 +63,14 @@ class FetchResult:
 
     @property
     def overrides(self) -> list[str]:
-        """Settings that take all the files."""
         return [network.override for network in self.networks if network.override is not None]
 
     @property
     def report(self) -> dict[str, Any]:
-        """For machines; JSON-able."""
         return {"networks": [vars(each) for each in self.networks], "overrides": self.overrides}
 
     @property
     def text(self) -> str:
-        """For people; the settings are quoted for a shell."""
         lines = [_describe(network) for network in self.networks]
         if self.overrides:
             lines += ["", "Settings that use these files:"]
@@ -113,7 +110,6 @@ def fetch_weights(config: RunConfig, target: FetchTarget) -> FetchResult:
 
 
 def _load(network: FrozenNetwork) -> Mapping[str, Tensor]:
-    """Download and check a network of the hub."""
     match network.settings:
         case PerceptualConfig() as config:
             return copy_backbone_weights(build_perceptual_loss(config))
@@ -176,7 +172,6 @@ def _write(folder: Storage, name: str, data: bytes) -> tuple[str, State]:
 
 
 def _to_yaml(group: Mapping[str, str]) -> str:
-    """Write settings on one line, as an override takes them."""
     return yaml.safe_dump(
         dict(group), default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
     ).strip()

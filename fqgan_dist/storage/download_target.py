@@ -69,14 +69,12 @@ class TargetFile:
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close the file; closing it again is no error."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
                 os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Remove the file."""
         self._path.unlink(missing_ok=True)
 
     @contextmanager

@@ -29,26 +29,22 @@ class LocalBackend:
     """Nothing is repeated on a disk."""
 
     def size(self, uri: str) -> int:
-        """Read a file's size; a folder is no object, as on S3."""
         entry = os.stat(uri)
         if stat.S_ISDIR(entry.st_mode):
             raise _no_object(uri)
         return entry.st_size
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
-        """Read a range, or to the end where `length` is None."""
         with self.open_read(uri) as file:
             file.seek(offset)
             return file.read(-1 if length is None else length)
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
-        """Read a range of each file."""
         return [
             self.read(uri, start, size) for uri, (start, size) in zip(uris, ranges, strict=True)
         ]
 
     def open_read(self, uri: str) -> BinaryIO:
-        """Open a file; a folder is no object."""
         if os.path.isdir(uri):
             raise _no_object(uri)
         return open(uri, "rb")
@@ -56,7 +52,6 @@ class LocalBackend:
     def download(
         self, uri: str, target: Path, progress: Callable[[int], None] | None
     ) -> tuple[str, int]:
-        """Copy a file to a new one; give its sha256 and size."""
         size = self.size(uri)
         with self.open_read(uri) as source, create_target(target, size) as file:
             for offset in range(0, size, _COPY_BYTES):
@@ -68,27 +63,22 @@ class LocalBackend:
             return file.sha256, size
 
     def write(self, uri: str, data: bytes | memoryview) -> None:
-        """Replace a file."""
         self._replace(uri, [data])
 
     def write_file(self, uri: str, source: Path) -> None:
-        """Replace a file by a copy of another one."""
         with source.open("rb") as file:
             self._replace(uri, iter(lambda: file.read(_COPY_BYTES), b""))
 
     def create(self, uri: str, data: bytes) -> None:
-        """Make a new file; FileExistsError where the name is taken."""
         with _temporary_file(uri, [data]) as temporary:
             # Unlike a rename, a link fails where the name is taken, on NFS too.
             os.link(temporary, uri)
         _sync_directory(os.path.dirname(uri))
 
     def names(self, uri: str) -> list[str]:
-        """List a folder without the temporary files of writers."""
         return [name for name in os.listdir(uri) if _TEMPORARY_MARK not in name]
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
-        """List the files below a folder as a bucket would: relative names and sizes, by bytes."""
         try:
             # Not `isdir`: it takes a folder that may not be entered for one that is not there.
             is_folder = stat.S_ISDIR(os.stat(uri).st_mode)
@@ -98,7 +88,6 @@ class LocalBackend:
             yield from _walk(uri, "", ())
 
     def delete(self, uri: str) -> None:
-        """Remove a file if it is there."""
         try:
             os.unlink(uri)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -49,12 +49,9 @@ def check_relative_path(path: str) -> str:
 def check_bucket_root(uri: str, *, credentials_advice: str) -> str:
     """Return a URI in its one form, `scheme://bucket/prefix` without a slash at its end.
 
-    Args:
-        uri: of any scheme that there is.
-        credentials_advice: where credentials are given instead, for the error.
-
     Raises:
-        ConfigError: it names no bucket, or holds credentials, a port, or what is no prefix.
+        ConfigError: it names no bucket, or holds credentials (given by `credentials_advice`
+            instead), a port, or what is no prefix.
     """
     form = f"{find_scheme(uri)}://bucket/prefix"
     bucket, key = split_bucket(uri)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _FIRST_BLOCK_BYTES = 2**20
 _BLOCK_BYTES = 8 * 2**20
+# Blocks in flight or waiting to be read: at most 32 MiB.
 _MAX_BLOCKS = 4
-"""Blocks in flight or waiting to be read: at most 32 MiB."""
 
 RangeReader = Callable[[int, int], "Future[bytes]"]
 """Starts to read (offset, size); the result raises what a reader of the stream should see."""
@@ -47,19 +47,15 @@ class ObjectStream(io.RawIOBase):
         self._num_blocks = 1
 
     def readable(self) -> bool:
-        """It can be read."""
         return True
 
     def seekable(self) -> bool:
-        """It can be read anywhere."""
         return True
 
     def tell(self) -> int:
-        """Give the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position; reads there give nothing if it is beyond the end."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if origin + offset < 0:
             raise ValueError(f"position {origin + offset} must not be negative")
@@ -84,7 +80,6 @@ class ObjectStream(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the stream; what was asked for ahead is dropped."""
         if not self.closed:
             self._forget_blocks()
         super().close()

@@ -35,10 +35,8 @@ class RequestRetries:
     ) -> T:
         """Make a request until it succeeds or there is no hope.
 
-        Args:
-            request: makes one try; raises RequestError.
-            progress: counts what the tries have achieved together. A try that achieved something
-                counts as the first one: a long body that breaks off now and then is read.
+        `progress` counts what the tries have achieved together. A try that achieved something
+        counts as the first one: a long body that breaks off now and then is read.
 
         Raises:
             RequestError: the last error.

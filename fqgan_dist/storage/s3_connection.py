@@ -16,8 +16,8 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.s3_errors import RequestError
 
 _CONNECT_TIMEOUT_S = 10
+# Longest silence of a server within an answer.
 _READ_TIMEOUT_S = 60
-"""Longest silence of a server within an answer."""
 
 
 def connect(*, max_connections: int) -> Any:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from fqgan_dist.errors import DataError
 
+# Tries of a request against a server that throttles or breaks off: up to 25 s of waiting.
 PASSING_ATTEMPTS = 8
-"""Tries of a request against a server that throttles or breaks off: up to 25 s of waiting."""
+# Tries of a request that finds no server at all: up to 6 s of waiting, for a restart.
 UNREACHABLE_ATTEMPTS = 6
-"""Tries of a request that finds no server at all: up to 6 s of waiting, for a restart."""
 
 Kind = Literal["answer", "broken", "unreachable", "credentials", "other"]
 

@@ -31,18 +31,18 @@ from fqgan_dist.storage.s3_connection import as_request_error, client_errors, co
 from fqgan_dist.storage.s3_errors import RequestError, explain
 
 _REQUESTS_AT_ONCE = 32
+# Connections for parts of large objects: they keep none of the others from small requests.
 _TRANSFERS_AT_ONCE = 16
-"""Connections for parts of large objects: they keep none of the others from small requests."""
 _PART_BYTES = 8 * 2**20
+# Parts of a download go to disk as they come, and go on where they broke off: long ones save first-
+# byte latencies (60 ms are 5 MB at 90 MB/s).
 _LONGEST_PART_BYTES = 64 * 2**20
-"""Parts of a download go to disk as they come, and go on where they broke off: long ones save
-first-byte latencies (60 ms are 5 MB at 90 MB/s)."""
 _MULTIPART_FROM_BYTES = 32 * 2**20
 _MAX_UPLOAD_PARTS = 9000  # S3 allows 10 000
 _PIECE_BYTES = 256 * 2**10
 _DISK_WRITE_BYTES = 2**20
+# A try that brought as much of a body counts as progress.
 _PROGRESS_BYTES = 64 * 2**10
-"""A try that brought as much of a body counts as progress."""
 _READS_OF_CHANGING_OBJECT = 3
 _NAMES_PER_PAGE = 1000
 _UPLOAD_MARK = "fqgan-upload"
@@ -79,28 +79,23 @@ class S3Backend:
         self._lock = threading.Lock()
         self._connection: Any = None
         self._retries = RequestRetries()
-        self._slots = asyncio.Semaphore(_REQUESTS_AT_ONCE)
-        self._transfer_slots = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
+        self._requests = asyncio.Semaphore(_REQUESTS_AT_ONCE)
+        self._transfers = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
 
     @property
     def num_retries(self) -> int:
-        """Requests that were made again."""
         return self._retries.num_retries
 
     def size(self, uri: str) -> int:
-        """Read an object's size."""
         return self._run(uri, self._find, uri).total
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
-        """Read a range, or to the end where `length` is None; less than asked for at the end."""
         return self._run(uri, self._read, uri, offset, length)
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
-        """Read ranges concurrently; one that fails is repeated alone."""
         return self._run("", self._read_all, uris, ranges)
 
     def open_read(self, uri: str) -> BinaryIO:
-        """Open an object as a stream that reads ahead."""
         span = self._run(uri, self._find, uri)
 
         def read_range(offset: int, size: int) -> Future[bytes]:
@@ -112,14 +107,12 @@ class S3Backend:
     def download(
         self, uri: str, target: Path, progress: Callable[[int], None] | None
     ) -> tuple[str, int]:
-        """Copy an object to a new file by parallel ranges; give its sha256 and size."""
         span = self._run(uri, self._find, uri)
         with create_target(target, span.total) as file:
             self._run(uri, self._download, span, file, progress)
             return file.sha256, span.total
 
     def write(self, uri: str, data: bytes | memoryview) -> None:
-        """Replace an object."""
         if len(data) < _MULTIPART_FROM_BYTES:
             self._run(uri, self._call, "put_object", uri, Body=bytes(data))
         else:
@@ -127,7 +120,6 @@ class S3Backend:
             self._run(uri, self._upload, uri, len(data), lambda start, end: bytes(view[start:end]))
 
     def write_file(self, uri: str, source: Path) -> None:
-        """Replace an object by a local file's bytes."""
         size = source.stat().st_size
         if size < _MULTIPART_FROM_BYTES:
             self.write(uri, source.read_bytes())
@@ -137,11 +129,9 @@ class S3Backend:
             )
 
     def create(self, uri: str, data: bytes) -> None:
-        """Make a new object; FileExistsError where the name is taken, by us perhaps."""
         self._run(uri, self._create, uri, data)
 
     def names(self, uri: str) -> list[str]:
-        """List what is directly below a folder."""
         bucket, prefix = _split_folder(uri)
         pages = self._pages(uri, Bucket=bucket, Prefix=prefix, Delimiter="/")
         names = [
@@ -152,7 +142,6 @@ class S3Backend:
         return [name for name in names if name]  # an empty name is a console's folder marker
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
-        """List every object below a folder: relative name and size, in the order of bytes."""
         bucket, prefix = _split_folder(uri)
         last = b""
         for page in self._pages(uri, Bucket=bucket, Prefix=prefix):
@@ -169,19 +158,15 @@ class S3Backend:
                 yield name, int(entry["Size"])
 
     def delete(self, uri: str) -> None:
-        """Remove an object; one that is not there is no error."""
         self._run(uri, self._call, "delete_object", uri)
 
     # Reading
 
     async def _find(self, uri: str) -> _Span:
-        """Learn an object's size and version.
-
-        By a GET of one byte: the error answers of a HEAD have no body that says what is wrong.
-        """
+        # By a GET of one byte: the error answers of a HEAD have no body that says what is wrong.
         span = _Span(uri, 0, 1)
         try:
-            await self._fetch(span, _drop, self._slots)
+            await self._fetch(span, _drop, self._requests)
         except RequestError as error:
             if not error.is_beyond_end:  # an empty object has no first byte
                 raise
@@ -218,14 +203,14 @@ class S3Backend:
             pieces[position] = piece
 
         if length == wanted:
-            await self._fetch(first, keep, self._slots)
+            await self._fetch(first, keep, self._requests)
         else:
             answered = asyncio.Event()
-            head = asyncio.create_task(self._fetch(first, keep, self._slots, answered))
+            head = asyncio.create_task(self._fetch(first, keep, self._requests, answered))
             await _wait_for_first(head, answered)
             end = first.total if length is None else min(first.total, offset + length)
             rest = [
-                self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfer_slots)
+                self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfers)
                 for start, stop in _split(offset + wanted, end, _PART_BYTES)
             ]
             await _gather([head, *rest])
@@ -235,7 +220,7 @@ class S3Backend:
         self,
         span: _Span,
         sink: Sink,
-        slots: asyncio.Semaphore,
+        permits: asyncio.Semaphore,
         answered: asyncio.Event | None = None,
     ) -> None:
         """Read a range; after an error go on from where it broke off.
@@ -245,7 +230,7 @@ class S3Backend:
         start = span.position
 
         async def read_on() -> None:
-            async with slots, aclosing(self._pieces(span, answered)) as pieces:
+            async with permits, aclosing(self._pieces(span, answered)) as pieces:
                 async for piece in pieces:
                     await sink(span.position, piece)
                     span.position += len(piece)
@@ -303,7 +288,7 @@ class S3Backend:
                     await asyncio.to_thread(file.write, position - len(data), data)
 
             part = _Span(span.uri, start, end, span.etag)
-            await self._fetch(part, keep, self._transfer_slots)
+            await self._fetch(part, keep, self._transfers)
 
         tasks = [asyncio.create_task(fetch(start, end)) for start, end in parts]
         try:
@@ -321,7 +306,7 @@ class S3Backend:
 
     async def _request(self, method: str, **parameters: Any) -> Any:
         async def request() -> Any:
-            async with self._slots:
+            async with self._requests:
                 try:
                     return await self._filesystem._call_s3(method, **parameters)
                 except client_errors() as error:
@@ -347,7 +332,7 @@ class S3Backend:
         identity = {"UploadId": upload["UploadId"]}
 
         async def put(number: int, start: int, end: int) -> dict[str, Any]:
-            async with self._transfer_slots:  # bounds the parts in memory
+            async with self._transfers:  # bounds the parts in memory
                 data = await asyncio.to_thread(part_of, start, end)
                 answer = await self._call(
                     "upload_part", uri, PartNumber=number, Body=data, **identity
@@ -377,7 +362,7 @@ class S3Backend:
                 raise
 
     def _pages(self, uri: str, **parameters: Any) -> Iterator[dict[str, Any]]:
-        """List page by page: a page that fails is repeated, not the pages before it."""
+        # Page by page: one that fails is repeated, not the pages before it.
         parameters["MaxKeys"] = _NAMES_PER_PAGE
         while True:
             page = self._run(uri, self._request, "list_objects_v2", **parameters)
@@ -437,7 +422,7 @@ def _parse_range(answer: dict[str, Any]) -> tuple[int, int]:
 
 
 def _part_bytes(size: int) -> int:
-    """Choose parts so that all connections end at about the same time."""
+    # So that all connections end at about the same time.
     waves = -(-size // (_TRANSFERS_AT_ONCE * _LONGEST_PART_BYTES))
     return max(_PART_BYTES, -(-size // max(1, waves * _TRANSFERS_AT_ONCE)))
 
@@ -474,7 +459,7 @@ async def _drop(position: int, piece: bytes) -> None:
 
 
 async def _gather(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Wait for all; when one fails, cancel the others and wait for their end."""
+    # When one fails, the others are cancelled and waited for.
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

@@ -32,8 +32,8 @@ from fqgan_dist.storage.names import (
 )
 from fqgan_dist.storage.s3_store import S3Backend
 
+# The stores that there are beside local disks, by the scheme of their URIs.
 BACKENDS: dict[str, type[RemoteBackend]] = {"s3": S3Backend}
-"""The stores that there are beside local disks, by the scheme of their URIs."""
 
 
 class Storage:
@@ -48,10 +48,9 @@ class Storage:
     """
 
     def __init__(self, root: str | Path) -> None:
-        """Name a root without touching it.
+        """Name a root, a directory or `s3://bucket/prefix`, without touching it.
 
-        Args:
-            root: a directory, or `s3://bucket/prefix`. A directory is created at the first write.
+        A directory is created at the first write.
 
         Raises:
             ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
@@ -77,7 +76,7 @@ class Storage:
         return self._backend.num_retries
 
     def uri(self, path: str) -> str:
-        """Give the full name of an object, for messages and manifests."""
+        """Give the full name of an object, for messages and records."""
         return f"{self.root}/{check_relative_path(path)}"
 
     def local_path(self, path: str) -> Path | None:
@@ -115,10 +114,7 @@ class Storage:
         return data
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Read many parts at once, from a bucket concurrently.
-
-        Args:
-            ranges: path, offset and length of each part.
+        """Read many parts (path, offset, length) at once, from a bucket concurrently.
 
         Raises:
             DataError: an object ends before the end of a part.
@@ -147,12 +143,7 @@ class Storage:
         """Copy a whole object to a new local file, from a bucket over up to 16 connections.
 
         The file is not synced to the disk, and removed if the download fails. Memory does not grow
-        with the object.
-
-        Args:
-            path: the object.
-            target: a file that does not exist, in a folder that does.
-            progress: told how many more bytes came, from another thread.
+        with the object. `progress` is told how many more bytes came, from another thread.
 
         Returns:
             sha256 of the object in hex, and its size.
@@ -264,10 +255,7 @@ def check_root(root: str) -> str:
 
 
 def locate_file(uri: str) -> tuple[Storage, str]:
-    """Give the storage of a file's folder, and the file's name there.
-
-    Args:
-        uri: a path, or the URI of an object.
+    """Give the storage of the folder of a file (a path or URI), and the file's name there.
 
     Raises:
         ConfigError: it names no file, has an unknown scheme, or holds credentials.

@@ -28,7 +28,6 @@ class TelemetryConfig(Config):
     is left out; training goes on."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find sinks that are unknown or named twice."""
         for name in sorted(set(self.sinks)):
             if name not in sink_names():
                 yield f"sinks: {name!r} is no sink; {describe_unknown(name, sink_names())}"

@@ -17,8 +17,7 @@ from typing import Any, TextIO
 def handlers_follow_streams(former_streams: tuple[TextIO, TextIO]) -> Iterator[None]:
     """Let every log handler that holds a former console stream write to the present one.
 
-    Args:
-        former_streams: `sys.stdout` and `sys.stderr` as they were before a display replaced them.
+    Former are `sys.stdout` and `sys.stderr` as they were before a display replaced them.
     """
     moved: list[tuple[logging.StreamHandler[Any], Any]] = []
     present = dict(zip(map(id, former_streams), (sys.stdout, sys.stderr), strict=True))

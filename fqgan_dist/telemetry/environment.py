@@ -16,6 +16,7 @@ import torch
 
 import fqgan_dist
 
+# Distributions whose versions decide results or formats.
 PACKAGES = (
     "fqgan-dist",
     "torch",
@@ -34,7 +35,6 @@ PACKAGES = (
     "pydantic",
     "safetensors",
 )
-"""Distributions whose versions decide results or formats."""
 
 _GIT_TIMEOUT_S = 10
 
@@ -42,10 +42,8 @@ _GIT_TIMEOUT_S = 10
 def collect_environment() -> dict[str, Any]:
     """Collect versions, source revision and hardware as a JSON-able dict.
 
-    Returns:
-        `git`: `{commit, modified}` or None outside a repository; `packages`: version or None when
-        not installed; `python`, `platform`, `cpu_count`, `torch`, `cuda`, `cudnn`, `gpus` (name and
-        memory in GiB).
+    `git` is None outside a repository, a package's version None where it is not installed; the
+    memory of `gpus` is in GiB.
     """
     return {
         "git": describe_source(Path(fqgan_dist.__file__).resolve().parent.parent),
@@ -61,11 +59,9 @@ def collect_environment() -> dict[str, Any]:
 
 
 def describe_source(repository: Path) -> dict[str, Any] | None:
-    """Name the commit of a checkout and whether tracked files differ from it.
+    """Name the commit of a checkout and whether tracked files differ from it: `{commit, modified}`.
 
-    Returns:
-        `{"commit": str, "modified": bool}`; None where the directory is not the root of a
-        repository with a commit, or git is not installed.
+    None where the directory is not the root of a repository with a commit, or git is missing.
     """
     # An installed package may lie inside somebody else's repository: only our own root counts.
     root = _run_git(repository, "rev-parse", "--show-toplevel")

@@ -25,11 +25,9 @@ class JsonLinesWriter:
     """Append records to a local file; one process per file."""
 
     def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
-        """Drop what a killed run recorded after `resumed_step`; the first record makes the file.
+        """Drop what a killed run recorded after `resumed_step` (0: all of it).
 
-        Args:
-            path: the file; its directory is made when missing.
-            resumed_step: last step that is part of this run's history; 0 starts anew.
+        The folder is made when missing, the file by the first record.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,32 +70,11 @@ class JsonLinesWriter:
             self._file = None
 
 
-def read_records(path: Path, *, kind: str) -> list[Record]:
-    """Read all records in file order; a last line torn by a kill is left out.
-
-    Args:
-        path: the file.
-        kind: what its records are called in errors.
-
-    Raises:
-        DataError: the file is missing, or a line is not a record.
-    """
-    try:
-        return parse_records(path.read_bytes(), name=str(path), kind=kind)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such {kind} file; run the stage that writes it") from error
-
-
 def parse_records(data: bytes, *, name: str, kind: str) -> list[Record]:
-    """Parse the bytes of a file, wherever they were stored.
-
-    Args:
-        data: content of the file.
-        name: what to call it in errors.
-        kind: what its records are called in errors.
+    """Parse the bytes of a file, wherever they were stored; a last line torn by a kill is left out.
 
     Raises:
-        DataError: a complete line is not a record.
+        DataError: a complete line is not a record; it names the file and the kind of its records.
     """
     return [
         _parse_record(line, f"{name}:{number}", kind)

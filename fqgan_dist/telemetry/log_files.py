@@ -26,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def name_log_file(process: str) -> str:
-    """Name the log file of this process: unique, and sorted by process and time of its start.
-
-    Args:
-        process: who it is, for example `tokenizer-rank-00003` or `teachers-actor-00002`.
-    """
+    """Name the log file of a process (`tokenizer-rank-00003`): unique, sorted by its start."""
     # Attempts at one rank may overlap, on nodes whose clocks differ: time alone is not unique.
     started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     return f"{process}-{started}-{secrets.token_hex(4)}.log"
@@ -41,10 +37,7 @@ def open_log_file(
 ) -> logging.FileHandler:
     """Open the log file of this process under the root's `logs/`, for `configure_logging`.
 
-    Args:
-        storage: the run's storage.
-        process: see `name_log_file`.
-        interval_s: time between two publications, where the root is a bucket.
+    In a bucket it is published every `interval_s`.
     """
     path = f"{LOG_FOLDER}/{name_log_file(process)}"
     local = storage.local_path(path)
@@ -63,12 +56,9 @@ def publish_log() -> None:
 
 @functools.cache
 def _publish_at_exit() -> None:
-    """Publish once more when the main thread ends.
-
-    An ordinary atexit function is too late for clients of object stores: concurrent.futures refuses
-    work by then. Only this private hook of Python comes earlier; its functions are called in
-    reverse order. Where it is missing, the log's last seconds may be.
-    """
+    # An ordinary atexit function is too late for clients of object stores: concurrent.futures
+    # refuses work by then. Only this private hook of Python comes earlier; its functions are called
+    # in reverse order. Where it is missing, the log's last seconds may be.
     import concurrent.futures.thread  # noqa: F401  registers its own end before ours
 
     register = getattr(threading, "_register_atexit", None)
@@ -80,13 +70,7 @@ class PublishedLogFile(logging.FileHandler):
     """A temporary log file that is published from time to time, and when it is closed."""
 
     def __init__(self, storage: Storage, path: str, interval_s: float) -> None:
-        """Open the file and begin to publish it.
-
-        Args:
-            storage: where it is published.
-            path: name there.
-            interval_s: time between two publications.
-        """
+        """Open the file and begin to publish it under a path of the storage."""
         self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
         self._file = Path(self._folder.name) / "process.log"
         super().__init__(self._file, encoding="utf-8")

@@ -12,8 +12,8 @@ from typing import TextIO
 
 from fqgan_dist.world import World
 
+# Packages whose INFO lines are shown; all others show from WARNING.
 OWN_LOGGERS = ("fqgan_dist", "data_tools")
-"""Packages whose INFO lines are shown; all others show from WARNING."""
 
 _CONSOLE_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
@@ -27,13 +27,9 @@ def configure_logging(
 
     The main rank's console shows everything from INFO, others' consoles errors only; every
     process's file holds everything. Each line of an error, tracebacks included, starts with
-    `[rank 3/8 node1]`. Calling it again replaces what the last call set up. Handlers of others
-    stay, but for those of the console: every line is shown once, by these rules.
-
-    Args:
-        world: rank geometry.
-        log_file: from `telemetry.log_files.open_log_file`; None: no file.
-        label: names a process that is no rank, for example `teachers actor 2`.
+    `[rank 3/8 node1]`, or with the label of a process that is no rank. Calling it again replaces
+    what the last call set up. Handlers of others stay, but for those of the console: every line is
+    shown once, by these rules.
     """
     root = logging.getLogger()
     _remove_handlers(root)
@@ -56,7 +52,6 @@ class LabelFormatter(logging.Formatter):
         self._prefix = f"[{label}] "
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format one record; a traceback is part of it."""
         text = super().format(record)
         if record.levelno < logging.ERROR:
             return text

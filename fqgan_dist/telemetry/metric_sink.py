@@ -15,20 +15,13 @@ class MetricSink(Protocol):
     """Takes the metrics of one training; one process opens it."""
 
     def open(self, resumed_step: int) -> None:
-        """Begin, or continue the history of a former session.
-
-        Args:
-            resumed_step: last step that is part of this run's history; 0 starts anew.
-        """
+        """Begin, or continue a former session's history up to `resumed_step`; 0 starts anew."""
         ...
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
-        """Take one record.
+        """Take one record; steps may repeat (training and validation) but not decrease.
 
-        Args:
-            step: steps may repeat (training and validation) but not decrease.
-            numbers: `<stage>/<group>/<name>` -> value, finite or not.
-            images_seen: training images consumed up to this step.
+        Numbers, by `<stage>/<group>/<name>`, may be not finite.
         """
         ...
 
@@ -46,7 +39,6 @@ class TrackedRun:
     """The training whose metrics a sink takes."""
 
     storage: Storage
-    """The run's storage."""
     stage: str
     """The stage that trains; its folder in the storage, too."""
     name: str

@@ -9,16 +9,15 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.json_lines import Record, parse_records, read_records
+from fqgan_dist.telemetry.json_lines import Record, parse_records
 from fqgan_dist.telemetry.published import PublishedRecords
 
-__all__ = ["MetricsFile", "Record", "metric_series", "parse_metrics", "read_metrics"]
+__all__ = ["MetricsFile", "Record", "metric_series", "parse_metrics"]
 
+# What a record holds besides its metrics: `time` is in Unix seconds.
 RESERVED_NAMES = ("step", "images_seen", "time")
-"""What a record holds besides its metrics: `time` is in Unix seconds."""
 
 _KIND = "metrics"
 
@@ -31,25 +30,15 @@ class MetricsFile:
     def __init__(
         self, storage: Storage, path: str, *, clock: Callable[[], float] = time.time
     ) -> None:
-        """Choose the place of the file.
-
-        Args:
-            storage: the run's storage.
-            path: the `metrics.jsonl`, in a folder of the storage.
-            clock: source of Unix seconds.
-        """
         self._records = PublishedRecords(storage, path)
         self._clock = clock
 
     def open(self, resumed_step: int) -> None:
-        """Open the file and drop what a killed run logged after `resumed_step`."""
         local = self._records.open(resumed_step)
         local.touch()  # a run has the file from its first moment
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
-        """Append one record, in one write, so that a kill tears at most the last line.
-
-        JSON has no NaN or infinity: values that are not finite are stored as null.
+        """Append one record; values that are not finite are stored as null, as JSON has none.
 
         Raises:
             ValueError: the step goes back, or a name is reserved or not of the form above.
@@ -62,29 +51,14 @@ class MetricsFile:
         self._records.write(record)
 
     def flush(self) -> None:
-        """Bring everything written so far to the disk and the run's storage."""
         self._records.flush()
 
     def close(self) -> None:
-        """Flush and close; closing twice is harmless."""
         self._records.close()
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """Read all records in file order; a last line torn by a kill is left out.
-
-    Raises:
-        DataError: the file is missing, or a line is not a record.
-    """
-    return read_records(path, kind=_KIND)
-
-
 def parse_metrics(data: bytes, *, name: str) -> list[Record]:
-    """Parse the bytes of a metrics file, wherever they were stored.
-
-    Args:
-        data: content of a `metrics.jsonl`.
-        name: what to call it in errors.
+    """Parse the bytes of a metrics file called `name`, wherever they were stored.
 
     Raises:
         DataError: a complete line is not a record.

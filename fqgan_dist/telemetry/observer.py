@@ -26,23 +26,11 @@ class Observer(Protocol):
     def track(
         self, total: int | None, description: str, unit: str
     ) -> AbstractContextManager[ProgressBar]:
-        """Watch the block, which calls `advance` on what it is given.
-
-        Args:
-            total: number of units; None when it is not known.
-            description: what is being done.
-            unit: what is counted, in the plural.
-        """
+        """Watch the block, which calls `advance` on what it is given; `unit` is in the plural."""
         ...
 
     def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Note the newest values of some metrics.
-
-        Args:
-            stage: the stage that trains.
-            step: optimizer steps done.
-            values: `<stage>/<group>/<name>` -> value.
-        """
+        """Note the newest values of some metrics of the stage that trains."""
         ...
 
 
@@ -52,7 +40,6 @@ class SilentObserver:
     def track(
         self, total: int | None, description: str, unit: str
     ) -> AbstractContextManager[ProgressBar]:
-        """Count units that nobody reads, see `Observer`."""
         return nullcontext(ProgressBar(total, description, unit))
 
     def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -72,12 +59,8 @@ class LocalObserver(SilentObserver):
     def track(
         self, total: int | None, description: str, unit: str
     ) -> AbstractContextManager[ProgressBar]:
-        """Show the progress of the block, see `Observer`."""
         console = None if self.has_bar else Console(file=io.StringIO())
         return track(total, description, unit, console=console)
-
-    def record_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Do nothing: in one process the metrics file is at hand."""
 
 
 class ObserverSink:
@@ -91,7 +74,6 @@ class ObserverSink:
         """Do nothing: an observer has no history."""
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:  # noqa: ARG002  part of MetricSink
-        """Pass a record on."""
         self._observer.record_metrics(self._stage, step, numbers)
 
     def flush(self) -> None:

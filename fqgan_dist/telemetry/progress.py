@@ -42,9 +42,7 @@ class WorkState:
     """How much of a piece of work is done."""
 
     description: str
-    """What is being done."""
     unit: str
-    """What is counted, in the plural."""
     done: int
     """Finished units, those of earlier sessions included."""
     skipped: int
@@ -77,7 +75,6 @@ class WorkProgress(WorkState):
         return (self.total - self.done) / self.rate
 
     def describe(self) -> str:
-        """Write it on one line."""
         return f"{self.description}: {self.describe_amounts()}"
 
     def describe_amounts(self) -> str:
@@ -107,14 +104,6 @@ class ProgressBar:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin the work.
-
-        Args:
-            total: number of units; None when it is not known.
-            description: what is being done.
-            unit: what is counted, in the plural.
-            clock: source of seconds.
-        """
         self._total = total
         self._description = description
         self._unit = unit
@@ -131,7 +120,6 @@ class ProgressBar:
             self._fields |= fields
 
     def advance_to(self, done: int) -> None:
-        """Say how many units are finished in all."""
         self.advance(done - self._done)
 
     def skip(self, count: int) -> None:
@@ -167,11 +155,9 @@ class RateMeter:
         self._readings: deque[tuple[float, int]] = deque()
 
     def add(self, now: float, count: int) -> float | None:
-        """Note a count and return the rate; None at the first one.
+        """Note how many units are finished at a time, and return the rate; None at the first one.
 
-        Args:
-            now: seconds of any clock.
-            count: units finished so far; smaller than before when the work began anew.
+        A count that is smaller than before means that the work began anew.
         """
         if self._readings and count < self._readings[-1][1]:
             self._readings.clear()
@@ -196,12 +182,7 @@ def track(
 ) -> Iterator[ProgressBar]:
     """Show the progress of the block, which calls `advance` on what it is given.
 
-    Args:
-        total: number of units; None when it is not known.
-        description: what is being done.
-        unit: what is counted, in the plural.
-        console: where to draw; standard error by default. Not a terminal: log lines instead.
-        clock: source of seconds for the log lines' interval and rate.
+    On the console, standard error by default; where that is no terminal, by log lines.
     """
     console = console or Console(stderr=True)
     if total == 0:
@@ -238,10 +219,16 @@ def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
         # Text, not str: rich would read [brackets] in a name as markup.
         cells = (stage.name, stage.state, format_seconds(stage.seconds), metrics)
         table.add_row(*(Text(cell) for cell in cells))
+    return render_text(table, width=width)
+
+
+def render_text(*parts: Table | Text, width: int) -> str:
+    """Draw what rich draws as plain text, without blanks at the ends."""
     output = io.StringIO()
-    Console(file=output, width=width, color_system=None).print(table)
-    lines = [line.rstrip() for line in output.getvalue().splitlines()]
-    return "\n".join(lines).strip("\n")
+    console = Console(file=output, width=width, color_system=None)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 
 
 class _LoggedBar(ProgressBar):
@@ -283,5 +270,4 @@ def _draw(work: WorkProgress) -> Table:
 
 
 def format_fields(fields: Mapping[str, Metric]) -> str:
-    """Write names and values on one line."""
     return "  ".join(f"{name} {format_number(value)}" for name, value in fields.items())

@@ -53,7 +53,6 @@ class PublishedRecords:
     """A file of JSON lines in the run's storage, which a resumed run continues."""
 
     def __init__(self, storage: Storage, path: str) -> None:
-        """Choose the place of the file, in a folder of the storage."""
         self._storage = storage
         self._path = PurePosixPath(path)
         self._opened: tuple[PublishedFolder, JsonLinesWriter] | None = None
@@ -68,11 +67,9 @@ class PublishedRecords:
 
     @property
     def num_records(self) -> int:
-        """Records in the file."""
         return self._writer.num_records
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, see `JsonLinesWriter.write`."""
         self._writer.write(record)
 
     def flush(self) -> None:
@@ -81,7 +78,6 @@ class PublishedRecords:
         self._folder.publish()
 
     def close(self) -> None:
-        """Close the file; closing twice is harmless."""
         if self._opened is not None:
             self._writer.close()
             self._folder.close()

@@ -1,8 +1,8 @@
 """One console view of a run: every stage with its state, progress, rate and time left.
 
-The ledger holds what is known; it learns from messages that name whole states, never differences,
-so that a lost message costs nothing. On a terminal the view is a live table with log lines passing
-above it; elsewhere (log files, `ray job logs`) plain log lines.
+`RunProgress` holds what is known; it learns from messages that name whole states, never
+differences, so that a lost message costs nothing. On a terminal the view is a live table with log
+lines passing above it; elsewhere (log files, `ray job logs`) plain log lines.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class MetricsUpdate:
 
     stage: str
     step: int
-    """Optimizer steps done."""
     values: Mapping[str, float]
     """`<stage>/<group>/<name>` -> value."""
 
@@ -84,13 +83,12 @@ class StageView:
     """Its newest piece of work."""
 
     def describe(self) -> str:
-        """Write how far the stage is on one line."""
         if self.work is not None:
             return f"{self.name}: {self.work.describe()}"
         return f"{self.name}: {self.state}"
 
 
-class RunLedger:
+class RunProgress:
     """What is known of a run's stages; safe to use from several threads."""
 
     def __init__(
@@ -106,7 +104,6 @@ class RunLedger:
             self._entry(stage).start(self._clock())
 
     def finish(self, stage: str, state: StageState) -> None:
-        """Note how a stage ended."""
         with self._lock:
             entry = self._entry(stage)
             entry.state = state
@@ -127,7 +124,6 @@ class RunLedger:
                 entry.take_work(update, now)
 
     def stages(self) -> tuple[StageView, ...]:
-        """Describe all stages as of now."""
         with self._lock:
             now = self._clock()
             return tuple(entry.view(name, now) for name, entry in self._stages.items())
@@ -161,11 +157,8 @@ def show_run(
 ) -> Iterator[None]:
     """Show a run while the block runs, from a thread of its own.
 
-    Args:
-        load_stages: gives the stages as of now; called about once a second, and at the end.
-        title: heading of the table.
-        console: where to draw; standard error by default. Not a terminal: log lines instead.
-        clock: source of seconds for the interval of log lines.
+    `load_stages` gives the stages as of now; it is called about once a second, and at the end. The
+    console is standard error by default; where it is no terminal, there are log lines instead.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -236,7 +229,6 @@ class _StageEntry:
 
 
 def _shown_metrics(values: Mapping[str, float]) -> dict[str, Metric]:
-    """Choose the few metrics that say how a training goes, under short names."""
     shown: dict[str, Metric] = {}
     for name, value in values.items():
         if name.endswith("/loss/total"):

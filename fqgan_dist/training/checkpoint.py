@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -60,38 +59,7 @@ class LoadedCheckpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.manifest.step
-
-    @property
-    def manifest_sha256(self) -> str:
-        """Identity of the checkpoint's content."""
-        return self.commit.manifest_sha256
-
-    @property
-    def dataset_id(self) -> str:
-        """Dataset it was trained on."""
-        return self.manifest.dataset_id
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Architecture."""
-        return self.manifest.config
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Plain values to go on from."""
-        return self.manifest.state
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Evaluation at this step."""
-        return self.manifest.metrics
-
-    @property
-    def part_names(self) -> list[str]:
-        """Names of all parts, sorted."""
-        return self.manifest.parts
 
     def tensor_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Give the shapes of a part's tensors without reading them.
@@ -108,14 +76,9 @@ class LoadedCheckpoint:
         }
 
     def read(self, part: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Read a part, merged from whatever ranks wrote it.
+        """Read a part, merged from whatever ranks wrote it, as CPU tensors.
 
-        Args:
-            part: one of `part_names`.
-            names: tensors to read, so that a rank fetches only its own; None reads all.
-
-        Returns:
-            CPU tensors of the dtypes and shapes that were saved.
+        With `names` only these tensors, so that a rank fetches only its own.
 
         Raises:
             CheckpointError: no such part or tensor, or a file is missing or damaged.
@@ -145,7 +108,7 @@ class LoadedCheckpoint:
     def _require(self, part: str) -> None:
         if part not in self.manifest.parts:
             raise CheckpointError(
-                f"{self._uri}: no part {part!r}; it has {', '.join(self.part_names)}"
+                f"{self._uri}: no part {part!r}; it has {', '.join(self.manifest.parts)}"
             )
 
 
@@ -160,13 +123,10 @@ class CheckpointStore:
         retention: RetentionPolicy | None = None,
         rank_timeout_s: float = 1800.0,
     ) -> None:
-        """Name a store without touching it.
+        """Name a store below a folder such as `tokenizer/checkpoints`, without touching it.
 
-        Args:
-            storage: of the run.
-            prefix: folder such as `tokenizer/checkpoints`.
-            retention: what rotation keeps after each commit; None keeps every checkpoint.
-            rank_timeout_s: how long the commit waits for the slowest rank.
+        Without `retention` every checkpoint is kept; the commit waits `rank_timeout_s` for the
+        slowest rank.
         """
         self._storage = storage.child(prefix)
         self._log = CommitLog(self._storage)
@@ -194,15 +154,9 @@ class CheckpointStore:
         return self._attempt(attempt_id, rank=rank, world_size=world_size, log=None)
 
     def load_latest(self, step: int | None = None) -> LoadedCheckpoint | None:
-        """Find the newest commit all of whose files are good.
+        """Find the newest commit all of whose files are good, of one step if that is given.
 
-        A damaged checkpoint is named in the log and stepped over.
-
-        Args:
-            step: accept this step only; None accepts any.
-
-        Returns:
-            The checkpoint, or None where nothing was ever committed.
+        A damaged checkpoint is named in the log and stepped over. None: nothing was ever committed.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or there is none of that step: training
@@ -253,8 +207,7 @@ class CheckpointStore:
     def verify(self, step: int | None = None) -> list[str]:
         """Check all log records, and every byte of all checkpoints, or of those of one step.
 
-        Returns:
-            One line per problem; empty when all is well.
+        Returns one line per problem; none when all is well.
         """
         state = read_log(self._log)
         problems = [str(problem) for problem in state.problems]
@@ -269,11 +222,7 @@ class CheckpointStore:
         return problems
 
     def prune(self, policy: RetentionPolicy) -> list[CommitRecord]:
-        """Delete checkpoints that a policy does not keep, also while an attempt is training.
-
-        Returns:
-            The commits given up.
-        """
+        """Delete what a policy does not keep, also while an attempt trains; return the commits."""
         return rotate(self._storage, self._log, policy, self._read_manifest, None)
 
     def _attempt(

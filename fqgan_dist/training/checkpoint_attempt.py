@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 _PART_NAMES = TypeAdapter(list[PartName])
 _FIRST_POLL_S = 0.02
 _LAST_POLL_S = 1.0
+# How long a training that failed waits for the other ranks' part of its last save.
 _ABANDONED_WAIT_S = 60.0
-"""How long a training that failed waits for the other ranks' part of its last save."""
 
 
 class Attempt:
@@ -86,7 +86,6 @@ class Attempt:
 
     @staticmethod
     def new_id() -> str:
-        """Draw the identity of a new attempt."""
         return uuid.uuid4().hex
 
     def continue_from(self, number: int) -> None:
@@ -106,16 +105,9 @@ class Attempt:
         """Copy the state to host memory and write it in the background.
 
         Every rank of the attempt calls this at the same steps, with all part names and the tensors
-        that it owns. It returns when the copies are done, after waiting for the save before it.
-
-        Args:
-            step: optimizer steps done; rises from save to save.
-            tensors: part -> tensor name -> tensor or fragment. Each is owned by exactly one rank;
-                fragments of all ranks together cover a tensor.
-            state: plain values to go on from; rank 0's counts, as for all that follows.
-            metrics: evaluation at this step.
-            config: architecture.
-            dataset_id: sha256 of the dataset's index.json.
+        that it owns: each is owned by exactly one rank, or fragments of all ranks cover it. Of all
+        else rank 0's values count. It returns when the copies are done, after waiting for the save
+        before it.
 
         Raises:
             CheckpointError: a newer attempt has started, or a save before this one failed.
@@ -216,10 +208,8 @@ class Attempt:
         self._rotate(log_writer)
 
     def _wait_for_reports(self, folder: str) -> list[RankReport]:
-        """Collect the reports of ranks 1, 2, ... through the storage.
-
-        A background thread must not use collectives: they would interleave with training's.
-        """
+        # Through the storage: a background thread must not use collectives, which would interleave
+        # with training's.
         missing = {report_name(rank) for rank in range(1, self.world_size)}
         started, limit_s = time.monotonic(), self._rank_timeout_s
         poll_s = _FIRST_POLL_S
@@ -260,11 +250,7 @@ def _check_part_names(tensors: Mapping[str, PartTensors]) -> None:
 
 
 def _plain_copy(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Copy plain values through JSON, so that later changes do not reach the writer.
-
-    Raises:
-        ValueError: the values would not load back equal.
-    """
+    # Through JSON, so that later changes do not reach the writer.
     try:
         copy = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:

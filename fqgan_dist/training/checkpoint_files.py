@@ -1,6 +1,6 @@
 """Tensors to safetensors files and back, with one host copy and no pickle.
 
-A save copies each tensor straight into its place in the image of the file that it will be in. The
+A save copies each tensor straight into the image of the file that it will be in. The
 images are kept from save to save, so a save costs no allocation, and no byte is copied twice. The
 layout is safetensors' own (8 bytes of header length, JSON header, data in the header's order); any
 safetensors reader opens the files, and this module reads them with the library.
@@ -36,10 +36,10 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap.
 _MAX_FILE_BYTES = 128 * 2**20
-"""Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap."""
+# Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8).
 _TRANSFER_THREADS = 4
-"""Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8)."""
 _HASH_CHUNK_BYTES = 4 * 2**20
 
 
@@ -47,10 +47,7 @@ _HASH_CHUNK_BYTES = 4 * 2**20
 class Fragment:
     """A contiguous piece of a flattened tensor, which a ZeRO partition boundary cut.
 
-    Attributes:
-        tensor: the elements, (n,).
-        start: index of the first of them in the flattened whole tensor.
-        shape: shape of the whole tensor.
+    `tensor` (n,) begins at index `start` of the flattened whole tensor, whose shape is `shape`.
     """
 
     tensor: Tensor
@@ -83,7 +80,7 @@ class FileImage:
         is_pinned = any(_tensor(value).is_cuda for value in contents.values())
         self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        self._places = {
+        self._views = {
             key: self._buffer[offset : offset + _num_bytes(self.records[key])].view(
                 _DTYPES[self.records[key].dtype]
             )
@@ -91,13 +88,12 @@ class FileImage:
         }
 
     def fill(self, contents: PartTensors) -> None:
-        """Start copying tensors into their places; copies from a GPU run on its current stream."""
-        for key, place in self._places.items():
+        """Start copying tensors into the file; copies from a GPU run on its current stream."""
+        for key, view in self._views.items():
             source = _tensor(contents[key]).detach()
-            place.view(source.shape).copy_(source, non_blocking=True)
+            view.view(source.shape).copy_(source, non_blocking=True)
 
     def write(self, storage: Storage, folder: str) -> FileRecord:
-        """Put the file on storage and describe it."""
         data = self._buffer.numpy().data
         digest = hashlib.sha256(data).hexdigest()
         storage.write_bytes(f"{folder}/{self.name}", data)
@@ -156,16 +152,7 @@ def find_damage(storage: Storage, folder: str, files: Sequence[FileRecord]) -> l
 def read_tensors(
     storage: Storage, folder: str, files: Sequence[FileRecord], names: Collection[str] | None
 ) -> dict[str, Tensor]:
-    """Read tensors of one part, merging what ranks wrote; only files that hold them are read.
-
-    Args:
-        storage: of the checkpoints.
-        folder: of the checkpoint.
-        files: of the part.
-        names: tensors to read; None reads all.
-
-    Returns:
-        CPU tensors by name.
+    """Read tensors of one part on the CPU, merging what ranks wrote; only files that hold them.
 
     Raises:
         CheckpointError: a file is missing or damaged.

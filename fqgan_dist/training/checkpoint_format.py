@@ -51,32 +51,23 @@ class FileRecord(Config):
     """A safetensors file of one rank and part."""
 
     file: FileName
-    """Name in the checkpoint's folder."""
     part: PartName
-    """Logical part."""
     bytes: int = Field(gt=0)
-    """Size of the file."""
     sha256: Sha256
     """Of the file's bytes."""
     tensors: dict[str, TensorRecord]
-    """Contents by name."""
 
 
 class RankReport(Config):
     """What one rank wrote; the commit waits for all of them."""
 
     step: Size
-    """Of the checkpoint."""
     attempt: AttemptId
-    """Of the writers."""
     rank: Size
-    """Writer."""
     world_size: int = Field(gt=0)
-    """Number of writers."""
     parts: list[PartName]
     """All parts, also those of which this rank owns nothing."""
     files: list[FileRecord]
-    """Its files."""
 
 
 class Manifest(Config):
@@ -85,9 +76,7 @@ class Manifest(Config):
     format: Literal[1] = 1
     """Version of this layout."""
     step: Size
-    """Optimizer steps done."""
     attempt: AttemptId
-    """Who wrote it."""
     world_size: int = Field(gt=0)
     """Number of ranks that wrote it; any number may read it."""
     dataset_id: str
@@ -99,23 +88,19 @@ class Manifest(Config):
     metrics: dict[str, float]
     """Evaluation at this step; may be empty."""
     parts: list[PartName]
-    """Names of all parts, sorted."""
     files: list[FileRecord]
     """Files of all ranks, in rank order."""
 
 
 def checkpoint_folder(step: int, attempt: str) -> str:
-    """Name the folder of an attempt's checkpoint."""
     return f"step-{step:08d}/attempt-{attempt}"
 
 
 def report_name(rank: int) -> str:
-    """Name a rank's report."""
     return f"rank-{rank:05d}.json"
 
 
 def part_file_name(part: str, rank: int, index: int) -> str:
-    """Name a rank's file of a part."""
     return f"{part}.rank-{rank:05d}.{index:05d}.safetensors"
 
 

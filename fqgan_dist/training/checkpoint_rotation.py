@@ -71,12 +71,7 @@ def read_log(log: CommitLog) -> LogState:
 
 
 def select_kept(checkpoints: Sequence[tuple[int, Manifest]], policy: RetentionPolicy) -> set[int]:
-    """Choose the numbers that stay.
-
-    Args:
-        checkpoints: (number, manifest) of undamaged checkpoints, oldest first.
-        policy: the rules.
-    """
+    """Choose the numbers that stay of (number, manifest) of undamaged checkpoints, oldest first."""
     kept = {number for number, _ in checkpoints[-policy.keep_last :]}
     if policy.keep_every is not None:
         kept |= {number for number, item in checkpoints if item.step % policy.keep_every == 0}
@@ -98,21 +93,12 @@ def rotate(
     read_manifest: ReadManifest,
     writer: LogWriter | None,
 ) -> list[CommitRecord]:
-    """Give up checkpoints by the policy, then delete what no live commit needs.
+    """Give up checkpoints by the policy, then delete what no live commit needs; return these now.
 
     First a prune record, then the files: whoever reads the log never chooses a checkpoint that is
     being deleted, and a crash in between leaves files that the next rotation deletes. Damaged
-    checkpoints count for no rule and are left for a person to look at.
-
-    Args:
-        storage: of the checkpoints.
-        log: of the storage.
-        policy: the rules.
-        read_manifest: raises CheckpointError where a checkpoint's manifest is damaged.
-        writer: appends for the running attempt; None appends a record that fences nobody off.
-
-    Returns:
-        The commits given up now.
+    checkpoints (`read_manifest` raises CheckpointError) count for no rule and are left for a person
+    to look at. Without a `writer` the record fences nobody off.
     """
     state = read_log(log)
     readable: list[tuple[int, Manifest]] = []

@@ -32,24 +32,25 @@ AttemptId = Annotated[str, Field(pattern=ATTEMPT_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
-class StartRecord(Config):
-    """An attempt began; every older attempt is fenced off from here on."""
-
-    kind: Literal["start"] = "start"
+class _Numbered(Config):
     number: int = Field(ge=1)
     """Position in the log."""
-    attempt: AttemptId
-    """The new attempt."""
     written_at: str
     """UTC, ISO 8601; for people only."""
 
 
-class CommitRecord(Config):
+class StartRecord(_Numbered):
+    """An attempt began; every older attempt is fenced off from here on."""
+
+    kind: Literal["start"] = "start"
+    attempt: AttemptId
+    """The new attempt."""
+
+
+class CommitRecord(_Numbered):
     """A checkpoint became valid."""
 
     kind: Literal["commit"] = "commit"
-    number: int = Field(ge=1)
-    """Position in the log."""
     attempt: AttemptId
     """Who wrote the checkpoint."""
     parent: int | None
@@ -58,22 +59,16 @@ class CommitRecord(Config):
     """Optimizer steps done."""
     manifest_sha256: Sha256
     """Of the manifest's bytes; it names all parts."""
-    written_at: str
-    """UTC, ISO 8601; for people only."""
 
 
-class PruneRecord(Config):
+class PruneRecord(_Numbered):
     """Commits were given up; their files are deleted after this record, never before."""
 
     kind: Literal["prune"] = "prune"
-    number: int = Field(ge=1)
-    """Position in the log."""
     attempt: AttemptId | None
     """Who rotates; None for a person's `fqgan checkpoints prune`, which fences nobody off."""
     removed: list[int]
     """Numbers of the commits."""
-    written_at: str
-    """UTC, ISO 8601; for people only."""
 
 
 LogRecord = StartRecord | CommitRecord | PruneRecord
@@ -85,7 +80,6 @@ _NAME = re.compile(r"^(\d{10})\.json$")
 
 
 def utc_now() -> str:
-    """Format the time of a record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -100,7 +94,6 @@ def canonical_json(value: Any) -> bytes:
 
 
 def sha256_hex(data: bytes) -> str:
-    """Hash bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -132,17 +125,14 @@ class CommitLog:
     """Read access to the log, and the create-only append."""
 
     def __init__(self, storage: Storage) -> None:
-        """Name the log below the storage of the checkpoints."""
         self._storage = storage
         # Records never change once they are there; damaged ones are read again each time.
         self._cache: dict[int, LogRecord] = {}
 
     def uri(self, number: int) -> str:
-        """Give a record's full name, for messages."""
         return self._storage.uri(_path(number))
 
     def numbers(self) -> list[int]:
-        """List all taken numbers, ascending."""
         matches = (_NAME.match(name) for name in self._storage.list(_FOLDER))
         return sorted(int(match[1]) for match in matches if match)
 
@@ -175,7 +165,6 @@ class CommitLog:
                 yield number, error
 
     def is_taken(self, number: int) -> bool:
-        """Tell whether a number is in use."""
         return self._storage.exists(_path(number))
 
     def create(self, record: LogRecord) -> None:

@@ -39,7 +39,6 @@ class ScheduleConfig(Config):
     """Where the decay ends, as a fraction of the peak; cosine and linear only."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find an end of the decay where nothing decays."""
         if self.kind == "constant" and self.min_ratio:
             yield (
                 f"min_ratio: {self.min_ratio} has no effect with kind: constant; "
@@ -103,7 +102,6 @@ class TrainingConfig(Config):
     """Use deterministic GPU kernels only: bit-equal continuation at some cost."""
 
     def find_problems(self) -> Iterator[str]:
-        """Find batch sizes that do not divide each other."""
         size, micro = self.global_batch_size, self.micro_batch_size
         if size % micro:
             below = size // micro * micro

@@ -21,11 +21,7 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        """Start the average at the present parameters.
-
-        Args:
-            parameters: by name, of any shape, also frozen ones; stay unreferenced.
-            decay: weight of the old average in each update, in (0, 1).
+        """Start at the present parameters, also frozen ones; `decay` weighs the old average.
 
         Raises:
             ValueError: the decay is outside (0, 1).
@@ -62,10 +58,5 @@ class ExponentialMovingAverage:
         return dict(self._averages)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore averages laid out like the parameters.
-
-        Raises:
-            CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing is
-                copied then.
-        """
+        """Restore averages laid out like the parameters; raises as `copy_named_tensors`."""
         copy_named_tensors(tensors, self._averages, what="averaged weights")

@@ -134,14 +134,9 @@ def accumulate(
 ) -> Tensor:
     """Run all passes of a step and sum the gradients.
 
-    Args:
-        engine: whose gradients are summed.
-        micro_batches: the batch of each slot of its layout.
-        loss_fn: maps slot and batch to a scalar loss and metrics (n,) without gradient.
-
-    Returns:
-        Metrics of all micro-batches in order, (M, n), the same on every rank: the mean over the
-        members of each loss group.
+    `loss_fn` maps each slot of the engine's layout and its batch to a scalar loss and metrics (n,)
+    without gradient. Returns the metrics of all micro-batches in order, (M, n), the same on every
+    rank: the mean over the members of each loss group.
     """
     rows = []
     slots = engine.layout.slots

@@ -26,12 +26,11 @@ class EngineBase:
     """A module on its device, its optimizer, and what is the same in every engine."""
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
-        """Move the module to the device and build its optimizer."""
         self.module = module.to(settings.device)
         self.layout = settings.layout
         self.world = settings.layout.world
         self.device = settings.device
-        self.config = settings.optimizer
+        self.config = settings.training.optimizer
         self.name = settings.name
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = _build_optimizer(
@@ -46,7 +45,6 @@ class EngineBase:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Take the parameters out of autograd."""
         for parameter in self._parameters:
             parameter.requires_grad_(False)
         try:
@@ -56,7 +54,6 @@ class EngineBase:
                 parameter.requires_grad_(True)
 
     def require_frozen(self) -> None:
-        """Check that no parameter would receive a gradient."""
         if any(parameter.requires_grad for parameter in self._parameters):
             raise NumericsError(
                 f"{self.name} is trainable while another model's loss flows through it; "
@@ -64,7 +61,6 @@ class EngineBase:
             )
 
     def raise_if_not_finite(self) -> None:
-        """Raise if a step was refused."""
         if self._is_not_finite.item():
             raise NumericsError(
                 f"{self.name}: a loss or gradient is not finite; no parameter has moved since. "
@@ -72,20 +68,13 @@ class EngineBase:
             )
 
     def advance(self, num_steps: int) -> None:
-        """Put the optimizer where `num_steps` steps of zero gradient would have put it.
-
-        Weight decay, if there is any, begins with the first real step.
-
-        FQGAN's discriminator takes 20,000 such steps before it starts: its moments stay zero, but
-        Adam's bias correction fades. Skipping them is exact when the count is advanced.
-        """
+        # FQGAN's discriminator takes 20,000 such steps before it starts: its moments stay zero, but
+        # Adam's bias correction fades. Skipping them is exact when the count is advanced. Weight
+        # decay, if there is any, begins with the first real step.
         reset_optimizer_state(self._pieces, self.optimizer, num_steps=num_steps)
 
     def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
-        """Return what this rank saves of the weights and the optimizer state.
-
-        Partitions are saved by their ranks, everything else by the main rank.
-        """
+        # Partitions are saved by their ranks, everything else by the main rank.
         if not (self._has_partitions or self.world.is_main):
             return {"weights": {}, "optimizer": {}}
         values = {name: piece.find(piece.owner.detach()) for name, piece in self._pieces.items()}
@@ -99,7 +88,6 @@ class EngineBase:
 
     @torch.no_grad()
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore weights and optimizer state from whole tensors."""
         weights = parts["weights"]
         others = self._outside_the_optimizer()
         expected = {
@@ -113,20 +101,16 @@ class EngineBase:
         load_named_optimizer_state(self._pieces, self.optimizer, parts["optimizer"])
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """Return the values of all parameters that this rank keeps: here, whole ones."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
-        """Return what this rank saves of values like the local parameters."""
         return dict(values) if self.world.is_main else {}
 
     def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut values of whole parameters as the local parameters are cut."""
         return dict(values)
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Give a block the model with whole parameters, of other values if any are given."""
         if values is None:
             yield self.module
             return
@@ -151,12 +135,11 @@ class EngineBase:
             group["lr"] = lr
 
     def _note_if_not_finite(self, *values: Tensor) -> None:
-        """Refuse this and all later steps if a value is not finite, without a wait."""
+        # Without a wait: this and all later steps are refused on the device.
         for value in values:
             self._is_not_finite.logical_or_(~torch.isfinite(value).all())
 
     def _clip(self) -> Tensor:
-        """Clip whole gradients and return their norm before that."""
         return nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip, foreach=True)
 
 

@@ -34,11 +34,11 @@ from fqgan_dist.training.parameter_pieces import Piece, share_pieces
 from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.world import World
 
+# Gradients reduced at once: 200 MB; DeepSpeed's 500 million would take 2 GB for each engine.
 _MAX_BUCKET_ELEMENTS = 50_000_000
-"""Gradients reduced at once: 200 MB; DeepSpeed's 500 million would take 2 GB for each engine."""
 
+# The world that DeepSpeed's process groups are of.
 _known_world: dist.ProcessGroup | None = None
-"""The world that DeepSpeed's process groups are of."""
 
 
 class DeepSpeedEngine(EngineBase):
@@ -47,17 +47,15 @@ class DeepSpeedEngine(EngineBase):
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         """Build the optimizer as `EngineBase` does, and hand both to DeepSpeed.
 
-        Args:
-            module: the model, whose forward returns tensors, dataclasses or nests of them; under
-                ZeRO-3 tensors or tuples of them, and all of its parameters are trained.
-            settings: for one rank, too, the process group must be initialised.
+        The module's forward returns tensors, dataclasses or nests of them; under ZeRO-3 tensors or
+        tuples of them, and all of its parameters are trained.
 
         Raises:
-            ClusterError: there is no process group.
+            ClusterError: there is no process group, which one rank needs too.
             ConfigError: ZeRO-3 and a parameter that is not trained.
         """
         super().__init__(module, settings)
-        self.zero_stage = settings.zero_stage
+        self.zero_stage = settings.training.zero_stage
         self._has_partitions = self.zero_stage > 0
         self._whole_norm = torch.zeros((), device=self.device)
         if self.zero_stage == 0:
@@ -70,26 +68,23 @@ class DeepSpeedEngine(EngineBase):
         self._deepspeed: Any = deepspeed.initialize(
             model=_Passes(module),
             optimizer=self.optimizer,
-            config=self._deepspeed_config(settings.precision),
+            config=self._deepspeed_config(settings.training.precision),
             dist_init_required=False,
         )[0]
         if self._has_partitions:
             self._pieces = self._find_pieces()
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model for training."""
         return self._deepspeed(*inputs, **options)[0]
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Enclose one slot; DeepSpeed reduces by itself, in each pass or in the step."""
+        # DeepSpeed reduces by itself, in each pass or in the step.
         return nullcontext()
 
     def backward(self, loss: Tensor, slot: Slot) -> None:
-        """Add the slot's share of the loss's gradient."""
         self._deepspeed.backward(self._weigh(loss, slot), scale_wrt_gas=False)
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
-        """Clip, check and apply the gradients, then clear them."""
         self._note_if_not_finite(losses)
         self._set_lr(lr)
         with self._sum_over_ranks():
@@ -105,22 +100,18 @@ class DeepSpeedEngine(EngineBase):
 
     @torch.no_grad()
     def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore weights and optimizer state from whole tensors; every rank calls it."""
         super().load_state_dict(parts)
         self._refresh_weights()
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """Return the values of all parameters that this rank keeps."""
         if self.zero_stage < 3:
             return super().local_parameters()
         return {name: piece.find(piece.owner.detach()) for name, piece in self._pieces.items()}
 
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
-        """Return what this rank saves of values like the local parameters."""
         return super().share(values) if self.zero_stage < 3 else share_pieces(self._pieces, values)
 
     def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut values of whole parameters as the local parameters are cut."""
         if self.zero_stage < 3:
             return super().localize(values)
         # A name that is not there is for the receiver to refuse.
@@ -131,11 +122,8 @@ class DeepSpeedEngine(EngineBase):
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Give a block the model with whole parameters, of other values if any are given.
-
-        Under ZeRO-3 it is a copy without DeepSpeed's hooks: those would gather parameters during
-        the block, which breaks training if that is under `torch.inference_mode`.
-        """
+        # Under ZeRO-3 a copy without DeepSpeed's hooks: those would gather parameters during the
+        # block, which breaks training if that is under `torch.inference_mode`.
         if self.zero_stage < 3:
             with super().whole_weights(values) as module:
                 yield module
@@ -169,11 +157,9 @@ class DeepSpeedEngine(EngineBase):
 
     @contextmanager
     def _sum_over_ranks(self) -> Iterator[None]:
-        """Let a step take the sum over ranks, where ZeRO-3 has but their mean.
-
-        The mean is the sum divided by N in every element, and a loss scale of 1/N is taken out of
-        the norm, the clipping and the gradient again. Below ZeRO-3 a setting asks for the sum.
-        """
+        # ZeRO-3 has but the mean: the sum divided by N in every element. A loss scale of 1/N is
+        # taken out of the norm, the clipping and the gradient again. Below ZeRO-3 a setting asks
+        # for the sum.
         if self.zero_stage < 3:
             yield
             return
@@ -261,7 +247,6 @@ class _Passes(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the output, and its fields if it has any."""
         output = self.model(*inputs, **options)
         is_record = is_dataclass(output) and not isinstance(output, type)
         return output, dict(vars(output)) if is_record else {}
@@ -273,8 +258,8 @@ def _piece_of_flat_group(parameter: Any, owner: Tensor) -> Piece:
     shape = tuple(parameter.shape)
     if mapping is None:
         return Piece(owner, shape, start=0, position=0, count=0)
-    place, address = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-    return Piece(owner, shape, place.start, address.start, place.numel)
+    fragment, address = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+    return Piece(owner, shape, fragment.start, address.start, fragment.numel)
 
 
 def _require_all_trained(module: nn.Module, name: str) -> None:
@@ -287,7 +272,6 @@ def _require_all_trained(module: nn.Module, name: str) -> None:
 
 
 def _copy_without_storage(module: nn.Module) -> nn.Module:
-    """Copy a module, with its parameters on the meta device."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for parameter in module.parameters()
@@ -296,11 +280,7 @@ def _copy_without_storage(module: nn.Module) -> nn.Module:
 
 
 def _prepare_deepspeed(world: World, device: torch.device) -> None:
-    """Tie DeepSpeed to the device and to the present process group.
-
-    Raises:
-        ClusterError: there is no process group.
-    """
+    """Tie DeepSpeed to the device and to the present process group."""
     if not dist.is_initialized():
         raise ClusterError(
             "the DeepSpeed engine found no process group, which it needs for one process too; "

@@ -21,19 +21,17 @@ class PlainEngine(EngineBase):
     """Train one module; implements `fqgan_dist.training.engine.Engine`."""
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
-        """Build the optimizer as `EngineBase` does, and join the other ranks."""
         super().__init__(module, settings)
         self._wrapped: nn.Module = self.module
         if self.world.world_size > 1:
             self._wrapped = _wrap(self.module, self.device)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model for training."""
         return self._wrapped(*inputs, **options)
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Enclose one slot; DDP reduces gradients in the last one only."""
+        # DDP reduces gradients in the last one only.
         wrapped = self._wrapped
         if isinstance(wrapped, DistributedDataParallel) and not is_last:
             with wrapped.no_sync():
@@ -42,11 +40,9 @@ class PlainEngine(EngineBase):
             yield
 
     def backward(self, loss: Tensor, slot: Slot) -> None:
-        """Add the slot's share of the loss's gradient."""
         self._weigh(loss, slot).backward()
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
-        """Clip, check and apply the gradients, then clear them."""
         norm = self._clip()
         self._note_if_not_finite(norm, losses)
         self._set_lr(lr)

@@ -17,7 +17,7 @@ def build_engine(module: nn.Module, settings: EngineSettings) -> Engine:
     Raises:
         ClusterError: DeepSpeed without a process group.
     """
-    match settings.kind:
+    match settings.training.engine:
         case "plain":
             return PlainEngine(module, settings)
         case "deepspeed":

@@ -51,11 +51,9 @@ class ShowProgress(TrainerHook):
         self._bar = bar
 
     def start(self, first_step: int) -> None:
-        """Count former sessions' steps."""
         self._bar.skip(first_step)
 
     def step(self, step: int) -> None:  # noqa: ARG002  part of TrainerHook
-        """Advance the bar."""
         self._bar.advance()
 
 
@@ -72,11 +70,8 @@ class AccountForLoading(TrainerHook):
     ) -> None:
         """Hold what is needed; every rank has one.
 
-        Args:
-            take_report: tells what this rank's loader did since the last call.
-            ledger: a line for each slot whose sample was replaced; None on all but the main rank.
-            world: rank geometry.
-            global_batch_size: slots of a step.
+        `take_report` tells what this rank's loader did since the last call. The ledger gets a line
+        for each slot whose sample was replaced; None on all but the main rank.
         """
         self._take_report = take_report
         self._ledger = ledger
@@ -85,12 +80,10 @@ class AccountForLoading(TrainerHook):
         self._unlogged = LoadReport()
 
     def start(self, first_step: int) -> None:
-        """Open the ledger as it was."""
         if self._ledger:
             self._ledger.open(first_step)
 
     def collect(self, step: int) -> None:  # noqa: ARG002  part of TrainerHook
-        """Add up the ranks' reports since the last call, and enter the damaged samples."""
         report = self._take_report()
         if self._world.world_size > 1:
             reports = [report] * self._world.world_size
@@ -103,7 +96,6 @@ class AccountForLoading(TrainerHook):
         self._unlogged = merge_reports([self._unlogged, report])
 
     def measure(self, elapsed_s: float) -> Mapping[str, float]:
-        """Give the rates of reading, and the number of damaged samples so far."""
         loaded, self._unlogged = self._unlogged, LoadReport()
         numbers: dict[str, float] = {}
         if loaded.samples_read:
@@ -116,12 +108,10 @@ class AccountForLoading(TrainerHook):
         return numbers
 
     def save(self, step: int) -> None:  # noqa: ARG002  part of TrainerHook
-        """Bring the ledger to the storage."""
         if self._ledger:
             self._ledger.flush()
 
     def end(self) -> None:
-        """Close the ledger."""
         if self._ledger:
             self._ledger.close()
 
@@ -134,21 +124,17 @@ class WriteMetrics(TrainerHook):
         self._opened = ExitStack()
 
     def start(self, first_step: int) -> None:
-        """Open the sinks."""
         for sink in self._sinks:
             self._opened.callback(sink.close)
             sink.open(first_step)
 
     def record(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
-        """Write a record to each."""
         for sink in self._sinks:
             sink.write(step, numbers, images_seen=images_seen)
 
     def save(self, step: int) -> None:  # noqa: ARG002  part of TrainerHook
-        """Flush the sinks."""
         for sink in self._sinks:
             sink.flush()
 
     def end(self) -> None:
-        """Close the sinks."""
         self._opened.close()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 
+# Differences that an error message lists before it counts the rest.
 _MAX_NAMED = 5
-"""Differences that an error message lists before it counts the rest."""
 
 
 @torch.no_grad()

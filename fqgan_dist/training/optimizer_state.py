@@ -22,19 +22,13 @@ STEP = "step"
 def named_optimizer_state(
     pieces: Pieces, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor | Fragment]:
-    """Return what this rank has of an optimizer's state under `<parameter name>.<key>`.
+    """Return what this rank has of the state of Adam or AdamW under `<parameter name>.<key>`.
 
     Keys are `step` (scalar), `exp_avg`, `exp_avg_sq` and with amsgrad `max_exp_avg_sq` (like the
-    parameter). A parameter that has not been stepped yet has zeros, which is what Adam starts from,
-    so the names depend on the model only. Learning rates and betas are config, not state.
-
-    Args:
-        pieces: of the parameters that the optimizer moves.
-        optimizer: Adam or AdamW.
-
-    Returns:
-        References to the state where there is one. Ranks with partitions return fragments; the
-        count of steps is given by the rank with a parameter's first element.
+    parameter): references, of ranks with partitions fragments. A parameter that has not been
+    stepped yet has zeros, which is what Adam starts from, so the names depend on the model only.
+    The count of steps is given by the rank with a parameter's first element. Learning rates and
+    betas are config, not state.
 
     Raises:
         ValueError: another optimizer.
@@ -60,15 +54,12 @@ def load_named_optimizer_state(
 ) -> None:
     """Restore this rank's part of the state of all parameters, before or after a first step.
 
-    Args:
-        pieces: of the parameters that the optimizer moves.
-        optimizer: Adam or AdamW; its state is made where it has none.
-        tensors: whole state by name, on any device, from ranks and engines of any kind.
+    `tensors` are whole, by name, on any device, from ranks and engines of any kind.
 
     Raises:
         CheckpointError: a name is missing or unknown, a shape or dtype differs, or parameters that
             share a partition were stepped differently often; nothing is changed then.
-        ValueError: another optimizer.
+        ValueError: another optimizer than Adam or AdamW.
     """
     _require_adam(optimizer)
     # Fresh tensors: a graph or a staged copy may still hold the old ones.
@@ -102,12 +93,10 @@ def reset_optimizer_state(
 
 
 def _owners(pieces: Pieces) -> list[Tensor]:
-    """List what the optimizer moves, each once."""
     return list({id(piece.owner): piece.owner for piece in pieces.values()}.values())
 
 
 def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Describe the whole state of all parameters by tensors without storage."""
     return {
         f"{name}.{key}": torch.empty(
             tensor.shape if key == STEP else piece.shape, dtype=tensor.dtype, device="meta"
@@ -118,7 +107,7 @@ def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dic
 
 
 def _require_equal_steps(pieces: Pieces, tensors: Mapping[str, Tensor]) -> None:
-    """Check that parameters with one owner have one count of steps: the owner has but one."""
+    # An owner has but one count of steps.
     first: dict[int, tuple[str, float]] = {}
     for name, piece in pieces.items():
         steps = float(tensors[f"{name}.{STEP}"])
@@ -140,7 +129,7 @@ def _require_adam(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _new_state(owner: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Make the state of an owner's first step, as torch/optim/adam.py does in _init_group."""
+    # As torch/optim/adam.py does in _init_group.
     options = optimizer.defaults
     is_on_device = bool(options["capturable"] or options["fused"])
     state = {

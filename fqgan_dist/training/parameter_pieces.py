@@ -35,12 +35,10 @@ class Piece:
 
     @classmethod
     def whole(cls, parameter: Tensor) -> Piece:
-        """Describe a parameter that the optimizer moves as it is."""
         return cls(parameter, tuple(parameter.shape), 0, 0, parameter.numel())
 
     @property
     def is_whole(self) -> bool:
-        """Whether the owner is the parameter."""
         return tuple(self.owner.shape) == self.shape and self.count == self.owner.numel()
 
     @property
@@ -51,8 +49,7 @@ class Piece:
     def find(self, tensor: Tensor) -> Tensor:
         """View these elements in the owner or in a tensor laid out like it (a moment).
 
-        Returns:
-            Shaped like the parameter if the piece is whole, else flat, (count,).
+        Shaped like the parameter if the piece is whole, else flat, (count,).
         """
         if self.is_whole:
             return tensor

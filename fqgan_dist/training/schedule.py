@@ -8,15 +8,11 @@ from fqgan_dist.training.config import ScheduleConfig
 
 
 def compute_lr(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Compute the learning rate of a step.
+    """Compute the learning rate of an optimizer step, counted from 1.
 
     The rate is `lr * step / warmup_steps` up to the end of the warm-up, where it is the peak; the
-    step after that is at the peak too, and step `total_steps + 1` would be at `min_ratio`.
-
-    Args:
-        config: course and peak.
-        step: number of the optimizer step that the rate is for, from 1.
-        total_steps: steps of the whole training; later steps keep the final rate.
+    step after that is at the peak too, and step `total_steps + 1` would be at `min_ratio`. Later
+    steps keep the final rate.
 
     Raises:
         ValueError: `step` is below 1.

@@ -43,7 +43,6 @@ class StepLayout:
 
     @classmethod
     def of(cls, training: TrainingConfig, world: World) -> StepLayout:
-        """Build the layout of a training, see `build_step_layout`."""
         return build_step_layout(
             training.micro_batches_per_step, world, training.ranks_per_micro_batch
         )
@@ -60,12 +59,8 @@ class StepLayout:
     def gather_in_order(self, rows: Tensor) -> Tensor:
         """Collect one row per micro-batch and member of its group from all ranks.
 
-        Args:
-            rows: this rank's values, (slots, ...), one row per slot.
-
-        Returns:
-            (M, g, ...) in the order of micro-batches and members, the same on every rank; idle rows
-            are dropped.
+        `rows` (slots, ...) are this rank's. Returns (M, g, ...) in the order of micro-batches and
+        members, the same on every rank; idle rows are dropped.
         """
         if self.world.world_size == 1:
             return rows[:, None]
@@ -82,10 +77,7 @@ def build_step_layout(
 ) -> StepLayout:
     """Give this rank its slots and join its loss group; every rank of the world must call it.
 
-    Args:
-        num_micro_batches: M.
-        world: rank geometry; the process group must be initialised if ranks share micro-batches.
-        ranks_per_micro_batch: g.
+    The process group must be initialised if ranks share micro-batches.
 
     Raises:
         ConfigError: the ranks do not make whole groups, or more groups than micro-batches.

@@ -34,7 +34,6 @@ class TrainingResult:
     """What a finished training leaves behind."""
 
     step: int
-    """Optimizer steps done."""
     metrics: dict[str, float]
     """Training and held-out metrics of the last step."""
 
@@ -53,17 +52,7 @@ class Trainer(Generic[BatchT]):
         world: World,
         hooks: Sequence[TrainerHook],
     ) -> None:
-        """Hold what the loop needs.
-
-        Args:
-            task: what is trained.
-            batches: the data, from any step on.
-            config: lengths and intervals.
-            store: where checkpoints are committed; every rank writes what it owns.
-            dataset_id: named in every checkpoint.
-            world: rank geometry.
-            hooks: what happens beside the training on this rank.
-        """
+        """Hold what the loop needs; every rank has its own hooks and saves what it owns."""
         self.task = task
         self.batches = batches
         self.config = config
@@ -86,7 +75,7 @@ class Trainer(Generic[BatchT]):
             if loaded:
                 attempt.continue_from(loaded.number)
             if loaded and first_step >= self.config.steps:
-                return TrainingResult(step=first_step, metrics=loaded.metrics)
+                return TrainingResult(step=first_step, metrics=loaded.manifest.metrics)
             with ExitStack() as started:
                 for hook in self.hooks:
                     started.callback(hook.end)
@@ -95,7 +84,6 @@ class Trainer(Generic[BatchT]):
                 return self._run_steps(first_step, batches, attempt)
 
     def _begin_attempt(self) -> Attempt:
-        """Begin to save on the main rank, and join it on the others."""
         rank, world_size = self.world.rank, self.world.world_size
         attempt = self.store.begin_attempt(world_size=world_size) if self.world.is_main else None
         if world_size > 1:
@@ -135,7 +123,7 @@ class Trainer(Generic[BatchT]):
         return TrainingResult(step=self.config.steps, metrics=results)
 
     def _load(self) -> LoadedCheckpoint | None:
-        """Load the newest good checkpoint: the main rank finds it, all load that one."""
+        # The main rank finds the newest good checkpoint, and all load that one.
         found = self.store.load_latest() if self.world.is_main else None
         if self.world.world_size == 1:
             return found
@@ -145,23 +133,23 @@ class Trainer(Generic[BatchT]):
 
     def _restore(self, loaded: LoadedCheckpoint) -> int:
         architecture = self.task.architecture.model_dump(mode="json")
-        if loaded.config != architecture:
+        if loaded.manifest.config != architecture:
             changed = sorted(
                 key
-                for key in loaded.config.keys() | architecture.keys()
-                if loaded.config.get(key) != architecture.get(key)
+                for key in loaded.manifest.config.keys() | architecture.keys()
+                if loaded.manifest.config.get(key) != architecture.get(key)
             )
             raise CheckpointError(
                 f"{self.store}: step {loaded.step} was trained with another architecture "
                 f"({', '.join(changed)} differ); use its config, or another storage.root"
             )
-        if loaded.dataset_id != self.dataset_id:
+        if loaded.manifest.dataset_id != self.dataset_id:
             raise CheckpointError(
                 f"{self.store}: step {loaded.step} was trained on dataset "
-                f"{loaded.dataset_id[:12]}, not {self.dataset_id[:12]}; use its data, or another "
-                f"storage.root"
+                f"{loaded.manifest.dataset_id[:12]}, not {self.dataset_id[:12]}; use its data, or "
+                f"another storage.root"
             )
-        self.task.load_state_dict({name: loaded.read(name) for name in loaded.part_names})
+        self.task.load_state_dict({name: loaded.read(name) for name in loaded.manifest.parts})
         logger.info("resumed at step %d of %d from %s", loaded.step, self.config.steps, self.store)
         return loaded.step
 

@@ -48,7 +48,6 @@ class WeightsConfig(Config):
         return source
 
     def find_problems(self) -> Iterator[str]:
-        """Find settings that have no effect on the source."""
         if self.is_random and self.sha256 is not None:
             yield "sha256: random weights have no file to check - remove it"
         if not self.is_random and self.seed != 0:
@@ -61,7 +60,6 @@ class WeightsConfig(Config):
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights are seeded random numbers."""
         return self.source == _RANDOM
 
     @property
@@ -74,10 +72,7 @@ class WeightsConfig(Config):
         return {"sha256": self.sha256} if self.is_file and self.sha256 else self.model_dump()
 
     def find_file(self, staged: Path | None) -> Path:
-        """Name the local file of a `path or URI` source.
-
-        Args:
-            staged: the local copy that the caller made of a remote file; None for a local path.
+        """Name the local file of a `path or URI` source: the local copy of a remote one.
 
         Raises:
             ConfigError: the source is a URI and no local copy was made.

@@ -52,9 +52,8 @@ def load_torch_checked(path: Path, sha256: str | None = None) -> dict[str, Tenso
 def download_torch_file(url: str, *, field: str) -> Path:
     """Download a file into torch.hub's folder unless it is there; return it.
 
-    Args:
-        url: whose name ends in the first digits of the file's sha256, as torch.hub's do.
-        field: the setting that can name a file instead, for the error.
+    The URL's name ends in the first digits of the file's sha256, as torch.hub's do; `field` is the
+    setting that can name a file instead.
 
     Raises:
         DataError: the address cannot be reached, or the file is not the published one.

@@ -21,12 +21,8 @@ def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
 
     A file in object storage is copied to the user's cache once, under the hash of its bytes.
 
-    Args:
-        config: settings of the weights.
-        field: where they stand in the run's config, for messages.
-
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file; `field` is where it stands in the config.
         DataError: it cannot be read.
     """
     if not config.is_file:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from support.engines import with_zero_stage
 from support.tiny_tasks import (
     build_autoregressive_task,
     build_tokenizer_task,
@@ -65,7 +66,7 @@ class Comparison:
         def build_engine(module: nn.Module, settings: EngineSettings) -> Engine:
             if engine == "plain":
                 return PlainEngine(module, settings)
-            return DeepSpeedEngine(module, replace(settings, zero_stage=int(engine[-1])))
+            return DeepSpeedEngine(module, with_zero_stage(settings, int(engine[-1])))
 
         return self.build(load_tiny(*OVERRIDES, *overrides), world, engine_type=build_engine)
 
@@ -177,7 +178,7 @@ def save(task: Any, root: Storage, name: str, world: World) -> None:
 def load(root: Storage, name: str) -> dict[str, dict[str, Tensor]]:
     loaded = CheckpointStore(root, name).load_latest()
     assert loaded is not None
-    return {part: loaded.read(part) for part in loaded.part_names}
+    return {part: loaded.read(part) for part in loaded.manifest.parts}
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def distances(
 def checkpoint(folder: Path, name: str) -> dict[str, dict[str, Tensor]]:
     loaded = CheckpointStore(Storage(folder), name).load_latest()
     assert loaded is not None
-    return {part: loaded.read(part) for part in loaded.part_names}
+    return {part: loaded.read(part) for part in loaded.manifest.parts}
 
 
 @pytest.mark.parametrize(("task", "engine", "world_size"), CASES)

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.records import read_records
 
 from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.metrics import read_metrics
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, StartRecord
 
@@ -155,9 +155,12 @@ def test_every_file_is_equal_to_the_bit(runs: Runs, folder: str) -> None:
 def test_the_last_checkpoints_are_equal_to_the_bit(runs: Runs, stage: str) -> None:
     expected, actual = newest(runs.unbroken, stage), newest(runs.killed, stage)
     assert expected.step == actual.step == 6
-    assert expected.part_names == actual.part_names
-    assert (expected.state, expected.metrics) == (actual.state, actual.metrics)
-    for part in expected.part_names:
+    assert expected.manifest.parts == actual.manifest.parts
+    assert (expected.manifest.state, expected.manifest.metrics) == (
+        actual.manifest.state,
+        actual.manifest.metrics,
+    )
+    for part in expected.manifest.parts:
         ours, theirs = actual.read(part), expected.read(part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -168,7 +171,7 @@ def test_the_metrics_file_is_that_of_an_unbroken_run(runs: Runs, stage: str) -> 
     records = [
         [
             {name: value for name, value in record.items() if name not in TIMES}
-            for record in read_metrics(root / stage / "metrics.jsonl")
+            for record in read_records(root / stage / "metrics.jsonl")
         ]
         for root in (runs.unbroken, runs.killed)
     ]

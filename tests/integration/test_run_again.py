@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.records import read_records
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError, DataError
@@ -17,7 +18,6 @@ from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.metrics import read_metrics
 from fqgan_dist.training.checkpoint import CheckpointStore
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
@@ -63,7 +63,7 @@ def test_more_steps_continue_and_end_where_one_long_training_ends(
     longer = "autoregressive.training.steps=10"
     summary = run(root, CONSTANT, longer)
     at_once = run(tmp_path / "at_once", CONSTANT, longer)
-    steps = [record["step"] for record in read_metrics(root / "autoregressive" / "metrics.jsonl")]
+    steps = [record["step"] for record in read_records(root / "autoregressive" / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(1, 11))
     ours, theirs = (weights(each, "autoregressive", 10) for each in (root, tmp_path / "at_once"))
     assert ours.keys() == theirs.keys()

@@ -57,7 +57,9 @@ def build_tokenizer_task(
     prepare(tokenizer)
     prepare(discriminator)
     layout = StepLayout.of(settings.training, world or World())
-    engine = functools.partial(EngineSettings.of, settings.training, layout=layout, device=CPU)
+    engine = functools.partial(
+        EngineSettings, training=settings.training, layout=layout, device=CPU
+    )
     return TokenizerTask(
         engine=engine_type(tokenizer, engine(name="tokenizer")),
         discriminator_engine=engine_type(discriminator, engine(name="discriminator")),
@@ -82,8 +84,8 @@ def build_autoregressive_task(
         model = FactorizedTransformer(settings.model)
     prepare(model)
     groups = decay_groups(model, settings.training.optimizer.weight_decay)
-    engine = EngineSettings.of(
-        settings.training,
+    engine = EngineSettings(
+        training=settings.training,
         name="autoregressive",
         layout=StepLayout.of(settings.training, world or World()),
         device=CPU,

@@ -55,9 +55,6 @@ class ToyStage(Stage):
     def upstream(self) -> Mapping[str, Any]:
         return {"train": self.context.read(DatasetIds).train}
 
-    def has_output(self) -> bool:
-        return bool(self.context.storage.list("toy"))
-
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         work = ToyWork(self.context)
         run_chunks(work)

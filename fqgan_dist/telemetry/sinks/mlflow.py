@@ -21,7 +21,6 @@ _TAG = "fqgan_dist.id"
 
 
 def build_sink(run: TrackedRun) -> MetricSink:
-    """Build the sink of a training."""
     return _MLflow(run)
 
 
@@ -56,15 +55,15 @@ class _MLflow:
     def _find_or_create(self) -> tuple[str, bool]:
         """Return MLflow's id of this training, and whether a former session made it."""
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fqgan-dist")
-        experiment = self._client.get_experiment_by_name(name)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        known = self._client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else self._client.create_experiment(name)
         # MLflow chooses its ids itself, so a tag tells which run is ours.
         tag = self._run.load_id()
-        found = self._client.search_runs([place], filter_string=f"tags.`{_TAG}` = '{tag}'")
+        found = self._client.search_runs([experiment], filter_string=f"tags.`{_TAG}` = '{tag}'")
         if found:
             return found[0].info.run_id, True
         title = f"{self._run.name} {self._run.stage}"
-        made = self._client.create_run(place, tags={_TAG: tag}, run_name=title)
+        made = self._client.create_run(experiment, tags={_TAG: tag}, run_name=title)
         return made.info.run_id, False
 
     def _last_step_sent(self, name: str) -> int:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def build_sink(run: TrackedRun) -> MetricSink:
-    """Build the sink of a training."""
     return _TensorBoard(run)
 
 

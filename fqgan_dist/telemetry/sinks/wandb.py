@@ -16,7 +16,6 @@ from fqgan_dist.telemetry.published import PublishedFolder
 
 
 def build_sink(run: TrackedRun) -> MetricSink:
-    """Build the sink of a training."""
     return _WeightsAndBiases(run)
 
 

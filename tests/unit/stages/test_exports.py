@@ -211,3 +211,9 @@ def test_other_samples_are_another_record_beside_the_first(context: RunContext) 
         (listed,) = summary["others"]
         assert listed["inputs"] == {"settings.count": other}
         assert listed["metrics"] == {"samples/count": other}
+
+
+def test_a_config_that_names_samples_alone_exports_them_as_before_exports_were_a_stage() -> None:
+    config = load_config(TINY, ["stages=[samples]", "samples.export=png"], RunConfig)
+    assert config.stages == ("samples", "exports")
+    assert load_config(TINY, ["stages=[codes]"], RunConfig).stages == ("codes",)

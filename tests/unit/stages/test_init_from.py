@@ -10,11 +10,11 @@ import torch
 from fqgan_dist.cli import DONE, FAILED, main
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import DataError
-from fqgan_dist.stages.autoregressive import build_autoregressive_task
+from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.run import open_run
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.tokenizer import TrainedTokenizer, build_tokenizer_task
+from fqgan_dist.stages.tokenizer import TokenizerStage, TrainedTokenizer
 from fqgan_dist.weights.files import load_safetensors_checked
 from fqgan_dist.world import World
 
@@ -46,9 +46,9 @@ def open_with(root: Path, *overrides: str) -> RunContext:
 
 
 def test_the_tokenizer_starts_from_the_exported_weights(root: Path) -> None:
-    task = build_tokenizer_task(open_with(root, init_from(root, "tokenizer")))
+    task = TokenizerStage(open_with(root, init_from(root, "tokenizer"))).build_task()
     exported = load_safetensors_checked(root / "exports" / "tokenizer.safetensors")
-    drawn = build_tokenizer_task(open_with(root)).engine.module.state_dict()
+    drawn = TokenizerStage(open_with(root)).build_task().engine.module.state_dict()
     found = task.engine.module.state_dict()
     assert found.keys() == exported.keys()
     assert all(torch.equal(found[name], exported[name]) for name in found)
@@ -56,7 +56,7 @@ def test_the_tokenizer_starts_from_the_exported_weights(root: Path) -> None:
 
 
 def test_the_generator_starts_from_the_exported_weights(root: Path) -> None:
-    task = build_autoregressive_task(open_with(root, init_from(root, "autoregressive")))
+    task = AutoregressiveStage(open_with(root, init_from(root, "autoregressive"))).build_task()
     exported = load_safetensors_checked(root / "exports" / "autoregressive.safetensors")
     found = task.engine.module.state_dict()
     assert found.keys() == exported.keys()
@@ -66,10 +66,10 @@ def test_the_generator_starts_from_the_exported_weights(root: Path) -> None:
 def test_weights_of_another_architecture_are_refused_with_what_differs(root: Path) -> None:
     larger = open_with(root, init_from(root, "tokenizer"), "tokenizer.model.codebook_size=64")
     with pytest.raises(DataError, match=r"tokenizer\.init_from: .*another shape .*is \(32, 4\)"):
-        build_tokenizer_task(larger)
+        TokenizerStage(larger).build_task()
     other = open_with(root, init_from(root, "autoregressive", weights_of="tokenizer"))
     with pytest.raises(DataError, match=r"autoregressive\.init_from: .*tensors are missing"):
-        build_autoregressive_task(other)
+        AutoregressiveStage(other).build_task()
 
 
 def test_where_a_training_started_is_part_of_its_record(

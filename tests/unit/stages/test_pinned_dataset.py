@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,11 @@ from support.stage_records import save_stage
 
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.data.loader import CodeLoader, ImageLoader
 from fqgan_dist.errors import DataError
-from fqgan_dist.stages.autoregressive import build_code_loader
+from fqgan_dist.stages.autoregressive import AutoregressiveStage
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.tokenizer import build_image_loader
+from fqgan_dist.stages.tokenizer import TokenizerStage
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
 
@@ -39,13 +37,15 @@ def open_context(storage: Storage, dataset_id: str) -> RunContext:
     return context
 
 
-@pytest.mark.parametrize("build", [build_image_loader, build_code_loader])
+@pytest.mark.parametrize("stage", [TokenizerStage, AutoregressiveStage])
 def test_training_loads_the_dataset_of_its_run_or_none(
     dataset: tuple[Storage, DatasetIndex],
-    build: Callable[[RunContext], ImageLoader | CodeLoader],
+    stage: type[TokenizerStage | AutoregressiveStage],
 ) -> None:
     storage, index = dataset
-    assert build(open_context(storage, index.dataset_id)).dataset_id == index.dataset_id
+    assert (
+        stage(open_context(storage, index.dataset_id)).build_loader().dataset_id == index.dataset_id
+    )
     former = "0" * 64
     with pytest.raises(DataError, match=f"expected {former[:16]}, which this run was started on"):
-        build(open_context(storage, former))
+        stage(open_context(storage, former)).build_loader()

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.records import read_records
 
-from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.metrics import MetricsFile, metric_series, parse_metrics, read_metrics
+from fqgan_dist.telemetry.metrics import MetricsFile, metric_series
 
 LOSS = "tokenizer/loss/commitment"
 
@@ -40,7 +40,7 @@ def test_records_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer" / "metrics.jsonl"
     with opened(path, clock=constant_clock) as writer:
         writer.write(1, {LOSS: 0.5, "train/images_per_s": 12}, images_seen=32)
-    assert read_metrics(path) == [
+    assert read_records(path) == [
         {"step": 1, "images_seen": 32, "time": 1000.0, LOSS: 0.5, "train/images_per_s": 12.0}
     ]
 
@@ -62,7 +62,7 @@ def test_a_fresh_start_drops_an_older_history(tmp_path: Path) -> None:
         write_steps(writer, range(1, 4))
     with opened(path) as writer:
         writer.write(1, {LOSS: 2.0}, images_seen=8)
-    assert [record[LOSS] for record in read_metrics(path)] == [2.0]
+    assert [record[LOSS] for record in read_records(path)] == [2.0]
 
 
 def test_a_torn_last_line_is_neither_read_nor_continued(tmp_path: Path) -> None:
@@ -71,17 +71,17 @@ def test_a_torn_last_line_is_neither_read_nor_continued(tmp_path: Path) -> None:
         write_steps(writer, range(1, 3))
     with path.open("a") as file:
         file.write('{"step": 3, "tokenizer/lo')
-    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    assert [record["step"] for record in read_records(path)] == [1, 2]
     with opened(path, resumed_step=2) as writer:
         write_steps(writer, range(3, 4))
-    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
 
 
 def test_records_are_on_disk_before_close(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with opened(path) as writer:
         write_steps(writer, range(1, 3))
-        assert len(read_metrics(path)) == 2
+        assert len(read_records(path)) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -107,17 +107,6 @@ def test_a_wrong_metric_name_is_refused(tmp_path: Path, name: str) -> None:
         pytest.raises(ValueError, match="metric name"),
     ):
         writer.write(1, {name: 1.0}, images_seen=1)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl: no such metrics file"):
-        read_metrics(tmp_path / "absent.jsonl")
-
-
-@pytest.mark.parametrize("line", [b"nonsense", b"[1]", b'{"step": "one"}', b"\xff"])
-def test_a_damaged_line_is_named(line: bytes) -> None:
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not"):
-        parse_metrics(b'{"step": 1}\n' + line + b"\n", name="metrics.jsonl")
 
 
 def test_a_series_leaves_out_records_without_the_metric() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fqgan_dist.telemetry.run_view import (
     MetricsUpdate,
-    RunLedger,
+    RunProgress,
     StageView,
     WorkUpdate,
     render_run,
@@ -39,7 +39,7 @@ def update(done: int, **changes: object) -> WorkUpdate:
     return replace(base, **changes)
 
 
-def view_of(ledger: RunLedger, stage: str) -> StageView:
+def view_of(ledger: RunProgress, stage: str) -> StageView:
     return next(view for view in ledger.stages() if view.name == stage)
 
 
@@ -52,7 +52,7 @@ def text_of(stages: tuple[StageView, ...], width: int = 140) -> str:
 
 def test_stages_wait_run_and_end_in_their_order() -> None:
     clock = Clock()
-    ledger = RunLedger(["shards", "teachers", "codes"], clock=clock)
+    ledger = RunProgress(["shards", "teachers", "codes"], clock=clock)
     ledger.finish("shards", "skipped")
     clock.now = 10
     ledger.apply(update(5))
@@ -69,7 +69,7 @@ def test_stages_wait_run_and_end_in_their_order() -> None:
 
 def test_rate_and_time_left_leave_out_earlier_sessions() -> None:
     clock = Clock()
-    ledger = RunLedger(["teachers"], clock=clock)
+    ledger = RunProgress(["teachers"], clock=clock)
     ledger.apply(update(60, skipped=60))
     work = view_of(ledger, "teachers").work
     assert work is not None
@@ -83,7 +83,7 @@ def test_rate_and_time_left_leave_out_earlier_sessions() -> None:
 
 
 def test_a_new_attempt_replaces_the_old_one_whose_late_messages_count_no_more() -> None:
-    ledger = RunLedger(["teachers"])
+    ledger = RunProgress(["teachers"])
     ledger.apply(update(50, fields={"loss": 1.0}))
     ledger.apply(MetricsUpdate(stage="teachers", step=5, values={"teachers/loss/total": 1.0}))
     ledger.apply(update(20, work_id="second"))
@@ -96,7 +96,7 @@ def test_a_new_attempt_replaces_the_old_one_whose_late_messages_count_no_more() 
 
 def test_the_last_message_of_a_stage_may_come_after_its_end() -> None:
     clock = Clock()
-    ledger = RunLedger(["teachers"], clock=clock)
+    ledger = RunProgress(["teachers"], clock=clock)
     ledger.apply(update(1))
     clock.now = 5
     ledger.finish("teachers", "done")
@@ -109,7 +109,7 @@ def test_the_last_message_of_a_stage_may_come_after_its_end() -> None:
 
 
 def test_the_loss_and_the_throughput_are_shown() -> None:
-    ledger = RunLedger(["tokenizer"])
+    ledger = RunProgress(["tokenizer"])
     ledger.apply(update(3, stage="tokenizer", unit="steps", description="training"))
     values = {"tokenizer/loss/total": 0.5, "tokenizer/loss/other": 9.0, "train/images_per_s": 70.0}
     ledger.apply(MetricsUpdate(stage="tokenizer", step=3, values=values))
@@ -121,7 +121,7 @@ def test_the_loss_and_the_throughput_are_shown() -> None:
 
 def test_the_table_has_a_line_per_stage_and_reads_no_markup() -> None:
     clock = Clock()
-    ledger = RunLedger(["shards", "teachers"], clock=clock)
+    ledger = RunProgress(["shards", "teachers"], clock=clock)
     ledger.apply(update(25, description="[red]features"))
     clock.now = 5
     ledger.apply(update(50, description="[red]features"))
@@ -135,7 +135,7 @@ def test_the_table_has_a_line_per_stage_and_reads_no_markup() -> None:
 
 
 def test_the_table_fits_a_narrow_terminal() -> None:
-    ledger = RunLedger(["teachers"])
+    ledger = RunProgress(["teachers"])
     ledger.apply(update(50, fields={"a long name of a field": 1.0}))
     assert max(len(line) for line in text_of(ledger.stages(), width=80).splitlines()) <= 80
 
@@ -144,7 +144,7 @@ def test_without_a_terminal_the_end_of_each_work_is_one_log_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
-    ledger = RunLedger(["teachers"], clock=clock)
+    ledger = RunProgress(["teachers"], clock=clock)
     console = Console(file=io.StringIO(), force_terminal=False)
     with (
         caplog.at_level(logging.INFO, "fqgan_dist"),
@@ -157,7 +157,7 @@ def test_without_a_terminal_the_end_of_each_work_is_one_log_line(
 
 
 def test_on_a_terminal_lines_pass_above_the_table(caplog: pytest.LogCaptureFixture) -> None:
-    ledger = RunLedger(["teachers"])
+    ledger = RunProgress(["teachers"])
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120)
     # As Ray's own handler: it holds the stream that was standard error when it was made.
@@ -182,7 +182,7 @@ def test_on_a_terminal_lines_pass_above_the_table(caplog: pytest.LogCaptureFixtu
 
 
 def test_the_last_state_is_shown_when_the_block_fails() -> None:
-    ledger = RunLedger(["teachers"])
+    ledger = RunProgress(["teachers"])
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120)
 

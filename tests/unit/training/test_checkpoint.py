@@ -88,14 +88,14 @@ def test_all_that_was_saved_loads_in_another_process_view(
     loaded = CheckpointStore(Storage(tmp_path), PREFIX).load_latest()
     assert loaded is not None
     assert _is_step(loaded, 7)
-    assert loaded.state == {"images_seen": 1792, "nested": {"list": [1, 0.1, None, "x"]}}
-    assert loaded.metrics == {"rfid": 1.25}
-    assert loaded.config == {"width": 4}
-    assert loaded.dataset_id == "d" * 64
-    assert loaded.part_names == ["optimizer", "weights"]
+    assert loaded.manifest.state == {"images_seen": 1792, "nested": {"list": [1, 0.1, None, "x"]}}
+    assert loaded.manifest.metrics == {"rfid": 1.25}
+    assert loaded.manifest.config == {"width": 4}
+    assert loaded.manifest.dataset_id == "d" * 64
+    assert loaded.manifest.parts == ["optimizer", "weights"]
     assert loaded.tensor_shapes("weights") == {"layer.weight": (4, 3), "layer.bias": (4,)}
     manifest = _file(tmp_path, 7, "manifest.json").read_bytes()
-    assert loaded.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
+    assert loaded.commit.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
 
 
 def test_commits_name_their_parents(store: CheckpointStore) -> None:

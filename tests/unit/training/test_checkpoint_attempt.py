@@ -49,7 +49,7 @@ def test_state_is_copied_too(tmp_path: Path) -> None:
         state["nested"].append(2)
     loaded = _store(tmp_path).load_latest()
     assert loaded is not None
-    assert loaded.state == {"nested": [1]}
+    assert loaded.manifest.state == {"nested": [1]}
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _check_loads(store: CheckpointStore, confirmed: int) -> int:
         assert confirmed == 0
         return 0
     assert confirmed <= loaded.step <= confirmed + 1
-    assert loaded.state == {"images_seen": loaded.step * 8}
+    assert loaded.manifest.state == {"images_seen": loaded.step * 8}
     for part, tensors in _content(loaded.step).items():
         read = loaded.read(part)
         assert read.keys() == tensors.keys()
@@ -203,7 +203,7 @@ def test_sigkill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path: Pat
         store = CheckpointStore(Storage(tmp_path), "checkpoints")
         loaded: Any = store.load_latest()
         assert confirmed <= loaded.step <= confirmed + 1
-        assert loaded.state == {"step": loaded.step}
+        assert loaded.manifest.state == {"step": loaded.step}
         for part in ("weights", "ema"):
             tensors = loaded.read(part)
             assert len(tensors) == 4

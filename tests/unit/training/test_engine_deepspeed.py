@@ -6,13 +6,12 @@ import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.engines import engine_settings
+from support.engines import engine_settings, with_zero_stage
 from support.tiny_tasks import (
     build_autoregressive_task,
     build_tokenizer_task,
@@ -175,7 +174,7 @@ def test_the_discriminator_must_be_frozen_while_the_tokenizer_s_loss_flows_throu
 def deepspeed_engine(zero_stage: int, module: nn.Module, settings: EngineSettings) -> Any:
     # Importing DeepSpeed takes seconds, and the library must import without it.
     engine = importlib.import_module("fqgan_dist.training.engine_deepspeed")
-    return engine.DeepSpeedEngine(module, replace(settings, zero_stage=zero_stage))
+    return engine.DeepSpeedEngine(module, with_zero_stage(settings, zero_stage))
 
 
 class CodeLookups(TorchDispatchMode):
@@ -240,6 +239,6 @@ def assert_all_fp32(engine: Any) -> None:
 def test_the_engine_that_a_training_asks_for_is_built(world: World, kind: str) -> None:
     training = load_tiny(f"tokenizer.training.engine={kind}").tokenizer.training
     layout = StepLayout.of(training, world)
-    settings = EngineSettings.of(training, name="network", layout=layout, device=CPU)
+    settings = EngineSettings(training=training, name="network", layout=layout, device=CPU)
     engine = build_engine(Network(), settings)
     assert isinstance(engine, PlainEngine) == (kind == "plain")

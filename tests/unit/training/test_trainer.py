@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import engine_settings
+from support.records import read_records
 from torch import Tensor, nn
 
 from fqgan_dist.config import Config
@@ -17,8 +18,7 @@ from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
 from fqgan_dist.errors import CheckpointError, DataError, NumericsError
 from fqgan_dist.randomness import keyed_torch_rng, torch_generator
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.json_lines import read_records
-from fqgan_dist.telemetry.metrics import MetricsFile, Record, metric_series, read_metrics
+from fqgan_dist.telemetry.metrics import MetricsFile, Record, metric_series
 from fqgan_dist.telemetry.progress import track
 from fqgan_dist.telemetry.published import PublishedRecords
 from fqgan_dist.training.checkpoint import CheckpointStore
@@ -200,16 +200,16 @@ class Run:
     def records(self) -> list[Record]:
         return [
             {name: value for name, value in record.items() if name not in TIMES}
-            for record in read_metrics(self.metrics_path)
+            for record in read_records(self.metrics_path)
         ]
 
     def ledger(self) -> list[Record]:
-        return read_records(self.ledger_path, kind="ledger")
+        return read_records(self.ledger_path)
 
     def note_publication(self) -> None:
         self.published_ledgers.append([record["slot"] for record in self.ledger()])
         steps = [commit.step for commit in self.store.list_commits()]
-        self.published.append((steps, read_metrics(self.metrics_path)))
+        self.published.append((steps, read_records(self.metrics_path)))
 
 
 class Publication(TrainerHook):
@@ -321,7 +321,7 @@ def test_the_ledger_is_published_before_the_checkpoint_that_it_leads_to(
 def test_metrics_count_the_damaged_samples_so_far(
     unbroken: tuple[Run, TrainingResult, ToyTask],
 ) -> None:
-    records = read_metrics(unbroken[0].metrics_path)
+    records = read_records(unbroken[0].metrics_path)
     counts = metric_series(records, "train/damaged_samples")
     assert counts == ([2, 4, 6, 8], [2, 5, 5, 6])
     # All six steps' images are counted once, although a checkpoint lies between two records.
@@ -395,11 +395,11 @@ def test_a_finished_run_is_not_trained_again(
     unbroken: tuple[Run, TrainingResult, ToyTask],
 ) -> None:
     run, result, _ = unbroken
-    records = read_metrics(run.metrics_path)
+    records = read_records(run.metrics_path)
     again, task = run.fit()
     assert task.steps_done == []
     assert again == result
-    assert read_metrics(run.metrics_path) == records
+    assert read_records(run.metrics_path) == records
 
 
 def test_it_logs_evaluates_and_saves_when_it_is_told_and_at_the_end(
@@ -423,10 +423,10 @@ def test_a_checkpoint_says_what_it_belongs_to(
     run, result, _ = unbroken
     loaded = run.store.load_latest()
     assert loaded is not None
-    assert loaded.state == {"images_seen": 48, "seed": 0}
-    assert loaded.config == {"width": 3, "depth": 1}
-    assert loaded.dataset_id == DATASET_ID
-    assert loaded.metrics == result.metrics
+    assert loaded.manifest.state == {"images_seen": 48, "seed": 0}
+    assert loaded.manifest.config == {"width": 3, "depth": 1}
+    assert loaded.manifest.dataset_id == DATASET_ID
+    assert loaded.manifest.metrics == result.metrics
 
 
 def test_metrics_are_published_before_the_checkpoint_that_they_lead_to(
