@@ -41,6 +41,10 @@ def open_checked_run(config: RunConfig, *, device: torch.device | None = None) -
     for stage in build_stages(context):
         # Also of stages that are not run now: their settings are part of what the others read.
         check_static_inputs(stage)
+    for stage in _named_stages(context):
+        for kind in stage.inputs:
+            if kind.stage not in config.stages:  # nobody would make it: say so before hours pass
+                context.read(kind)
     return context
 
 
@@ -55,9 +59,7 @@ def run_stages(
     `note_skipped` is told of each that is done already.
     """
     has_run = False
-    for stage in build_stages(context):
-        if stage.name not in context.config.stages or not stage.is_wanted(context.config):
-            continue
+    for stage in _named_stages(context):
         if is_stage_done(stage):
             logger.info("%s: already done from the same inputs, skipped", stage.name)
             note_skipped(stage)
@@ -69,6 +71,16 @@ def run_stages(
         write_summary(context)
     if not has_run:
         logger.info("nothing to do: every stage of this run is done already")
+
+
+def _named_stages(context: RunContext) -> list[Stage]:
+    """Build the stages that the run names and wants, in their order."""
+    config = context.config
+    return [
+        stage
+        for stage in build_stages(context)
+        if stage.name in config.stages and stage.is_wanted(config)
+    ]
 
 
 def run_stage_here(stage: Stage) -> None:

@@ -60,7 +60,8 @@ class EvaluationStage(Stage):
     """Judges reconstructions and samples."""
 
     output = Evaluated
-    inputs = (DatasetIds, TrainedTokenizer, Samples)
+    inputs = (DatasetIds, TrainedTokenizer)
+    optional_inputs = (Samples,)
     records = "one_per_inputs"
     can_be_taken = False
 

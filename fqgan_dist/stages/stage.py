@@ -154,7 +154,9 @@ class Stage(ABC):
     name: ClassVar[str]
     """Of the stage; its output's."""
     inputs: ClassVar[tuple[type[StageOutput], ...]] = ()
-    """What it reads of earlier stages, always or in some runs."""
+    """What it reads of earlier stages, which must have finished."""
+    optional_inputs: ClassVar[tuple[type[StageOutput], ...]] = ()
+    """What it reads of earlier stages in some runs."""
     runs_in: ClassVar[Literal["driver", "pool", "train_workers"]] = "pool"
     """Where a cluster runs it: in the driver; its chunks in a pool of actors; on train workers."""
     pool: ClassVar[str]

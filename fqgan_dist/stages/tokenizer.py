@@ -45,7 +45,8 @@ class TokenizerStage(TrainingStage):
     """Trains FQGAN."""
 
     output = TrainedTokenizer
-    inputs = (DatasetIds, FeatureIds)
+    inputs = (DatasetIds,)
+    optional_inputs = (FeatureIds,)
 
     @classmethod
     def training(cls, config: RunConfig) -> TrainingConfig:
