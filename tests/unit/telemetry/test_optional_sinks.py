@@ -157,12 +157,12 @@ def test_a_module_in_the_folder_may_be_named_in_a_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert TelemetryConfig(sinks=("mlflow", "wandb")).sinks == ("mlflow", "wandb")
-    known = r"sinks: 'toi' is no sink; known: mlflow, tensorboard, wandb"
+    known = r"sinks: 'toyy' is no sink; known: mlflow, tensorboard, wandb"
     with pytest.raises(ConfigError, match=known):
-        parse_config({"sinks": ["toi"]}, TelemetryConfig, source="test")
+        parse_config({"sinks": ["toyy"]}, TelemetryConfig, source="test")
     (tmp_path / "sinks").mkdir()
     (tmp_path / "sinks" / "toy.py").write_text("")
     monkeypatch.setattr(telemetry_config, "__file__", str(tmp_path / "config.py"))
     assert TelemetryConfig(sinks=("toy",)).sinks == ("toy",)
-    with pytest.raises(ConfigError, match=r"sinks: 'toi' is no sink; did you mean 'toy'\?"):
-        parse_config({"sinks": ["toi"]}, TelemetryConfig, source="test")
+    with pytest.raises(ConfigError, match=r"sinks: 'toyy' is no sink; did you mean 'toy'\?"):
+        parse_config({"sinks": ["toyy"]}, TelemetryConfig, source="test")
