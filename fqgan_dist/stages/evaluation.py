@@ -72,8 +72,8 @@ class EvaluationStage(Stage):
             yield describe_missing(reference)
 
     def settings(self) -> Mapping[str, Any]:
-        # ADM's reference file counts by its content, which is upstream: it may be moved, and is
-        # read only when this stage runs.
+        # ADM's reference file counts by its content, which is upstream: it may be moved. Whoever
+        # asks for this stage's record reads it, as the content is part of the record's name.
         evaluation = self.context.config.evaluation
         return {
             **evaluation.identity(),
