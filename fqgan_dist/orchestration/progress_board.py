@@ -137,13 +137,11 @@ class RayObserver:
     def track(self, total: int | None, description: str, unit: str) -> Iterator[ProgressBar]:
         bar, work_id = ProgressBar(total, description, unit), uuid.uuid4().hex
         stop = threading.Event()
-        told: WorkUpdate | None = None
 
         def tell() -> None:
-            nonlocal told
-            update = WorkUpdate(stage=self._stage, work_id=work_id, **vars(bar.state()))
-            self._send(update if update != told else None)
-            told = update
+            # Also what has not changed: a message to a board that is dying is lost, and nobody
+            # says so.
+            self._send(WorkUpdate(stage=self._stage, work_id=work_id, **vars(bar.state())))
 
         def report() -> None:
             tell()
