@@ -95,8 +95,6 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class _Job:
-    """Settings of all datasets that one command makes."""
-
     options: RearrangeOptions
     is_dry_run: bool
     observer: Observer

@@ -259,8 +259,6 @@ class CacheFolder:
 
 
 class _CachedShard(NamedTuple):
-    """A shard in the folder."""
-
     sha256: str
     size: int
     used: int

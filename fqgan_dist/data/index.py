@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.json"
 TABLE_SUFFIX = ".samples.parquet"
-_HASH_BLOCK_BYTES = 8 * 2**20
 _READS = 2
 
 # Names from an index are joined to a folder, so they must stay below it on every system.
@@ -416,20 +415,6 @@ def _read_expected(folder: Storage, path: str, sha256: str) -> bytes:
         f"{folder.uri(path)}: damaged: its sha256 is {found}, the index has {sha256}; "
         "copy the dataset again, or make it again with `fqgan-data shard`"
     )
-
-
-def hash_object(folder: Storage, path: str) -> tuple[str, int]:
-    """Compute the sha256 (hex) and the size in bytes of a stored object, a block at a time.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-    """
-    digest, size = hashlib.sha256(), 0
-    with folder.open_read(path) as stream:
-        while block := stream.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return digest.hexdigest(), size
 
 
 def _number_columns(table: SampleTable) -> list[np.ndarray]:

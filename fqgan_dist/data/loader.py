@@ -40,8 +40,6 @@ that what is held in memory is bounded either way, however slow the training is.
 
 
 class _Source(Protocol[LoadedT]):
-    """Loads micro-batches."""
-
     def __call__(self, index: MicroBatchIndex) -> LoadedT: ...
     def close(self) -> None: ...
 

@@ -146,8 +146,6 @@ class _Samples:
 
 
 class _Image(NamedTuple):
-    """A view of one sample."""
-
     sample: DueSample
     key: str
     label: int

@@ -8,7 +8,6 @@ URLs through a shell, unpickle `.pkl` members and expand compressed archives).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -20,6 +19,7 @@ from fqgan_dist.data.index import (
     load_samples,
 )
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.hashing import HashedStream
 from fqgan_dist.storage.storage import Storage
 
 _TAR_MAGIC_OFFSET = 257
@@ -50,9 +50,9 @@ def iterate_shard(folder: Storage, entry: ShardEntry) -> Iterator[tuple[str, int
             raise DataError(f"{source}: {size} bytes, the index has {entry.bytes}; copy it again")
         with folder.open_read(entry.file) as file:
             _check_plain_tar(file, source)
-            stream = _HashedStream(file, source)
-            yield from _read_samples(stream, table)
-            found = stream.finish()
+            stream = HashedStream(file)
+            yield from _read_samples(stream, table, source)
+            found, _ = stream.finish()
     except FileNotFoundError as error:
         raise DataError(f"{source}: no such file; the dataset is not complete") from error
     except OSError as error:
@@ -72,12 +72,14 @@ def _check_order(table: SampleTable, source: str) -> None:
         )
 
 
-def _read_samples(stream: _HashedStream, table: SampleTable) -> Iterator[tuple[str, int, bytes]]:
+def _read_samples(
+    stream: HashedStream, table: SampleTable, source: str
+) -> Iterator[tuple[str, int, bytes]]:
     for row, key in enumerate(table.keys):
-        data = stream.read_at(int(table.offsets[row]), int(table.sizes[row]))
+        data = _read_at(stream, int(table.offsets[row]), int(table.sizes[row]), source)
         if image_digest(data) != table.digests[row].tobytes():
             raise DataError(
-                f"{stream.source}: sample {key!r}: damaged: its bytes are not those of the table "
+                f"{source}: sample {key!r}: damaged: its bytes are not those of the table "
                 "of samples; copy the shard again"
             )
         yield key, int(table.labels[row]), data
@@ -95,42 +97,13 @@ def _check_plain_tar(file: BinaryIO, source: str) -> None:
     file.seek(0, os.SEEK_SET)
 
 
-class _HashedStream:
-    """Reads a file forwards and hashes what passes."""
-
-    def __init__(self, file: BinaryIO, source: str) -> None:
-        self.source = source
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._position = 0
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        """Pass over what lies before `offset` and read `size` bytes there.
-
-        Raises:
-            DataError: the file ends before.
-        """
-        while self._position < offset:
-            self._read_exactly(min(_BLOCK_BYTES, offset - self._position))
-        return self._read_exactly(size)
-
-    def finish(self) -> str:
-        """Read what is left and give the hash of the whole."""
-        while self._read(_BLOCK_BYTES):
-            pass
-        return self._hash.hexdigest()
-
-    def _read_exactly(self, size: int) -> bytes:
-        data = self._read(size)
-        if len(data) < size:
-            raise DataError(
-                f"{self.source}: ends at byte {self._position}, before its last sample; "
-                "copy it again"
-            )
-        return data
-
-    def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self._position += len(data)
-        return data
+def _read_at(stream: HashedStream, offset: int, size: int, source: str) -> bytes:
+    """Pass over what lies before `offset` and read `size` bytes there."""
+    while (gap := offset - stream.num_bytes) > 0 and stream.read(min(_BLOCK_BYTES, gap)):
+        pass
+    data = stream.read(size)
+    if stream.num_bytes != offset + size:
+        raise DataError(
+            f"{source}: ends at byte {stream.num_bytes}, before its last sample; copy it again"
+        )
+    return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import urllib.error
 import urllib.request
@@ -16,10 +15,10 @@ from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, NeededWeights
+from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import locate_file
 from fqgan_dist.tokenizer.config import PerceptualConfig
 
-_READ_BYTES = 8 * 2**20
 _LENGTH_BYTES = 8
 # safetensors' own limit.
 _LARGEST_HEADER_BYTES = 100 * 10**6
@@ -68,8 +67,7 @@ def check_file(field: str, source: str, sha256: str | None) -> Verdict:
             return failed(field, f"{source}: {problem}", "fetch the file again")
         if sha256 is None:
             return ok(field, f"{source}: {size / 2**20:,.1f} MiB; no sha256 is given to compare")
-        with folder.open_read(name) as file:
-            found = _hash(file)
+        found, _ = hash_object(folder, name)
     except FileNotFoundError:
         return failed(field, f"{source}: no such file on this node", "bring it there, or use s3://")
     except DataError as error:
@@ -92,13 +90,6 @@ def _find_damage(file: BinaryIO, size: int) -> str | None:
         return "not a safetensors file"
     expected = _LENGTH_BYTES + length + max(ends, default=0)
     return None if size == expected else f"has {size} bytes, expected {expected}"
-
-
-def _hash(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while data := file.read(_READ_BYTES):
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def _find_hub_state(network: FrozenNetwork) -> HubState:

@@ -109,8 +109,6 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Job:
-    """One piece of work of a pool."""
-
     number: int
     """In its pool."""
     work: ChunkWork

@@ -77,8 +77,6 @@ def check_shard(
 
 
 class _ShardCheck:
-    """The check of one tar."""
-
     def __init__(
         self,
         dataset: Dataset,
@@ -131,7 +129,6 @@ class _ShardCheck:
         return is_noted and sample.key not in self._rows
 
     def _find_fault(self, sample: TarSample) -> str | None:
-        """Say what is wrong with a sample; None if nothing is."""
         if self._is_left_out(sample):
             return None
         row = self._rows.get(sample.key)

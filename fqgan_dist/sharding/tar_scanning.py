@@ -7,8 +7,6 @@ is read into memory only where the caller asks for it, and only up to a limit.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +19,7 @@ from webdataset.tariterators import base_plus_ext
 from fqgan_dist.data.index import is_safe_key
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import MAX_IMAGE_BYTES, find_danger, show_name
+from fqgan_dist.storage.hashing import HashedStream
 
 MAX_MEMBER_BYTES = MAX_IMAGE_BYTES
 """Largest member that is read."""
@@ -28,7 +27,6 @@ MAX_MEMBER_BYTES = MAX_IMAGE_BYTES
 UNPICKLED_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 """Endings of members that webdataset's `decode()` would unpickle, and so run what is in them."""
 
-_BLOCK_BYTES = 2**20
 _BUFFER_BYTES = 2**16
 """tarfile copies what is left of its buffer at each of its reads: a larger one is slower."""
 _MAX_HEADER_BYTES = 2**20
@@ -98,7 +96,7 @@ class TarScan:
             file: the tar.
             source: its name, for errors.
         """
-        self._stream = _HashedStream(file)
+        self._stream = HashedStream(file)
         self._source = source
 
     def members(self, is_wanted: Callable[[str], bool]) -> Iterator[TarMember]:
@@ -132,9 +130,7 @@ class TarScan:
 
     def finish(self) -> tuple[str, int]:
         """Read what is left and give the sha256 (hex) and the size of the whole file."""
-        while self._stream.read(_BLOCK_BYTES):
-            pass
-        return self._stream.hash.hexdigest(), self._stream.num_bytes
+        return self._stream.finish()
 
 
 def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
@@ -207,22 +203,3 @@ class _Header(tarfile.TarInfo):
 def _make_header_type() -> type[_Header]:
     """Make a class of its own for a scan: tarfile wants a class, and it holds the scan's state."""
     return type("_Header", (_Header,), {})
-
-
-class _HashedStream(io.RawIOBase):
-    """Reads a file and hashes what passes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._file.read(size)
-        self.hash.update(data)
-        self.num_bytes += len(data)
-        return data

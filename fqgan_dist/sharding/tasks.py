@@ -21,7 +21,6 @@ from fqgan_dist.data.index import (
     ShardEntry,
     SourceProblem,
     encode_samples,
-    hash_object,
     table_name,
 )
 from fqgan_dist.errors import DataError
@@ -30,6 +29,7 @@ from fqgan_dist.sharding.listing import ImageReader
 from fqgan_dist.sharding.plan import PlannedShard
 from fqgan_dist.sharding.plan_files import PlannedRows
 from fqgan_dist.sharding.shard_building import BuiltShard, build_shard
+from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging

@@ -21,7 +21,6 @@ from fqgan_dist.data.index import (
     INDEX_NAME,
     SampleTable,
     ShardEntry,
-    hash_object,
     load_samples,
     table_name,
 )
@@ -39,6 +38,7 @@ from fqgan_dist.sharding.sample_checks import (
 )
 from fqgan_dist.sharding.sample_rules import INDEXED
 from fqgan_dist.sharding.sources.spool import open_spool_folder
+from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import SILENT, Observer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -11,23 +11,22 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.evaluation.config import FEATURE_DIM
 from fqgan_dist.evaluation.moments import load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
+from fqgan_dist.storage.hashing import HashedStream
 from fqgan_dist.storage.storage import locate_file
 
 FIELD = "evaluation.adm_reference"
-_BLOCK_BYTES = 1 << 24
 
 
+# Once per process: every summary asks, and at the end of a training the file may be out of reach.
+@functools.cache
 def hash_adm_reference(source: str) -> str:
     """Hash the bytes of a reference file, which holds 2 GB of images too, block by block.
 
     Raises:
         ConfigError: there is no such file.
     """
-    digest = hashlib.sha256()
     with _open(source) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return HashedStream(file).finish()[0]
 
 
 def load_adm_reference(source: str, *, sha256: str, evaluator_id: str) -> ReferenceStatistics:

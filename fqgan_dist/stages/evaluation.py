@@ -6,7 +6,6 @@ in chunk order, so the numbers are equal to the bit for any number of processes 
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -117,7 +116,7 @@ class EvaluationStage(Stage):
     def _folder(self) -> str:
         return f"{self.name}/results/{fingerprint(self.collect_inputs())}"
 
-    @functools.cached_property
+    @property
     def _adm_sha256(self) -> str | None:
         source = self.context.config.evaluation.adm_reference
         return None if source is None else hash_adm_reference(source)

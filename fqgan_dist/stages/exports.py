@@ -38,7 +38,6 @@ from fqgan_dist.tokenizer.model import FactorizedTokenizer
 logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["npz", "png", "webdataset"]
-EXPORT_FORMATS: tuple[ExportFormat, ...] = ("npz", "png", "webdataset")
 NamedSample = tuple[str, NDArray[np.uint8], int]
 """Name, image (H, W, 3) and label."""
 

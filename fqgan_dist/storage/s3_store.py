@@ -55,8 +55,6 @@ Sink = Callable[[int, bytes], Awaitable[None]]
 
 @dataclass
 class _Span:
-    """A range of an object that is being read."""
-
     uri: str
     position: int
     end: int

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import FileRecord, TensorRecord, part_file_name
 
@@ -40,7 +41,6 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _MAX_FILE_BYTES = 128 * 2**20
 # Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8).
 _TRANSFER_THREADS = 4
-_HASH_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -203,15 +203,11 @@ def _read_file(storage: Storage, folder: str, file: FileRecord) -> dict[str, Ten
 
 def _find_file_damage(storage: Storage, folder: str, file: FileRecord) -> str | None:
     path = f"{folder}/{file.file}"
-    hasher, size = hashlib.sha256(), 0
     try:
-        with storage.open_read(path) as stream:
-            while chunk := stream.read(_HASH_CHUNK_BYTES):
-                hasher.update(chunk)
-                size += len(chunk)
+        digest, size = hash_object(storage, path)
     except FileNotFoundError:
         return f"{storage.uri(path)}: missing"
-    problem = _compare(file, size, hasher.hexdigest())
+    problem = _compare(file, size, digest)
     return f"{storage.uri(path)}: {problem}" if problem else None
 
 

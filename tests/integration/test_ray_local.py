@@ -26,6 +26,7 @@ def test_more_workers_than_this_machine_has_slots_are_refused_at_once(tmp_path: 
     assert not (tmp_path / "root" / "manifests").exists()
 
 
+@pytest.mark.full("trains on Ray; causes and retries are told apart in test_observability_on_ray")
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_no_retry(tmp_path: Path) -> None:
     done = run(
         tmp_path / "root",

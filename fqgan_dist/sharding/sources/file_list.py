@@ -208,7 +208,6 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
 
 
 def _measure(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> Mapping[str, int]:
-    """Find the sizes of the files that are there."""
     if storage.is_local:
         return _measure_files(storage, paths, bar)
     # One request lists a thousand objects; one request each would take hours for a million.

@@ -84,8 +84,6 @@ def open_parquet(uri: str, options: SourceOptions, observer: Observer) -> Iterat
 
 @dataclass(frozen=True)
 class _Columns:
-    """What is read of the files."""
-
     image: str
     label: str | None
     key: str | None
@@ -95,8 +93,6 @@ class _Columns:
 
 @dataclass
 class _Rows:
-    """What was found, row by row."""
-
     classes: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     """File name that is stored with the image; "" where there is none."""

@@ -195,8 +195,6 @@ def _add_sample(
 
 @dataclass
 class _ShardContent:
-    """What a pass over a shard found."""
-
     samples: list[tuple[str, str, int, int]] = field(default_factory=list)
     """Class, key, offset and size."""
     odd: list[tuple[str, str, bool]] = field(default_factory=list)

@@ -14,7 +14,6 @@ from fqgan_dist.data.index import (
     ShardEntry,
     decode_samples,
     encode_samples,
-    hash_object,
     load_index,
     load_samples,
     parse_index,
@@ -203,9 +202,3 @@ def test_load_samples_refuses_a_sample_beyond_the_tar(tmp_path: Path):
 def test_load_samples_names_a_missing_table(tmp_path: Path):
     with pytest.raises(DataError, match=r"samples\.parquet: no such file"):
         load_samples(Storage(tmp_path), make_entry())
-
-
-def test_hash_object_is_the_sha256_of_the_file(tmp_path: Path):
-    data = bytes(range(256)) * 40_000  # more than one block
-    (tmp_path / "x").write_bytes(data)
-    assert hash_object(Storage(tmp_path), "x") == (hashlib.sha256(data).hexdigest(), len(data))

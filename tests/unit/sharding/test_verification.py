@@ -18,7 +18,6 @@ from fqgan_dist.data.index import (
     DatasetIndex,
     ShardEntry,
     encode_samples,
-    hash_object,
     load_index,
     load_samples,
 )
@@ -29,6 +28,7 @@ from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.verification import VerifyReport, verify_dataset
+from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import Storage
 
 

@@ -7,6 +7,7 @@ import io
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fqgan_dist.chunks import ChunkWork, run_in_processes
 from fqgan_dist.config import load_config
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.exports import EXPORT_FORMATS, ExportFormat, ExportsStage, export_samples
+from fqgan_dist.stages.exports import ExportFormat, ExportsStage, export_samples
 from fqgan_dist.stages.run import check_static_inputs, is_stage_done
 from fqgan_dist.stages.samples import Samples, SamplesStage
 from fqgan_dist.stages.stage import RunContext
@@ -32,6 +33,7 @@ from fqgan_dist.world import World
 
 TINY = Path(__file__).parents[2] / "support" / "tiny.yaml"
 COUNT, CHUNK_SIZE, SIDE = 5, 2, 32
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 
 @pytest.fixture
