@@ -72,7 +72,8 @@ def extend(
     folder = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ExtensionConfig)
-    with open_source(source_uri, observer=observer, **source_options) as source:
+    split = Dataset.open(folder).index.split
+    with open_source(source_uri, split=split, observer=observer, **source_options) as source:
         if is_dry_run:
             return _preview(folder, source, config)
         with open_workers(options, folder, source, observer) as run_chunks:

@@ -97,7 +97,8 @@ class DataConfig(Config):
     """Image folder, tar(.gz), zip, WebDataset shards (a folder, or `x-{000..146}.tar`), parquet, or
     a CSV/JSONL list of files; a path or s3://. Or `builtin:photographs`."""
     validation_source: str | None = None
-    """Held-out images; None: `val` beside `source` if it is called `train`, else a share of it."""
+    """Held-out images; None: `val`, `valid`, `validation` or `test` beside `source` if it is called
+    `train`, or those files of its folder that are called so; else a share of it."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of `source` that is held out where it has no validation images beside it."""
     seed: int = 0

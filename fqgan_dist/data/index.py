@@ -389,7 +389,8 @@ def load_samples(folder: Storage, entry: ShardEntry) -> SampleTable:
     samples, _ = decode_samples(data, source=source)
     if len(samples) != entry.count:
         raise DataError(f"{source}: {len(samples)} samples, the index has {entry.count}")
-    if int((samples.offsets + samples.sizes).max()) > entry.bytes:
+    # Not their sum, which wraps around for the greatest numbers.
+    if (samples.sizes > entry.bytes - samples.offsets).any():
         raise DataError(f"{source}: a sample lies beyond the shard's {entry.bytes} bytes")
     return samples
 

@@ -33,6 +33,7 @@ from fqgan_dist.data.index import (
 )
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.listing import sort_problems
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
@@ -173,7 +174,11 @@ def _find_shards(folder: Storage, pattern: str) -> dict[str, int]:
         DataError: there are none, or their names or kinds are not usable.
     """
     found = folder.list()
-    names = [name for name in found if name.endswith(".tar") and fnmatch.fnmatchcase(name, pattern)]
+    names = [
+        name
+        for name in found
+        if name.endswith(".tar") and fnmatch.fnmatchcase(name, pattern) and not is_dropping(name)
+    ]
     if not names:
         compressed = [name for name in found if name.endswith(_COMPRESSED)]
         what = f"only compressed ones ({compressed[0]} ...)" if compressed else "none"

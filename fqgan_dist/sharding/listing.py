@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 
 from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.droppings import REASON, find_dropping
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image names, in small letters."""
@@ -29,6 +30,9 @@ IN_CLASS_FOLDERS = "images as class/name.ext"
 
 _MAX_NAME_LENGTH = 1000
 _SHOWN_NAMES = 3
+# How "no label" is written where a class is expected, in small letters: -1 is Hugging Face's, the
+# others are what tables hold for a missing value.
+_NO_LABELS = frozenset({"-1", "-1.0", "nan", "null", "<na>"})
 # A label below this is the number of a class, so that every label keeps its number; a greater
 # number (an id of some catalogue) is a name like any other.
 _MAX_CLASS_NUMBER = 99_999
@@ -110,11 +114,12 @@ class SourceListing:
     def class_names(self) -> list[str]:
         """Give the classes in the order of their labels.
 
-        They are the source's own, also those without an image here; else those that occur, sorted.
+        They are the source's own, also those without an image here; else as `order_classes` has
+        those that occur.
         """
         if self.classes is not None:
             return list(self.classes)
-        return sorted({class_of(name) for name in self.names})
+        return order_classes({class_of(name) for name in self.names})
 
     def select(self, rows: np.ndarray) -> SourceListing:
         """Keep some members, given by their rows in ascending order; problems stay listed."""
@@ -151,6 +156,24 @@ def class_of(name: str) -> str:
     return name.partition("/")[0]
 
 
+def order_classes(names: Set[str]) -> list[str]:
+    """Put classes into the order of their labels, the same for every kind of source.
+
+    Where all names are numbers, they are the labels: the classes are 0, 1, ... up to the greatest.
+    Else the names are sorted.
+    """
+    if all(name.isdecimal() and name.isascii() and name == str(int(name)) for name in names):
+        greatest = max(map(int, names), default=0)
+        if greatest <= _MAX_CLASS_NUMBER:
+            return [str(label) for label in range(greatest + 1)]
+    return sorted(names)
+
+
+def is_no_label(name: str) -> bool:
+    """Whether what stands in a class's place says that there is none."""
+    return name.strip().lower() in _NO_LABELS
+
+
 class ListingBuilder:
     """Collects the members of a source and sorts out those that cannot be images."""
 
@@ -182,6 +205,8 @@ class ListingBuilder:
         self._numbers = array("q")  # offset, size and packed size of each member
         self._checks = bytearray()
         self._problems: list[SourceProblem] = []
+        self._droppings: set[str] = set()
+        self._class_folders: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -197,14 +222,26 @@ class ListingBuilder:
             if not name.startswith(self.subfolder + "/"):
                 return
             name = name[len(self.subfolder) + 1 :]
+        if self.is_dropping(name):
+            return
+        if "/" in name:
+            self._class_folders.add(class_of(name))
         if name.count("/") != 1 or not all(name.split("/")):
             self.skip(name, "not class/name.ext")
         elif not is_image_name(name):
             self.skip(name, f"not named as an image ({', '.join(IMAGE_SUFFIXES)})")
-        elif reason := _find_fault_of_size(place.size):
+        elif reason := _find_fault_of_label(class_of(name)) or _find_fault_of_size(place.size):
             self.skip(name, reason)
         else:
             self._take(name, place)
+
+    def is_dropping(self, name: str) -> bool:
+        """Whether a file or folder is none of the data; it is noted once."""
+        dropping = find_dropping(name)
+        if dropping is not None and dropping not in self._droppings:
+            self._droppings.add(dropping)
+            self.skip(dropping, REASON)
+        return dropping is not None
 
     def add_labelled(
         self,
@@ -230,7 +267,7 @@ class ListingBuilder:
             danger = f"{printable(key)!r} is not a safe key: printable, without '..' or a dot"
         if danger is not None:
             self.refuse(shown_name, danger)
-        elif reason := _find_fault_of_size(place.size):
+        elif reason := _find_fault_of_label(class_name) or _find_fault_of_size(place.size):
             self.skip(shown_name, reason)
         else:
             self._take(f"{class_name}/{name}", place)
@@ -264,6 +301,8 @@ class ListingBuilder:
         if self._keys:
             assert len(self._keys) == len(self._names), "only some members were given a key"
             _check_keys_are_unique(self.uri, self._keys, self._names)
+        for name in sorted(self._class_folders - {class_of(name) for name in self._names}):
+            self.skip(name, "a class folder without a usable image: no class")
         order = self._sort()
         numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, 3)[order]
         checks = np.frombuffer(bytes(self._checks), np.uint8)
@@ -285,16 +324,6 @@ class ListingBuilder:
             classes=None if classes is None else list(classes),
             class_descriptions=dict(class_descriptions or {}),
         )
-
-    def class_numbers(self) -> list[str] | None:
-        """Give the classes 0, 1, ... up to the greatest that occurs, if all classes are numbers."""
-        found = {class_of(name) for name in self._names}
-        if not all(name.isdecimal() and name.isascii() for name in found):
-            return None
-        greatest = max(map(int, found), default=0)
-        if greatest > _MAX_CLASS_NUMBER or any(name != str(int(name)) for name in found):
-            return None
-        return [str(label) for label in range(greatest + 1)]
 
     def _take(self, name: str, place: Place) -> None:
         assert len(place.check) == self._check_bytes, "members of one listing are checked alike"
@@ -356,7 +385,7 @@ def is_image_name(name: str) -> bool:
 
 def find_danger(name: str) -> str | None:
     """Say why a name must not be used at all; None if it is safe."""
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+    if name.startswith("/") or re.match(r"[A-Za-z]:/", name):
         return "an absolute name"
     if ".." in name.split("/"):
         return "the name leaves the source's folder"
@@ -365,6 +394,10 @@ def find_danger(name: str) -> str | None:
     if len(name) > _MAX_NAME_LENGTH:
         return f"a name of {len(name)} characters; at most {_MAX_NAME_LENGTH} are allowed"
     return None
+
+
+def _find_fault_of_label(class_name: str) -> str | None:
+    return f"no label: {class_name!r}" if is_no_label(class_name) else None
 
 
 def _find_fault_of_size(size: int) -> str | None:

@@ -71,6 +71,8 @@ def check_shard(
             reason = describe_wrong_file(entry, *scan.finish())
     except FileNotFoundError:
         reason = "missing"
+    except DataError as error:
+        reason = str(error)
     if reason is not None:
         check.findings.damages.append(Damage(entry.file, reason))
     return check.findings

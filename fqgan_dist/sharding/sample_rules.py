@@ -14,7 +14,7 @@ from pydantic import field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, show_name
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, is_no_label, show_name
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
 
 _IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -102,7 +102,12 @@ class SampleRules(Config):
             label = self._read_field(text) if self.labels == "json" else text.strip()
         except (ValueError, RecursionError) as error:
             raise DataError(f".{self.labels}: cannot be read: {error}") from error
-        if not label or not label.isprintable() or len(label) > _MAX_LABEL_CHARACTERS:
+        if (
+            not label
+            or is_no_label(label)
+            or not label.isprintable()
+            or len(label) > _MAX_LABEL_CHARACTERS
+        ):
             raise DataError(
                 f".{self.labels}: {label[:_SHOWN_CHARACTERS]!a} is no label; expected a "
                 f"number or a name of at most {_MAX_LABEL_CHARACTERS} characters"

@@ -98,6 +98,7 @@ class TarScan:
         """
         self._stream = HashedStream(file)
         self._source = source
+        self._end: int | None = None
 
     def members(self, is_wanted: Callable[[str], bool]) -> Iterator[TarMember]:
         """Yield the members but folders, with the bytes of those whose name is wanted.
@@ -115,6 +116,7 @@ class TarScan:
                     archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
                     if not info.isdir():
                         yield _read_member(archive, info, is_wanted)
+                end = archive.offset
         # Each extended header before a member is a recursion of tarfile.
         except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
             raise DataError(
@@ -127,10 +129,27 @@ class TarScan:
                 f"{self._source}: the tar file is damaged or cut off: it has no end mark; "
                 "copy or make it again"
             )
+        self._end = end
 
     def finish(self) -> tuple[str, int]:
-        """Read what is left and give the sha256 (hex) and the size of the whole file."""
-        return self._stream.finish()
+        """Read what is left and give the sha256 (hex) and the size of the whole file.
+
+        Raises:
+            DataError: there is more behind the end mark of the members that were read.
+        """
+        found = self._stream.finish()
+        if self._end is not None and self._stream.content_end > self._end:
+            raise DataError(describe_rest(self._source, self._end))
+        return found
+
+
+def describe_rest(source: str, end: int) -> str:
+    """Say that a tar goes on behind its end mark, where no reader of tars looks."""
+    return (
+        f"{source}: the tar goes on behind its end mark at byte {end}: several archives in one "
+        "file, as `cat` puts them together; expected one archive, as `tar --concatenate` makes: "
+        "what comes behind would be passed over"
+    )
 
 
 def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:

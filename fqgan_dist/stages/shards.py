@@ -21,6 +21,7 @@ from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.sharding.sources.splits import HELD_OUT_WORDS, find_held_out_split
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 from fqgan_dist.storage.names import is_remote
@@ -149,14 +150,22 @@ def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
             yield source
         return
     train, val = _locate_splits(data.source, data.validation_source)
-    with open_source(train if split == "train" or val is None else val) as source:
+    if val is None and (own := find_held_out_split(train)):
+        with open_source(train, split="train" if split == "train" else own) as source:
+            yield source
+        return
+    with open_source(train if split == "train" or val is None else val, split=split) as source:
         if val is None:
             source = _hold_out(source, split, data.validation_fraction, data.seed)
         yield source
 
 
 def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
-    """Find the training and validation images of a source; None: there is no validation source."""
+    """Find the training and validation images of a source; None: there is no validation source.
+
+    Raises:
+        ConfigError: there are several beside the training images.
+    """
     source = source.rstrip("/")  # `DIR/train/` is called `train` too
     train = f"{source}/train" if folder_exists(f"{source}/train") else source
     if validation_source is not None:
@@ -164,8 +173,15 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
     head, _, name = train.rpartition("/")
     if not name.startswith("train"):
         return train, None
-    val = f"{head}/val{name.removeprefix('train')}" if head else f"val{name.removeprefix('train')}"
-    return train, val if source_exists(val) else None
+    rest = name.removeprefix("train")
+    names = [f"{head}/{word}{rest}" if head else f"{word}{rest}" for word in HELD_OUT_WORDS]
+    found = [val for val in names if source_exists(val)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"data.validation_source: beside {train!r} are {', '.join(map(repr, found))}; name the "
+            "one that holds the validation images"
+        )
+    return train, found[0] if found else None
 
 
 def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:

@@ -20,6 +20,8 @@ class HashedStream(io.RawIOBase):
         self._hash = hashlib.sha256()
         self.num_bytes = 0
         """Bytes that have passed."""
+        self.content_end = 0
+        """Where the zeros at the end of what has passed begin."""
 
     def readable(self) -> bool:
         return True
@@ -27,6 +29,8 @@ class HashedStream(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         data = self._file.read(size)
         self._hash.update(data)
+        if content := data.rstrip(b"\0"):
+            self.content_end = self.num_bytes + len(content)
         self.num_bytes += len(data)
         return data
 

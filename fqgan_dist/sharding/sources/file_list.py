@@ -73,7 +73,6 @@ def list_named_files(uri: str, options: SourceOptions, observer: Observer) -> So
         "manifest",
         FileReader(storage),
         is_shared_by_nodes=options.is_shared or not storage.is_local,
-        classes=builder.class_numbers(),
     )
 
 
@@ -140,6 +139,8 @@ def _check_rows(
         class_name = class_from_value(columns.label_of(row))
         if reason := _find_danger_of_path(path):
             builder.refuse(str(path), f"row {number}: {reason}")
+        elif builder.is_dropping(path):
+            pass
         elif class_name is None:
             builder.skip(path, f"row {number}: {describe_missing_class(columns.label_of(row))}")
         elif not is_image_name(path):
@@ -156,7 +157,7 @@ def _find_danger_of_path(path: Any) -> str | None:
     """Say why a path must not be opened; None if it may be."""
     if not isinstance(path, str) or not path:
         return "no path"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
+    if re.match(r"(data|file|pipe):|[A-Za-z][A-Za-z0-9+.-]*:/", path):
         return "a URL or drive; expected a path below the root"
     return find_danger(path)
 

@@ -6,9 +6,11 @@ import os
 import re
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+from fqgan_dist.sharding.sources.shard_pattern import is_pattern, match_pattern
 from fqgan_dist.storage.names import find_scheme
 from fqgan_dist.storage.storage import BACKENDS, Storage, check_root, locate_file
+
+_SHOWN_NAMES = 3
 
 
 def check_source_uri(uri: str) -> None:
@@ -30,9 +32,11 @@ def check_source_uri(uri: str) -> None:
 
 
 def source_exists(uri: str) -> bool:
-    """Whether a file, a folder, or the first shard of a pattern is there."""
+    """Whether a file, a folder, or one file of a pattern is there."""
     storage, name = locate_file(uri.rstrip("/"))
-    return storage.exists(expand_pattern(name)[0]) or folder_exists(uri)
+    if is_pattern(uri):
+        return bool(match_pattern(name, storage.list())[0])
+    return storage.exists(name) or folder_exists(uri)
 
 
 def folder_exists(uri: str) -> bool:
@@ -52,3 +56,19 @@ def locate_existing_file(uri: str) -> tuple[Storage, str, int]:
         return storage, name, storage.size(name)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file; correct the path of the source") from error
+
+
+def locate_files(uri: str) -> tuple[Storage, list[str]]:
+    """Give the storage of the folder, and the files in it that a name or a pattern stands for.
+
+    Raises:
+        DataError: some are missing.
+    """
+    storage, pattern = locate_file(uri)
+    files, missing = match_pattern(pattern, storage.list())
+    if missing:
+        raise DataError(
+            f"{uri}: {len(missing)} of {len(missing) + len(files)} shards are missing: "
+            f"{missing[:_SHOWN_NAMES]!r}; correct the pattern, or copy them again"
+        )
+    return storage, files

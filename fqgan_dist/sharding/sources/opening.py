@@ -50,7 +50,6 @@ _SHOWN_NAMES = 3
 _LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, Observer], SourceListing]] = {
     "folder": list_folder,
     "zip": list_zip,
-    "webdataset": list_shards,
     "manifest": list_named_files,
 }
 
@@ -68,7 +67,7 @@ def open_source(
 
     Args:
         uri: a path, an s3:// URI, or `builtin:photographs`.
-        split: part of the photographs, `train` or `val`; no meaning for other sources.
+        split: part of the photographs, `train` or `val`, or of a folder that has files of several.
         photographs: how the photographs are cropped; None for other sources.
         observer: is told how far listing and unpacking are.
         options: fields of `SourceOptions`.
@@ -91,8 +90,10 @@ def open_source(
         with open_tar(uri, chosen, observer) as listing:
             yield listing
     elif kind == "parquet":
-        with open_parquet(uri, chosen, observer) as listing:
+        with open_parquet(uri, chosen, observer, split=split) as listing:
             yield listing
+    elif kind == "webdataset":
+        yield list_shards(uri, chosen, observer, split=split)
     else:
         yield _LISTERS[kind](uri, chosen, observer)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,
     ListingBuilder,
@@ -29,9 +30,11 @@ from fqgan_dist.sharding.listing import (
     printable,
 )
 from fqgan_dist.sharding.sources.labels import class_from_value, describe_missing_class
-from fqgan_dist.sharding.sources.locations import locate_existing_file
+from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
+from fqgan_dist.sharding.sources.shard_pattern import is_pattern
+from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
@@ -53,8 +56,10 @@ _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "we
 
 
 @contextmanager
-def open_parquet(uri: str, options: SourceOptions, observer: Observer) -> Iterator[SourceListing]:
-    """List the images of a parquet file, or of all in a folder.
+def open_parquet(
+    uri: str, options: SourceOptions, observer: Observer, *, split: str
+) -> Iterator[SourceListing]:
+    """List the images of a parquet file, of several by a pattern, or of a split's in a folder.
 
     A row's name is its class and the file name that is stored with its image, where all rows have
     one of their own; else the parquet file's name and the number of the row.
@@ -63,7 +68,7 @@ def open_parquet(uri: str, options: SourceOptions, observer: Observer) -> Iterat
         ConfigError: the columns cannot be told.
         DataError: a file is missing or damaged, or there is no image.
     """
-    storage, files = _find_files(uri)
+    storage, files = _find_files(uri, split)
     columns = _choose_columns(uri, _read_schema(storage, files[0]), options)
     rows = _Rows()
     with open_spool_folder() as folder:
@@ -77,7 +82,7 @@ def open_parquet(uri: str, options: SourceOptions, observer: Observer) -> Iterat
             "parquet",
             RangeReader(Storage(folder)),
             is_shared_by_nodes=False,
-            classes=columns.class_names or builder.class_numbers(),
+            classes=columns.class_names,
             class_descriptions=columns.class_descriptions,
         )
 
@@ -106,15 +111,19 @@ class _Rows:
     odd: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _find_files(uri: str) -> tuple[Storage, list[str]]:
+def _find_files(uri: str, split: str) -> tuple[Storage, list[str]]:
+    if is_pattern(uri):
+        return locate_files(uri)
     if uri.endswith(PARQUET_SUFFIX):
         storage, name, _ = locate_existing_file(uri)
         return storage, [name]
     storage = Storage(uri)
-    names = [name for name in storage.list() if name.endswith(PARQUET_SUFFIX)]
+    names = [
+        name for name in storage.list() if name.endswith(PARQUET_SUFFIX) and not is_dropping(name)
+    ]
     if not names:
         raise DataError(f"{uri}: no .parquet files; correct the path, or name another format")
-    return storage, names
+    return storage, choose_files(uri, names, split)
 
 
 def _spool_name(file: str) -> str:
@@ -184,9 +193,16 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _holds_classes(kind: pa.DataType) -> bool:
-    return any(
-        check(kind) for check in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    if pa.types.is_dictionary(kind):
+        return _holds_classes(kind.value_type)
+    # Whole numbers are floating-point ones where pandas had a missing value among them.
+    checks = (
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_string,
+        pa.types.is_large_string,
     )
+    return any(check(kind) for check in checks)
 
 
 def _read_class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None, dict[str, str]]:

@@ -33,6 +33,7 @@ from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
+from fqgan_dist.sharding.tar_scanning import describe_rest
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
@@ -227,6 +228,9 @@ def _iterate_members(section: _Section, source: str) -> Iterator[tarfile.TarInfo
             f"{source}: the tar file is cut off: it has no end mark after {end} bytes; "
             "copy or make it again"
         )
+    while block := section.read(_MAX_HEADER_BYTES):
+        if any(block):
+            raise DataError(describe_rest(source, end))
 
 
 class _Section(io.RawIOBase):

@@ -20,14 +20,16 @@ from fqgan_dist.data.index import (
     parse_index,
 )
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
 from fqgan_dist.sharding.sources.concurrency import map_in_order
+from fqgan_dist.sharding.sources.locations import locate_files
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
-from fqgan_dist.sharding.sources.shard_pattern import expand_pattern
+from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
-from fqgan_dist.storage.storage import Storage, locate_file
+from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
 SHARD_SUFFIX = ".tar"
@@ -40,16 +42,19 @@ _SHOWN_NAMES = 3
 _COMPANIONS = re.compile(r".*\.(json|jsonl|parquet|csv|txt|md|idx|yaml)|README|LICENSE|\..*")
 
 
-def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
+def list_shards(
+    uri: str, options: SourceOptions, observer: Observer, *, split: str
+) -> SourceListing:
     """List the samples of shards.
 
     Args:
         uri: a folder of shards, one shard, or a pattern such as `shard-{000000..000146}.tar`.
         options: how they are read.
         observer: is told how far it is.
+        split: which shards are meant, where the folder has some of several splits and no index.
 
     Raises:
-        ConfigError: the pattern is wrong.
+        ConfigError: the pattern is wrong, or the split cannot be told.
         DataError: a shard is missing or damaged, no class can be found, or keys are repeated.
     """
     storage, shards, odd = _find_shards(uri)
@@ -65,8 +70,10 @@ def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceL
     else:
         strays = []
         builder = ListingBuilder(uri, expected=_EXPECTED)
+        if is_folder:
+            shards = choose_files(uri, shards, split)
         _list_by_scans(storage, shards, builder, options, observer)
-        classes = builder.class_numbers()
+        classes = None
     for name in odd:
         builder.skip(name, "not a shard: a plain .tar")
     for name in strays:
@@ -83,18 +90,10 @@ def list_shards(uri: str, options: SourceOptions, observer: Observer) -> SourceL
 def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
     """Give the storage, the names of the shards and those of odd files beside them."""
     if _names_tars(uri):
-        storage, pattern = locate_file(uri)
-        wanted = expand_pattern(pattern)
-        present = set(storage.list())
-        if missing := [name for name in wanted if name not in present]:
-            raise DataError(
-                f"{uri}: {len(missing)} of {len(wanted)} shards are missing: "
-                f"{missing[:_SHOWN_NAMES]!r}; correct the pattern, or copy them again"
-            )
-        return storage, sorted(set(wanted)), []
+        return *locate_files(uri), []
     storage = Storage(uri)
     names = storage.list()
-    shards = [name for name in names if name.endswith(SHARD_SUFFIX)]
+    shards = [name for name in names if name.endswith(SHARD_SUFFIX) and not is_dropping(name)]
     if not shards:
         raise DataError(f"{uri}: no shards; expected a folder of .tar files, or another format")
     odd = [name for name in names if name not in shards and not _COMPANIONS.fullmatch(name)]
@@ -257,6 +256,7 @@ def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardConte
                 continue
             class_name = _name_class(label, rules)
             content.samples.append((class_name, sample.key, image.offset, image.size))
+        scan.finish()
     return content
 
 

@@ -169,8 +169,10 @@ def test_something_else_than_parquet_is_refused():
         decode_samples(b"PAR1 something", source="x")
 
 
-def save_table(tmp_path: Path, **changes: object) -> tuple[Storage, ShardEntry]:
-    data = encode_samples(make_table(), {})
+def save_table(
+    tmp_path: Path, table: SampleTable | None = None, **changes: object
+) -> tuple[Storage, ShardEntry]:
+    data = encode_samples(table or make_table(), {})
     (tmp_path / "shard-000000.samples.parquet").write_bytes(data)
     values = {"samples_sha256": hashlib.sha256(data).hexdigest()} | changes
     return Storage(tmp_path), make_entry(**values)
@@ -202,3 +204,13 @@ def test_load_samples_refuses_a_sample_beyond_the_tar(tmp_path: Path):
 def test_load_samples_names_a_missing_table(tmp_path: Path):
     with pytest.raises(DataError, match=r"samples\.parquet: no such file"):
         load_samples(Storage(tmp_path), make_entry())
+
+
+def test_a_sample_so_far_away_that_its_end_wraps_around_is_refused(tmp_path: Path):
+    greatest = 2**63 - 1
+    table = dataclasses.replace(
+        make_table(), offsets=np.array([0, greatest]), sizes=np.array([5, greatest])
+    )
+    storage, entry = save_table(tmp_path, table)
+    with pytest.raises(DataError, match="beyond the shard"):
+        load_samples(storage, entry)

@@ -53,9 +53,15 @@ def test_folders_are_passed_over() -> None:
     assert scan(file.getvalue())[0] == []
 
 
-def test_what_follows_the_end_mark_is_hashed() -> None:
-    tar = pack(MEMBERS) + b"something"
+def test_padding_behind_the_end_mark_is_hashed() -> None:
+    tar = pack(MEMBERS) + bytes(100_000)
     assert scan(tar)[1] == (hashlib.sha256(tar).hexdigest(), len(tar))
+
+
+@pytest.mark.parametrize("rest", [b"something", pack(MEMBERS)], ids=["something", "a tar"])
+def test_what_follows_the_end_mark_is_never_passed_over(rest: bytes) -> None:
+    with pytest.raises(DataError, match="goes on behind its end mark"):
+        scan(pack(MEMBERS) + rest)
 
 
 @settings(max_examples=150)

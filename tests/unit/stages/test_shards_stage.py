@@ -2,11 +2,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from support.source_files import png
 
+from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
-from fqgan_dist.stages.shards import _hold_out, _locate_splits
+from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.shards import _hold_out, _locate_splits, _open_split
+from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.storage.storage import Storage
+from fqgan_dist.world import World
+
+TINY = Path(__file__).parents[2] / "support" / "tiny.yaml"
 
 
 class _NoReader:
@@ -38,6 +49,38 @@ def test_archive_finds_the_validation_archive_beside_it(tmp_path: Path) -> None:
     (tmp_path / "val.tar.gz").touch()
     train = str(tmp_path / "train.tar.gz")
     assert _locate_splits(train, None) == (train, str(tmp_path / "val.tar.gz"))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_validation_images_are_found_by_any_usual_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / name).mkdir()
+    assert _locate_splits(str(tmp_path), None)[1] == str(tmp_path / name)
+
+
+def test_several_that_may_be_the_validation_images_are_asked_about(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=r"data\.validation_source: beside .*/val', '.*/test'"):
+        _locate_splits(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_files_of_several_splits_in_one_folder_give_both(tmp_path: Path, held_out: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for color, name in enumerate(["train-0-of-2", "train-1-of-2", f"{held_out}-0-of-1"]):
+        table = pa.table({"image": [png(color)], "label": [0]})
+        pq.write_table(table, data / f"{name}.parquet")
+    settings = [f"storage.root={tmp_path / 'run'}", f"data.source={data}"]
+    config = load_config(TINY, settings, RunConfig)
+    storage = Storage(config.storage.root)
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    found = {}
+    for split in ("train", "val"):
+        with _open_split(context, split) as source:
+            found[split] = {source.read(row) for row in range(len(source))}
+    assert found == {"train": {png(0), png(1)}, "val": {png(2)}}
 
 
 def test_source_without_validation_images_has_none(tmp_path: Path) -> None:
