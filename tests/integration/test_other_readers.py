@@ -119,7 +119,7 @@ def test_odd_files_among_real_images_are_explained(test_data_dir: Path, tmp_path
     cut = second.read_bytes()[: second.stat().st_size // 2]
     odd = {
         "LICENSE.txt": (b"free", "not class/name.ext"),
-        f"{first.parent.name}/.DS_Store": (b"\0", "not named as an image"),
+        f"{first.parent.name}/.DS_Store": (b"\0", "a hidden file or folder"),
         f"{first.parent.name}/cut.JPEG": (cut, "cannot be decoded"),
         f"{first.parent.name}/empty.JPEG": (b"", "empty"),
         f"{first.parent.name}/page.JPEG": (b"<html>", "cannot be decoded"),

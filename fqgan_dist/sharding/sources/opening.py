@@ -40,7 +40,7 @@ from fqgan_dist.sharding.sources.tar_archive import (
 )
 from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
 from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
-from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.telemetry.observer import SILENT, Observer
 
 _EXAMINED_MEMBERS = 32
@@ -124,8 +124,11 @@ def find_format(uri: str, options: SourceOptions) -> SourceFormat:
 
 def _is_of_samples(uri: str, options: SourceOptions) -> bool:
     """Whether a tar, or several, are shards; else it holds class folders."""
-    if is_pattern(uri) or options.class_key is not None:
+    if options.class_key is not None:
         return True
+    storage, name = locate_file(uri)
+    if is_pattern(uri) and not storage.exists(name):
+        return True  # else a file of that very name, `x[1].tar`
     if options.subfolder:
         return False
     return any(name.lower().endswith(".cls") for name in first_members(uri, _EXAMINED_MEMBERS))

@@ -38,6 +38,12 @@ def test_a_tar_in_the_working_directory_needs_no_slash(tmp_path: Path, monkeypat
         assert len(source) == 2
 
 
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:
+    with open_source(str(write_tar(tmp_path / "x[1].tar", TWO_IMAGES))) as source:
+        assert source.kind == "tar"
+        assert len(source) == 2
+
+
 def test_a_folder_is_listed_like_a_tar(tmp_path: Path):
     for name, data in TWO_IMAGES:
         (tmp_path / name).parent.mkdir()
