@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
@@ -14,6 +14,7 @@ import numpy as np
 from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.droppings import REASON, find_dropping
+from fqgan_dist.sharding.labels import is_no_label, order_classes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image names, in small letters."""
@@ -30,12 +31,6 @@ IN_CLASS_FOLDERS = "images as class/name.ext"
 
 _MAX_NAME_LENGTH = 1000
 _SHOWN_NAMES = 3
-# How "no label" is written where a class is expected, in small letters: -1 is Hugging Face's, the
-# others are what tables hold for a missing value.
-_NO_LABELS = frozenset({"-1", "-1.0", "nan", "null", "<na>"})
-# A label below this is the number of a class, so that every label keeps its number; a greater
-# number (an id of some catalogue) is a name like any other.
-_MAX_CLASS_NUMBER = 99_999
 
 
 class Place(NamedTuple):
@@ -156,24 +151,6 @@ def class_of(name: str) -> str:
     return name.partition("/")[0]
 
 
-def order_classes(names: Set[str]) -> list[str]:
-    """Put classes into the order of their labels, the same for every kind of source.
-
-    Where all names are numbers, they are the labels: the classes are 0, 1, ... up to the greatest.
-    Else the names are sorted.
-    """
-    if all(name.isdecimal() and name.isascii() and name == str(int(name)) for name in names):
-        greatest = max(map(int, names), default=0)
-        if greatest <= _MAX_CLASS_NUMBER:
-            return [str(label) for label in range(greatest + 1)]
-    return sorted(names)
-
-
-def is_no_label(name: str) -> bool:
-    """Whether what stands in a class's place says that there is none."""
-    return name.strip().lower() in _NO_LABELS
-
-
 class ListingBuilder:
     """Collects the members of a source and sorts out those that cannot be images."""
 
@@ -222,7 +199,7 @@ class ListingBuilder:
             if not name.startswith(self.subfolder + "/"):
                 return
             name = name[len(self.subfolder) + 1 :]
-        if self.is_dropping(name):
+        if self.skip_dropping(name):
             return
         if "/" in name:
             self._class_folders.add(class_of(name))
@@ -235,8 +212,8 @@ class ListingBuilder:
         else:
             self._take(name, place)
 
-    def is_dropping(self, name: str) -> bool:
-        """Whether a file or folder is none of the data; it is noted once."""
+    def skip_dropping(self, name: str) -> bool:
+        """Note a file or folder that is none of the data, once; whether it is such a one."""
         dropping = find_dropping(name)
         if dropping is not None and dropping not in self._droppings:
             self._droppings.add(dropping)

@@ -14,7 +14,8 @@ from pydantic import field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, is_no_label, show_name
+from fqgan_dist.sharding.labels import class_from_value, is_no_label
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, show_name
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
 
 _IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -102,12 +103,9 @@ class SampleRules(Config):
             label = self._read_field(text) if self.labels == "json" else text.strip()
         except (ValueError, RecursionError) as error:
             raise DataError(f".{self.labels}: cannot be read: {error}") from error
-        if (
-            not label
-            or is_no_label(label)
-            or not label.isprintable()
-            or len(label) > _MAX_LABEL_CHARACTERS
-        ):
+        if is_no_label(label):
+            raise DataError(f".{self.labels}: no label: {label!r}")
+        if not label or not label.isprintable() or len(label) > _MAX_LABEL_CHARACTERS:
             raise DataError(
                 f".{self.labels}: {label[:_SHOWN_CHARACTERS]!a} is no label; expected a "
                 f"number or a name of at most {_MAX_LABEL_CHARACTERS} characters"
@@ -116,10 +114,10 @@ class SampleRules(Config):
 
     def _read_field(self, text: str) -> str:
         values, field = json.loads(text), self.class_key.partition(".")[2]
-        value = values.get(field) if isinstance(values, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError(f"field {field!r} holds no number or text")
-        return str(value).strip()
+        label = class_from_value(values.get(field) if isinstance(values, dict) else None)
+        if label is None:
+            raise ValueError(f"field {field!r} holds no class: a number or a name")
+        return label
 
     @property
     def _image_suffixes(self) -> tuple[str, ...]:

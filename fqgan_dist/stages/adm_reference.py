@@ -37,8 +37,15 @@ def load_adm_reference(source: str, *, sha256: str, evaluator_id: str) -> Refere
 
     Raises:
         ConfigError: there is no such file.
-        DataError: it has no such statistics.
+        DataError: it has no such statistics, or other content by now.
     """
+    # The hash names the record, so what is read is hashed again.
+    with _open(source) as file:
+        if HashedStream(file).finish()[0] != sha256:
+            raise DataError(
+                f"{FIELD}: {source!r}: another file than when this process began; put the former "
+                "one back, or start again"
+            )
     with _open(source) as file:
         moments, count = load_adm_statistics(file, name=f"{FIELD}: {source!r}")
     if moments.mean.size != FEATURE_DIM:

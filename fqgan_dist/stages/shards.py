@@ -150,12 +150,15 @@ def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
             yield source
         return
     train, val = _locate_splits(data.source, data.validation_source)
-    if val is None and (own := find_held_out_split(train)):
-        with open_source(train, split="train" if split == "train" else own) as source:
-            yield source
-        return
-    with open_source(train if split == "train" or val is None else val, split=split) as source:
-        if val is None:
+    own = find_held_out_split(train) if val is None else None
+    is_held_out = val is None and own is None
+    if split == "train" or is_held_out:
+        # A share that is held out is one of the training images.
+        uri, wanted = train, "train"
+    else:
+        uri, wanted = val or train, own or split
+    with open_source(uri, split=wanted) as source:
+        if is_held_out:
             source = _hold_out(source, split, data.validation_fraction, data.seed)
         yield source
 

@@ -31,9 +31,8 @@ from fqgan_dist.world import World
 
 pytestmark = pytest.mark.ray
 
-_DEADLINE_S = (
-    60  # Ray's processes have nice 15: beside other tests, one takes many seconds to start
-)
+# Ray's processes have nice 15: beside other tests, one takes many seconds to start.
+_DEADLINE_S = 60
 _STEPS = 100
 _FAILING_STEP = 2
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import (
     IMAGE_SUFFIXES,
     ListingBuilder,
@@ -25,7 +26,6 @@ from fqgan_dist.sharding.listing import (
     find_danger,
     is_image_name,
 )
-from fqgan_dist.sharding.sources.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
@@ -139,7 +139,7 @@ def _check_rows(
         class_name = class_from_value(columns.label_of(row))
         if reason := _find_danger_of_path(path):
             builder.refuse(str(path), f"row {number}: {reason}")
-        elif builder.is_dropping(path):
+        elif builder.skip_dropping(path):
             pass
         elif class_name is None:
             builder.skip(path, f"row {number}: {describe_missing_class(columns.label_of(row))}")

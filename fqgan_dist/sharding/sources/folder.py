@@ -43,7 +43,7 @@ def _list_bucket(storage: Storage, builder: ListingBuilder, bar: ProgressBar) ->
 def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> None:
     # Not `Storage.walk`, which gives files only: here empty folders and broken links are reported.
     for entry in _scan(folder):
-        if builder.is_dropping(entry.name):
+        if builder.skip_dropping(entry.name):
             continue
         if not entry.is_dir():
             # Not in a class folder: reported by name.
@@ -72,7 +72,7 @@ def _add_file(name: str, entry: os.DirEntry[str], builder: ListingBuilder) -> No
     if entry.is_file():
         builder.add(name, Place(name, 0, entry.stat().st_size))
     elif entry.is_dir():
-        if not builder.is_dropping(name):
+        if not builder.skip_dropping(name):
             builder.skip(name, "a folder inside a class folder")
     else:
         builder.refuse(name, "not a file: a broken link, device or pipe")

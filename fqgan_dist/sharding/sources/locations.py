@@ -68,7 +68,7 @@ def locate_files(uri: str) -> tuple[Storage, list[str]]:
     files, missing = match_pattern(pattern, storage.list())
     if missing:
         raise DataError(
-            f"{uri}: {len(missing)} of {len(missing) + len(files)} shards are missing: "
+            f"{uri}: {len(missing)} of {len(missing) + len(files)} files are missing: "
             f"{missing[:_SHOWN_NAMES]!r}; correct the pattern, or copy them again"
         )
     return storage, files

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,
     ListingBuilder,
@@ -29,7 +30,6 @@ from fqgan_dist.sharding.listing import (
     is_image_name,
     printable,
 )
-from fqgan_dist.sharding.sources.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
+from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.sources.locations import folder_exists
 from fqgan_dist.storage.storage import Storage
@@ -66,13 +67,7 @@ def choose_files(uri: str, files: Sequence[str], split: str) -> list[str]:
             "files with a pattern such as train-*.parquet or train-{0000..0146}.tar"
         )
     others = ", ".join(sorted(str(name) for name in found if name != name_split(split)))
-    logger.info(
-        "%s: %d files of %s are read; those of %s are not",
-        uri,
-        len(chosen),
-        split,
-        ", ".join(others),
-    )
+    logger.info("%s: %d files of %s are read; those of %s are not", uri, len(chosen), split, others)
     return chosen
 
 
@@ -80,8 +75,11 @@ def find_held_out_split(uri: str) -> str | None:
     """Say which files of a folder of shards or tables are held out beside those for training.
 
     Returns:
-        `val`, or `test` where there is no `val`; None where all are of one split.
+        `val`, or `test` where there is no `val`; None where all are of one split, and where an
+        index says that all belong together.
     """
     files = Storage(uri).list() if folder_exists(uri) else []
+    if INDEX_NAME in files:
+        return None
     splits = {split_of(file) for file in files if file.endswith((".tar", ".parquet"))}
     return next((name for name in ("val", "test") if {"train", name} <= splits), None)

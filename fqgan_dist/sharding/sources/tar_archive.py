@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
     Place,
@@ -162,7 +163,9 @@ def _class_of_tar(name: str, subfolder: str) -> str | None:
         if head != subfolder:
             return None
     stem = name.removesuffix(PLAIN_SUFFIX)
-    return stem if stem and stem != name and "/" not in stem else None
+    # Of a dropping, `._n01440764.tar`, the builder takes care.
+    is_class = stem and stem != name and "/" not in stem and not is_dropping(name)
+    return stem if is_class else None
 
 
 def _scan_class_tars(
@@ -195,6 +198,8 @@ def _add_class_tar(class_tar: _ClassTar, file: str, builder: ListingBuilder) -> 
         file_name = name.removeprefix("./").removeprefix(f"{class_name}/")
         if danger := find_danger(name):
             builder.refuse(f"{class_name}/{name}", danger)
+        elif builder.skip_dropping(f"{class_name}/{file_name}"):
+            pass
         elif "/" in file_name or not is_image_name(file_name):
             builder.skip(f"{class_name}/{name}", "not an image at the top of its class's tar")
         else:
@@ -229,7 +234,7 @@ def _iterate_members(section: _Section, source: str) -> Iterator[tarfile.TarInfo
             "copy or make it again"
         )
     while block := section.read(_MAX_HEADER_BYTES):
-        if any(block):
+        if block.strip(b"\0"):
             raise DataError(describe_rest(source, end))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,7 +132,44 @@ def test_an_image_without_a_label_is_left_out_and_shifts_no_other(
     with open_source(str(write(tmp_path / "x", images))) as source:
         assert source.class_names() == ["0", "1", "2"]
         assert content(source) == {(n, image_digest(png(n + 2))) for n in range(3)}
-        assert any("no label" in p.reason or "no class" in p.reason for p in source.problems)
+        # The image is named, and where there is one, the class folder that has no other.
+        left_out = [p for p in source.problems if "no label" in p.reason or "'-1'" in p.reason]
+        assert len(left_out) == 1
+        assert {p.name for p in source.problems} - {left_out[0].name} <= {"-1"}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "tar"])
+def test_whole_numbers_with_a_missing_one_among_them_are_the_same_classes(
+    tmp_path: Path, suffix: str
+) -> None:
+    labels = [*map(float, range(12)), math.nan]
+    path = tmp_path / f"x.{suffix}"
+    files = [(f"{row}.png", png(row)) for row in range(len(labels))]
+    match suffix:
+        case "csv":
+            rows = [
+                f"{row}.png,{'' if math.isnan(value) else value}\n"
+                for row, value in enumerate(labels)
+            ]
+            path.write_text("path,class\n" + "".join(rows))
+            write_files(tmp_path, files)
+        case "jsonl":
+            lines = [json.dumps({"path": f"{row}.png", "class": v}) for row, v in enumerate(labels)]
+            path.write_text("\n".join(lines))
+            write_files(tmp_path, files)
+        case "parquet":
+            table = pa.table({"image": [data for _, data in files], "label": labels})
+            pq.write_table(table, path)
+        case _:
+            fields = [
+                (f"{row}.json", json.dumps({"label": v}).encode()) for row, v in enumerate(labels)
+            ]
+            write_tar(path, [member for pair in zip(files, fields, strict=True) for member in pair])
+    options = {"class_key": "json.label"} if suffix == "tar" else {}
+    with open_source(str(path), **options) as source:
+        assert source.class_names() == list(map(str, range(12)))
+        assert content(source) == {(n, image_digest(png(n))) for n in range(12)}
+        assert len(source.problems) == 1
 
 
 @pytest.mark.parametrize("write", [_folder, _tar, _packed_tar, _zip, _manifest])
@@ -170,6 +209,17 @@ def test_what_systems_and_tools_leave_is_no_class_and_no_image(
         assert source.names == ["a/000.png", "b/001.png"]
         assert source.class_names() == ["a", "b"]
         assert [(p.name, p.reason) for p in source.problems] == [(noted, REASON)]
+
+
+def test_what_a_mac_packs_into_a_tar_of_tars_is_no_class_and_no_image(tmp_path: Path) -> None:
+    inner = tar_bytes([("1.png", png(1)), ("._1.png", b"\0\5\x16\7")])
+    path = write_tar(tmp_path / "x.tar", [("a.tar", inner), ("._a.tar", b"\0\5\x16\7")])
+    with open_source(str(path)) as source:
+        assert source.names == ["a/1.png"]
+        assert {p.name: p.reason for p in source.problems} == {
+            "._a.tar": REASON,
+            "a/._1.png": REASON,
+        }
 
 
 @pytest.mark.parametrize("write", [_shards, _parquet])

@@ -5,7 +5,8 @@ import pytest
 
 from fqgan_dist.data.index import image_digest
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing, order_classes
+from fqgan_dist.sharding.labels import order_classes
+from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.joining import join_listings
 
 

@@ -218,7 +218,7 @@ def test_the_shards_of_webdatasets_own_writer_are_a_source(tmp_path: Path):
 
 def test_missing_shards_of_a_pattern_are_named(tmp_path: Path):
     write_shards(tmp_path)
-    with pytest.raises(DataError, match=r"2 of 4 shards are missing: \['shard-002\.tar'"):
+    with pytest.raises(DataError, match=r"2 of 4 files are missing: \['shard-002\.tar'"):
         open_source(str(tmp_path / "shard-{000..003}.tar")).__enter__()
 
 

@@ -69,8 +69,12 @@ def read(uri: str | Path, split: str = "train") -> set[bytes]:
         return {source.read(row) for row in range(len(source))}
 
 
-def test_the_split_that_is_asked_for_is_read(folder: Path) -> None:
-    assert read(folder) == {png(0), png(1)}
+def test_the_split_that_is_asked_for_is_read(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert read(folder) == {png(0), png(1)}
+    assert "2 files of train are read; those of test, val are not" in caplog.text
     assert read(folder, "val") == read(folder, "validation") == {png(2)}
     assert read(folder, "test") == {png(3)}
     assert find_held_out_split(str(folder)) == "val"
@@ -109,5 +113,5 @@ def test_patterns_name_files_of_every_kind(folder: Path, pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["y-*", "x-train-{00..02}-of-02"])
 def test_what_a_pattern_does_not_find_is_an_error(folder: Path, pattern: str) -> None:
     suffix = next(folder.iterdir()).suffix
-    with pytest.raises(DataError, match=r"1 of \d shards are missing"):
+    with pytest.raises(DataError, match=r"1 of \d files are missing"):
         read(folder / f"{pattern}{suffix}")

@@ -31,9 +31,20 @@ def test_reference_is_named_by_its_bytes_and_its_count_is_unknown(tmp_path: Path
 
 
 def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "clip.npz")
     write_reference(tmp_path / "clip.npz", width=8)
     with pytest.raises(DataError, match="statistics of 8 features; expected the 2048"):
-        load_adm_reference(str(tmp_path / "clip.npz"), sha256="", evaluator_id="")
+        load_adm_reference(path, sha256=hash_adm_reference(path), evaluator_id="")
+
+
+def test_a_file_that_was_replaced_since_it_was_hashed_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "reference.npz")
+    write_reference(tmp_path / "reference.npz")
+    sha256 = hash_adm_reference(path)
+    (tmp_path / "reference.npz").write_bytes(b"other statistics")
+    assert hash_adm_reference(path) == sha256  # a summary asks nobody again
+    with pytest.raises(DataError, match="another file than when this process began"):
+        load_adm_reference(path, sha256=sha256, evaluator_id="")
 
 
 def test_missing_file_is_named_with_its_setting(tmp_path: Path) -> None:

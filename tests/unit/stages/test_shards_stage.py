@@ -6,10 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.source_files import png
+from support.source_files import png, write_tar
 
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.shards import _hold_out, _locate_splits, _open_split
@@ -81,6 +82,28 @@ def test_files_of_several_splits_in_one_folder_give_both(tmp_path: Path, held_ou
         with _open_split(context, split) as source:
             found[split] = {source.read(row) for row in range(len(source))}
     assert found == {"train": {png(0), png(1)}, "val": {png(2)}}
+
+
+def test_what_an_index_holds_together_is_one_set_of_which_a_share_is_held_out(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for shard, colors in (("x-train-0", range(10)), ("x-val-0", range(10, 20))):
+        members = [(f"k{c}.{s}", d) for c in colors for s, d in (("cls", b"0"), ("png", png(c)))]
+        write_tar(data / f"{shard}.tar", members)
+    index_shards(Storage(data), IndexConfig(name="x", split="train"))
+    settings = [
+        f"storage.root={tmp_path / 'run'}",
+        f"data.source={data}",
+        "data.validation_fraction=0.25",
+    ]
+    config = load_config(TINY, settings, RunConfig)
+    storage = Storage(config.storage.root)
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    with _open_split(context, "train") as train, _open_split(context, "val") as val:
+        assert (len(train), len(val)) == (15, 5)
+        assert not set(train.names) & set(val.names)
 
 
 def test_source_without_validation_images_has_none(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Classes as they stand in columns, fields and folders, and the order of their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set
+from typing import Any
+
+_SHOWN_CHARACTERS = 40
+# A label below this is the number of a class, so that every label keeps its number; a greater
+# number (an id of some catalogue) is a name like any other.
+_MAX_CLASS_NUMBER = 99_999
+# How "no label" is written where a class is expected, in small letters: -1 is Hugging Face's, the
+# others are what tables hold for a missing value.
+_NO_LABELS = frozenset({"-1", "-1.0", "nan", "null", "<na>"})
+
+
+def is_no_label(name: str) -> bool:
+    """Whether what stands in a class's place says that there is none."""
+    return name.strip().lower() in _NO_LABELS
+
+
+def order_classes(names: Set[str]) -> list[str]:
+    """Put classes into the order of their labels, the same for every kind of source.
+
+    Where all names are numbers, they are the labels: the classes are 0, 1, ... up to the greatest.
+    Else the names are sorted.
+    """
+    if all(name.isdecimal() and name.isascii() and name == str(int(name)) for name in names):
+        greatest = max(map(int, names), default=0)
+        if greatest <= _MAX_CLASS_NUMBER:
+            return [str(label) for label in range(greatest + 1)]
+    return sorted(names)
+
+
+def class_from_value(value: Any) -> str | None:
+    """Give the class that a value of a column or field names; None if it is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    name = str(value).strip()
+    if re.fullmatch(r"[0-9]+\.0", name):
+        name = name.removesuffix(
+            ".0"
+        )  # pandas writes whole numbers so where one of them is missing
+    return None if not name or is_no_label(name) else name
+
+
+def describe_missing_class(value: Any) -> str:
+    """Say that a value names no class."""
+    return f"{str(value)[:_SHOWN_CHARACTERS]!a} is no class: a number or a name"
