@@ -191,7 +191,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
             dataset,
             batching,
             view=view,
-            num_views=_check_num_views(view, num_views, has_features=features is not None),
+            num_views=check_num_views(view, num_views, has_features=features is not None),
             features=features,
             max_damaged_in_a_row=max_damaged_in_a_row,
             cache=cache,
@@ -248,7 +248,12 @@ class CodeLoader(_StepLoader[CodeBatch]):
         super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
 
 
-def _check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:
+def check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:
+    """Return how many distinct views an image has; None: a new one every epoch.
+
+    Raises:
+        ConfigError: a view policy has not that many, or stored features need a number.
+    """
     available = num_views(view.policy)
     if count is None:
         if has_features and available is None:

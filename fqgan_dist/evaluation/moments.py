@@ -22,6 +22,8 @@ from fqgan_dist.errors import DataError, NumericsError
 
 Array = NDArray[np.floating[Any]]
 
+LEAST_FID_IMAGES = 2
+"""Images that a covariance, and so each side of a FID, needs at least."""
 REPEAT_TOLERANCE = 1e-3
 """Relative difference of means up to which a chunk computed twice counts as the same."""
 
@@ -51,8 +53,11 @@ class Moments:
         Raises:
             ValueError: there are fewer than two samples.
         """
-        if self.count < 2:
-            raise ValueError("covariance: 1 sample - expected at least 2 - evaluate more samples")
+        if self.count < LEAST_FID_IMAGES:
+            raise ValueError(
+                f"covariance: 1 sample - expected at least {LEAST_FID_IMAGES} - evaluate more "
+                "samples"
+            )
         return self.m2 / (self.count - 1)
 
     def to_bytes(self) -> bytes:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUM_NEIGHBOURS = 3
+"""The k of the k-th nearest neighbour; as in ADM's evaluator."""
+
 _BLOCK_BYTES = 256 * 2**20
 _BYTES = 8
 
@@ -23,7 +26,7 @@ class PrecisionRecall:
 
 
 def compute_precision_recall(
-    reference: Tensor, samples: Tensor, *, num_neighbours: int = 3
+    reference: Tensor, samples: Tensor, *, num_neighbours: int = NUM_NEIGHBOURS
 ) -> PrecisionRecall:
     """Compare two sets of features; a ball reaches to the k-th nearest neighbour in its own set.
 
@@ -37,7 +40,7 @@ def compute_precision_recall(
 
     Raises:
         ValueError: shapes do not match, or a set has no more than k points.
-    Source: Kynkaanniemi et al., arXiv 1904.06991; k = 3 as in ADM's evaluator.
+    Source: Kynkaanniemi et al., arXiv 1904.06991.
     """
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise ValueError(

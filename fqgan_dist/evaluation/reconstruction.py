@@ -11,7 +11,8 @@ UINT8_RANGE = 255.0
 PAPER_SSIM_RANGE = 510.0
 """FQGAN's evaluation states range 2 for images in [0, 1] (8-bit: 510), which inflates SSIM."""
 
-_WINDOW = 7
+SSIM_WINDOW = 7
+"""Side of the window of SSIM, pixels: no image may be smaller."""
 _K1 = 0.01
 _K2 = 0.03
 
@@ -52,13 +53,14 @@ def compute_ssim(images: Tensor, references: Tensor, *, data_range: float = UINT
     Source: Wang et al. 2004, as scikit-image's `structural_similarity` with default arguments.
     """
     _check_shapes(images, references)
-    if min(images.shape[2:]) < _WINDOW:
+    if min(images.shape[2:]) < SSIM_WINDOW:
         raise ValueError(
-            f"images: {tuple(images.shape[2:])} pixels - expected at least {_WINDOW} x {_WINDOW}"
+            f"images: {tuple(images.shape[2:])} pixels - expected at least {SSIM_WINDOW} x "
+            f"{SSIM_WINDOW}"
         )
     x, y = images.double(), references.double()
     mean_x, mean_y = _window_mean(x), _window_mean(y)
-    unbiased = _WINDOW**2 / (_WINDOW**2 - 1)
+    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
     var_x = unbiased * (_window_mean(x * x) - mean_x * mean_x)
     var_y = unbiased * (_window_mean(y * y) - mean_y * mean_y)
     cov = unbiased * (_window_mean(x * y) - mean_x * mean_y)
@@ -70,7 +72,7 @@ def compute_ssim(images: Tensor, references: Tensor, *, data_range: float = UINT
 
 def _window_mean(x: Tensor) -> Tensor:
     # Windows inside the image only: scikit-image crops the border before it averages.
-    return functional.avg_pool2d(x, _WINDOW, stride=1)
+    return functional.avg_pool2d(x, SSIM_WINDOW, stride=1)
 
 
 def _check_shapes(images: Tensor, references: Tensor) -> None:

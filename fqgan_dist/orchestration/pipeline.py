@@ -10,6 +10,7 @@ import torch
 
 from fqgan_dist.chunks import run_in_processes
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.data_checks import check_sizes
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
     check_static_inputs,
@@ -19,6 +20,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
+from fqgan_dist.stages.shards import DatasetIds, measure_data
 from fqgan_dist.stages.stage import RunContext, Stage, build_stages
 from fqgan_dist.stages.summary import Summary, load_summary
 from fqgan_dist.telemetry.progress import render_summary
@@ -58,8 +60,9 @@ def run_stages(
 
     `note_skipped` is told of each that is done already.
     """
-    has_run = False
-    for stage in _named_stages(context):
+    has_run = are_sizes_checked = False
+    stages = _named_stages(context)
+    for number, stage in enumerate(stages):
         if is_stage_done(stage):
             logger.info("%s: already done from the same inputs, skipped", stage.name)
             note_skipped(stage)
@@ -67,6 +70,9 @@ def run_stages(
         if not has_run:
             write_run_files(context)
         has_run = True
+        if DatasetIds in stage.inputs and not are_sizes_checked:  # the images are known by now
+            check_sizes(map(type, stages[number:]), context.config, measure_data(context))
+            are_sizes_checked = True
         run_one(stage)
         write_summary(context)
     if not has_run:

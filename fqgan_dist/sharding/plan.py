@@ -134,11 +134,8 @@ def plan_dataset(
     """
     found = source.class_names()
     class_list = found if classes is None else list(classes)
-    if classes is not None and (unknown := find_unknown_classes(source, class_list)):
-        raise DataError(
-            f"{source.uri}: {len(unknown)} classes are not in the given list of "
-            f"{len(class_list)}: {unknown[:_SHOWN_NAMES]!r}; correct the list, or the source"
-        )
+    if classes is not None:
+        check_classes(source, class_list)
     described = source.class_descriptions if class_descriptions is None else class_descriptions
     header = {
         "layout": LAYOUT,
@@ -206,6 +203,20 @@ def assign_rows(
         header_sha256=header_sha256,
         plan_sha256=plan_sha256,
     )
+
+
+def check_classes(
+    source: SourceListing, classes: Sequence[str], *, of: str = "the given list"
+) -> None:
+    """Raise a DataError if an image of a source has a class that is not in a class list.
+
+    `of` says what the list is of.
+    """
+    if unknown := find_unknown_classes(source, classes):
+        raise DataError(
+            f"{source.uri}: {len(unknown)} of its classes are not among the {len(classes)} of "
+            f"{of}: {unknown[:_SHOWN_NAMES]!r}; correct these, or the source"
+        )
 
 
 def find_unknown_classes(source: SourceListing, classes: Sequence[str]) -> list[str]:

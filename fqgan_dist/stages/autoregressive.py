@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,13 @@ from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeLoader
-from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.autoregressive_task import STAGE, AutoregressiveTask
 from fqgan_dist.stages.codes import CodeIds, code_store, read_all_codes
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
-from fqgan_dist.stages.stage import RunContext
+from fqgan_dist.stages.stage import DataSizes, RunContext
 from fqgan_dist.stages.training import load_weights, training_settings
 from fqgan_dist.stages.training_plan import plan_autoregressive
 from fqgan_dist.stages.training_stage import TrainedWeights, TrainingStage
@@ -50,6 +49,16 @@ class AutoregressiveStage(TrainingStage):
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
         return plan_autoregressive(config)
 
+    @classmethod
+    def find_data_problems(cls, config: RunConfig, sizes: DataSizes) -> Iterator[str]:
+        yield from super().find_data_problems(config, sizes)
+        num_classes = config.autoregressive.model.num_classes
+        if sizes.num_classes > num_classes:
+            yield (
+                f"autoregressive.model.num_classes: {num_classes} is less than the "
+                f"{sizes.num_classes} classes of the images; raise it"
+            )
+
     def settings(self) -> Mapping[str, Any]:
         stage = self.context.config.autoregressive
         return {
@@ -66,12 +75,6 @@ class AutoregressiveStage(TrainingStage):
     def build_task(self) -> AutoregressiveTask:
         # Initial weights depend on the seed only, or are those of `init_from`.
         config = self.context.config.autoregressive
-        index = open_dataset(self.context, "train").index
-        if index.num_classes > config.model.num_classes:
-            raise ConfigError(
-                f"autoregressive.model.num_classes: {config.model.num_classes} is less than the "
-                f"{index.num_classes} classes of dataset {index.name!r}; raise it"
-            )
         with keyed_torch_rng(config.training.seed, "model_weights", device=torch.device("cpu")):
             model = FactorizedTransformer(config.model)
         load_initial_weights(model, config.init_from, field="autoregressive.init_from")

@@ -19,8 +19,14 @@ from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.evaluation.inception_score import compute_inception_score
-from fqgan_dist.evaluation.moments import Moments, compute_moments, fold_ordered
-from fqgan_dist.evaluation.precision_recall import compute_precision_recall
+from fqgan_dist.evaluation.moments import (
+    LEAST_FID_IMAGES,
+    Moments,
+    compute_moments,
+    fold_ordered,
+)
+from fqgan_dist.evaluation.precision_recall import NUM_NEIGHBOURS, compute_precision_recall
+from fqgan_dist.evaluation.reconstruction import SSIM_WINDOW
 from fqgan_dist.evaluation.reference import FidKind, FidScore, ReferenceStatistics, compute_fid
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.adm_reference import describe_missing, hash_adm_reference, load_adm_reference
@@ -36,7 +42,13 @@ from fqgan_dist.stages.evaluation_work import (
 )
 from fqgan_dist.stages.samples import Samples
 from fqgan_dist.stages.shards import DatasetIds
-from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.stage import (
+    DataSizes,
+    RunContext,
+    Stage,
+    StageOutcome,
+    StageOutput,
+)
 from fqgan_dist.stages.tokenizer import TrainedTokenizer
 from fqgan_dist.weights.staging import is_missing
 
@@ -44,6 +56,12 @@ logger = logging.getLogger(__name__)
 
 # Where runs that were begun when evaluation had one record keep its figures.
 FORMER_FIGURES = "evaluation/figures"
+
+
+_NEEDED = (
+    f"precision and recall of samples need at least {NUM_NEIGHBOURS + 1} on each side: take more, "
+    "or leave 'evaluation' out of stages"
+)
 
 
 class Evaluated(StageOutput):
@@ -69,6 +87,34 @@ class EvaluationStage(Stage):
         reference = config.evaluation.adm_reference
         if reference is not None and is_missing(reference):
             yield describe_missing(reference)
+
+    @classmethod
+    def find_problems(cls, config: RunConfig) -> Iterator[str]:
+        if cls.name not in config.stages:
+            return
+        counts = {"samples.count": config.samples.count} if Samples.stage in config.stages else {}
+        if config.evaluation.reference_samples is not None:
+            counts["evaluation.reference_samples"] = config.evaluation.reference_samples
+        for field, count in counts.items():
+            if count <= NUM_NEIGHBOURS:
+                yield f"{field}: {count} is too few; {_NEEDED}"
+        size = config.tokenizer.model.image_size
+        if size < SSIM_WINDOW:
+            yield (
+                f"tokenizer.model.image_size: {size} is less than the {SSIM_WINDOW} pixels of the "
+                f"window of SSIM; raise it, or leave {cls.name!r} out of stages"
+            )
+
+    @classmethod
+    def find_data_problems(cls, config: RunConfig, sizes: DataSizes) -> Iterator[str]:
+        if sizes.val_images < LEAST_FID_IMAGES:
+            yield (
+                f"data.validation_source: {sizes.val_images} validation image is too few; rFID "
+                f"needs at least {LEAST_FID_IMAGES}: bring more, or leave {cls.name!r} out of "
+                "stages"
+            )
+        if Samples.stage in config.stages and sizes.train_images <= NUM_NEIGHBOURS:
+            yield f"data.source: {sizes.train_images} training images are too few; {_NEEDED}"
 
     def settings(self) -> Mapping[str, Any]:
         # ADM's reference file counts by its content, which is upstream: it may be moved. Whoever

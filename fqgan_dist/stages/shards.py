@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS, DataConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
@@ -18,12 +18,20 @@ from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
-from fqgan_dist.sharding.plan import ShardingConfig
+from fqgan_dist.sharding.plan import ShardingConfig, check_classes
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.splits import HELD_OUT_WORDS, find_held_out_split
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
+from fqgan_dist.stages.data_checks import check_sizes
+from fqgan_dist.stages.stage import (
+    DataSizes,
+    RunContext,
+    Stage,
+    StageOutcome,
+    StageOutput,
+    find_stages,
+)
 from fqgan_dist.storage.names import is_remote
 
 logger = logging.getLogger(__name__)
@@ -77,25 +85,28 @@ class ShardsStage(Stage):
                 )
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
-        # The class list is the training split's.
+        config = self.context.config
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
-        classes: list[str] | None = None
-        for split in SPLITS:
-            with _open_split(self.context, split) as source:
+        # Both are listed before one is written, which takes hours; the class list is train's.
+        with _open_splits(self.context) as sources:
+            classes = sources["train"].class_names()
+            check_classes(sources["val"], classes, of="the training images")
+            sizes = DataSizes(len(sources["train"]), len(sources["val"]), len(classes))
+            check_sizes(find_stages(config), config, sizes)
+            for split, source in sources.items():
                 index, report = self._build(source, split, classes, run_chunks)
-            classes = index.classes
-            ids[split] = index.dataset_id
-            metrics[f"{self.name}/{split}_images"] = index.num_samples
-            metrics[f"{self.name}/{split}_problems"] = len(report.problems)
-        metrics[f"{self.name}/classes"] = len(classes or [])
+                ids[split] = index.dataset_id
+                metrics[f"{self.name}/{split}_images"] = index.num_samples
+                metrics[f"{self.name}/{split}_problems"] = len(report.problems)
+        metrics[f"{self.name}/classes"] = len(classes)
         return StageOutcome(DatasetIds(**ids), metrics)
 
     def _build(
         self,
         source: SourceListing,
         split: str,
-        classes: list[str] | None,
+        classes: list[str],
         run_chunks: RunChunks,
     ) -> tuple[DatasetIndex, ShardingReport]:
         data = self.context.config.data
@@ -128,39 +139,43 @@ def open_dataset(context: RunContext, split: str) -> Dataset:
     return Dataset.open(folder, expected_id=dataset_id)
 
 
+def measure_data(context: RunContext) -> DataSizes:
+    """Measure a run's finished dataset; raises what `open_dataset` does."""
+    train, val = (open_dataset(context, split).index for split in SPLITS)
+    return DataSizes(train.num_samples, val.num_samples, train.num_classes)
+
+
 def _split_path(context: RunContext, split: str) -> str:
     """Name the folder of a split's shards, below the root of a run."""
     return f"data/{context.config.data.name}/{split}"
 
 
 @contextmanager
-def _open_split(context: RunContext, split: str) -> Iterator[SourceListing]:
-    """Open the images of a split: their own source, or a share of the only one."""
+def _open_splits(context: RunContext) -> Iterator[dict[str, SourceListing]]:
+    """List the images of both splits: each has its own source, or val a share of the only one."""
     data = context.config.data
-    if data.source == BUILTIN_PHOTOGRAPHS:
-        crops = data.crops_per_photograph
-        photographs = PhotographsConfig(
-            image_size=data.views.image_size,
-            crops_per_photograph=(
-                crops if split == "train" else max(1, crops // PHOTOGRAPHS_VAL_SHARE)
-            ),
-            seed=data.seed,
-        )
-        with open_source(data.source, split=split, photographs=photographs) as source:
-            yield source
-        return
-    train, val = _locate_splits(data.source, data.validation_source)
-    own = find_held_out_split(train) if val is None else None
-    is_held_out = val is None and own is None
-    if split == "train" or is_held_out:
-        # A share that is held out is one of the training images.
-        uri, wanted = train, "train"
-    else:
-        uri, wanted = val or train, own or split
-    with open_source(uri, split=wanted) as source:
-        if is_held_out:
-            source = _hold_out(source, split, data.validation_fraction, data.seed)
-        yield source
+    with ExitStack() as stack:
+        if data.source == BUILTIN_PHOTOGRAPHS:
+            yield {split: stack.enter_context(_open_photographs(data, split)) for split in SPLITS}
+            return
+        train_uri, val_uri = _locate_splits(data.source, data.validation_source)
+        train = stack.enter_context(open_source(train_uri, split="train"))
+        own = find_held_out_split(train_uri) if val_uri is None else None
+        if val_uri is None and own is None:
+            yield _hold_out(train, data.validation_fraction, data.seed)
+            return
+        opened = open_source(val_uri or train_uri, split=own or "val")
+        yield {"train": train, "val": stack.enter_context(opened)}
+
+
+def _open_photographs(data: DataConfig, split: str) -> AbstractContextManager[SourceListing]:
+    crops = data.crops_per_photograph
+    photographs = PhotographsConfig(
+        image_size=data.views.image_size,
+        crops_per_photograph=crops if split == "train" else max(1, crops // PHOTOGRAPHS_VAL_SHARE),
+        seed=data.seed,
+    )
+    return open_source(data.source, split=split, photographs=photographs)
 
 
 def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
@@ -187,8 +202,8 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
     return train, found[0] if found else None
 
 
-def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> SourceListing:
-    # A seeded choice among the sorted names.
+def _hold_out(source: SourceListing, fraction: float, seed: int) -> dict[str, SourceListing]:
+    """Part a source into both splits, by a seeded choice among the sorted names."""
     num_val = round(len(source) * fraction)
     if not 0 < num_val < len(source):
         raise ConfigError(
@@ -196,6 +211,6 @@ def _hold_out(source: SourceListing, split: str, fraction: float, seed: int) -> 
             f"leaves a split empty; change it, or name data.validation_source"
         )
     order = numpy_generator(seed, "held_out").permutation(len(source))
-    rows = np.sort(order[:num_val] if split == "val" else order[num_val:])
     logger.info("%s: no validation images beside it; %d are held out", source.uri, num_val)
-    return source.select(rows)
+    rows = {"train": order[num_val:], "val": order[:num_val]}
+    return {split: source.select(np.sort(chosen)) for split, chosen in rows.items()}

@@ -67,6 +67,15 @@ class StageOutcome:
     """Results for the summary, `<stage>/<name>`; equal to the bit for equal inputs."""
 
 
+@dataclass(frozen=True)
+class DataSizes:
+    """What a run's images come to: the listed ones, or those of the finished datasets."""
+
+    train_images: int
+    val_images: int
+    num_classes: int
+
+
 class StageNotFinishedError(DataError):
     """A stage reads what an earlier one has not made yet."""
 
@@ -221,6 +230,15 @@ class Stage(ABC):
     @classmethod
     def find_missing_files(cls, config: RunConfig) -> Iterator[str]:  # noqa: ARG003  most have none
         """Yield what the stage will read and is not there, a line each; buckets are not asked."""
+        yield from ()
+
+    @classmethod
+    def find_data_problems(
+        cls,
+        config: RunConfig,  # noqa: ARG003  most need nothing
+        sizes: DataSizes,  # noqa: ARG003
+    ) -> Iterator[str]:
+        """Yield what the stage needs of the images and they do not have, a line each."""
         yield from ()
 
     def load_record(self) -> StageRecord | None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fqgan_dist.data.decoding import to_float, to_uint8
-from fqgan_dist.data.loader import ImageLoader
+from fqgan_dist.data.loader import ImageLoader, check_num_views
+from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.images import HeldOutImages
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext
-from fqgan_dist.stages.teachers import FeatureIds, build_online_teachers, feature_store
+from fqgan_dist.stages.teachers import (
+    FeatureIds,
+    build_online_teachers,
+    feature_store,
+    stores_features,
+)
 from fqgan_dist.stages.tokenizer_task import STAGE, DiscriminatorPasses, TokenizerTask
 from fqgan_dist.stages.training import (
     load_weights,
@@ -55,6 +61,14 @@ class TokenizerStage(TrainingStage):
     @classmethod
     def plan(cls, config: RunConfig) -> Mapping[str, Any]:
         return plan_tokenizer(config)
+
+    @classmethod
+    def find_problems(cls, config: RunConfig) -> Iterator[str]:
+        data = config.data
+        try:
+            check_num_views(data.views, data.num_views, has_features=stores_features(config))
+        except ConfigError as error:
+            yield f"data.{error}"
 
     def settings(self) -> Mapping[str, Any]:
         config = self.context.config

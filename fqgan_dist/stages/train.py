@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.devices import select_device
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.data_checks import check_sizes
 from fqgan_dist.stages.preflight import check_run
 from fqgan_dist.stages.run import (
     check_static_inputs,
@@ -15,6 +16,7 @@ from fqgan_dist.stages.run import (
     write_run_files,
     write_summary,
 )
+from fqgan_dist.stages.shards import measure_data
 from fqgan_dist.stages.stage import find_stage
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.telemetry.observer import Observer
@@ -40,6 +42,7 @@ def train_stage(config: RunConfig, stage_name: str, world: World, *, observer: O
     check_run(context)
     stage = find_stage(stage_name)(context)
     check_static_inputs(stage)
+    check_sizes([type(stage)], config, measure_data(context))
     if world.is_main:
         write_run_files(context)
     run_stage(stage, _refuse_chunks)

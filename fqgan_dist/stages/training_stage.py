@@ -10,7 +10,7 @@ from typing import Any
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.stage import Stage, StageOutcome, StageOutput, all_stages
+from fqgan_dist.stages.stage import DataSizes, Stage, StageOutcome, StageOutput, all_stages
 from fqgan_dist.stages.training import Loader, hash_weights, run_training
 from fqgan_dist.stages.training_task import TrainingTask
 from fqgan_dist.training.config import TrainingConfig
@@ -70,6 +70,16 @@ class TrainingStage(Stage):
             )
         except ConfigError as error:
             yield f"{cls.name}.{error}"
+
+    @classmethod
+    def find_data_problems(cls, config: RunConfig, sizes: DataSizes) -> Iterator[str]:
+        """Find that an image would stand twice in a batch, a negative of itself in InfoNCE."""
+        size = cls.training(config).global_batch_size
+        if sizes.train_images < size:
+            yield (
+                f"{cls.name}.training.global_batch_size: {size} is more than the "
+                f"{sizes.train_images} training images; lower it, or bring more images"
+            )
 
     def has_output(self) -> bool:
         # A log of attempts alone is no checkpoint.

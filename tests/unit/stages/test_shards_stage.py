@@ -13,7 +13,7 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.shards import _hold_out, _locate_splits, _open_split
+from fqgan_dist.stages.shards import _hold_out, _locate_splits, _open_splits
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
@@ -77,10 +77,11 @@ def test_files_of_several_splits_in_one_folder_give_both(tmp_path: Path, held_ou
     config = load_config(TINY, settings, RunConfig)
     storage = Storage(config.storage.root)
     context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
-    found = {}
-    for split in ("train", "val"):
-        with _open_split(context, split) as source:
-            found[split] = {source.read(row) for row in range(len(source))}
+    with _open_splits(context) as sources:
+        found = {
+            split: {source.read(row) for row in range(len(source))}
+            for split, source in sources.items()
+        }
     assert found == {"train": {png(0), png(1)}, "val": {png(2)}}
 
 
@@ -101,7 +102,8 @@ def test_what_an_index_holds_together_is_one_set_of_which_a_share_is_held_out(
     config = load_config(TINY, settings, RunConfig)
     storage = Storage(config.storage.root)
     context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
-    with _open_split(context, "train") as train, _open_split(context, "val") as val:
+    with _open_splits(context) as sources:
+        train, val = sources["train"], sources["val"]
         assert (len(train), len(val)) == (15, 5)
         assert not set(train.names) & set(val.names)
 
@@ -119,14 +121,14 @@ def test_named_validation_source_wins(tmp_path: Path) -> None:
 
 def test_held_out_share_is_disjoint_and_complete() -> None:
     source = _listing(40)
-    train = _hold_out(source, "train", 0.25, seed=3)
-    val = _hold_out(source, "val", 0.25, seed=3)
+    held_out = _hold_out(source, 0.25, seed=3)
+    train, val = held_out["train"], held_out["val"]
     assert len(val) == 10
     assert sorted(train.names + val.names) == source.names
     assert val.names == sorted(val.names)
-    assert _hold_out(source, "val", 0.25, seed=4).names != val.names
+    assert _hold_out(source, 0.25, seed=4)["val"].names != val.names
 
 
 def test_empty_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction: 0\.01 of the 3 images"):
-        _hold_out(_listing(3), "val", 0.01, seed=0)
+        _hold_out(_listing(3), 0.01, seed=0)
