@@ -6,12 +6,23 @@ import gzip
 import json
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.containers import (
+    CONTAINERS,
+    Images,
+    write_class_tar,
+    write_folder,
+    write_manifest,
+    write_packed_tar,
+    write_parquet,
+    write_shards,
+    write_zip,
+)
 from support.source_files import png, tar_bytes, write_files, write_tar
 
 from fqgan_dist.data.index import image_digest
@@ -23,78 +34,6 @@ from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.verification import verify_dataset
 from fqgan_dist.storage.storage import Storage
 
-Images = Sequence[tuple[str, bytes]]
-"""Class and image."""
-
-
-def _named(images: Images) -> list[tuple[str, bytes]]:
-    return [(f"{name}/{row:03d}.png", data) for row, (name, data) in enumerate(images)]
-
-
-def _folder(path: Path, images: Images) -> Path:
-    return write_files(path, _named(images))
-
-
-def _tar(path: Path, images: Images) -> Path:
-    return write_tar(path.with_suffix(".tar"), _named(images))
-
-
-def _packed_tar(path: Path, images: Images) -> Path:
-    return write_tar(path.with_suffix(".tar.gz"), _named(images))
-
-
-def _tar_of_tars(path: Path, images: Images) -> Path:
-    members: dict[str, list[tuple[str, bytes]]] = {}
-    for row, (name, data) in enumerate(images):
-        members.setdefault(name, []).append((f"{row:03d}.png", data))
-    tars = [(f"{name}.tar", tar_bytes(files)) for name, files in members.items()]
-    return write_tar(path.with_suffix(".tar"), tars)
-
-
-def _zip(path: Path, images: Images) -> Path:
-    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
-        for name, data in _named(images):
-            archive.writestr(name, data)
-    return path.with_suffix(".zip")
-
-
-def _shards(path: Path, images: Images) -> Path:
-    members = [
-        (f"{row:03d}.{suffix}", part)
-        for row, (name, data) in enumerate(images)
-        for suffix, part in (("cls", name.encode()), ("png", data))
-    ]
-    path.mkdir()
-    write_tar(path / "a-000000.tar", members)
-    return path
-
-
-def _parquet(path: Path, images: Images) -> Path:
-    names, data = zip(*images, strict=True)
-    labels: list[str | int] = list(names)
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        labels = [int(name) for name in names]
-    pq.write_table(pa.table({"image": list(data), "label": labels}), path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
-def _manifest(path: Path, images: Images) -> Path:
-    write_files(path, _named(images))
-    rows = [f"{name},{class_of(name)}\n" for name, _ in _named(images)]
-    (path / "list.csv").write_text("path,class\n" + "".join(rows))
-    return path / "list.csv"
-
-
-CONTAINERS: dict[str, Callable[[Path, Images], Path]] = {
-    "folder": _folder,
-    "tar": _tar,
-    "packed tar": _packed_tar,
-    "tar of tars": _tar_of_tars,
-    "zip": _zip,
-    "shards": _shards,
-    "parquet": _parquet,
-    "manifest": _manifest,
-}
 in_every_container = pytest.mark.parametrize("write", CONTAINERS.values(), ids=CONTAINERS)
 
 
@@ -172,7 +111,9 @@ def test_whole_numbers_with_a_missing_one_among_them_are_the_same_classes(
         assert len(source.problems) == 1
 
 
-@pytest.mark.parametrize("write", [_folder, _tar, _packed_tar, _zip, _manifest])
+@pytest.mark.parametrize(
+    "write", [write_folder, write_class_tar, write_packed_tar, write_zip, write_manifest]
+)
 @pytest.mark.parametrize(
     ("name", "noted"),
     [
@@ -222,7 +163,7 @@ def test_what_a_mac_packs_into_a_tar_of_tars_is_no_class_and_no_image(tmp_path: 
         }
 
 
-@pytest.mark.parametrize("write", [_shards, _parquet])
+@pytest.mark.parametrize("write", [write_shards, write_parquet])
 def test_droppings_beside_shards_and_tables_are_not_read(
     tmp_path: Path, write: Callable[[Path, Images], Path]
 ) -> None:
@@ -243,7 +184,7 @@ def test_a_colon_in_a_name_is_a_character(
 
 
 def test_a_class_folder_without_an_image_is_named_and_no_class(tmp_path: Path) -> None:
-    for write in (_folder, _tar, _zip):
+    for write in (write_folder, write_class_tar, write_zip):
         path = write(tmp_path / "x", [("a", png(1)), ("b", b"")])
         with open_source(str(path)) as source:
             assert source.class_names() == ["a"]
@@ -264,12 +205,12 @@ def _concatenate(path: Path, first: Images, second: Images, write: Callable[...,
     return one
 
 
-@pytest.mark.parametrize("write", [_tar, _packed_tar, _shards])
+@pytest.mark.parametrize("write", [write_class_tar, write_packed_tar, write_shards])
 def test_nothing_behind_the_end_mark_is_passed_over(
     tmp_path: Path, write: Callable[[Path, Images], Path]
 ) -> None:
     one = tar_bytes([("a/1.png", png(1))])
-    if write is _packed_tar:
+    if write is write_packed_tar:
         path = tmp_path / "x.tar.gz"
         path.write_bytes(gzip.compress(one + tar_bytes([("b/2.png", png(2))])))
     else:
@@ -289,7 +230,7 @@ def test_nothing_behind_the_end_mark_of_a_class_s_tar_is_passed_over(tmp_path: P
 
 
 def test_index_and_verify_look_behind_the_end_mark(tmp_path: Path) -> None:
-    folder = _shards(tmp_path / "x", [("0", png(1))])
+    folder = write_shards(tmp_path / "x", [("0", png(1))])
     shard = folder / "a-000000.tar"
     whole = shard.read_bytes()
     index_shards(Storage(folder), IndexConfig(name="x", split="train"))
