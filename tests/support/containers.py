@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,8 +79,9 @@ def write_parquet(path: Path, images: Images) -> Path:
 def write_manifest(path: Path, images: Images) -> Path:
     """Write files and a list of them."""
     write_files(path, name_images(images))
-    rows = [f"{name},{class_of(name)}\n" for name, _ in name_images(images)]
-    (path / "list.csv").write_text("path,class\n" + "".join(rows))
+    with (path / "list.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(name, class_of(name)) for name, _ in name_images(images)]
+        csv.writer(file).writerows([("path", "class"), *rows])
     return path / "list.csv"
 
 

@@ -14,7 +14,8 @@ from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.listing import SourceListing
+from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.listing import SourceListing, find_danger
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, list_named_files
 from fqgan_dist.sharding.sources.folder import list_folder
@@ -136,7 +137,7 @@ def _is_of_samples(uri: str, options: SourceOptions) -> bool:
 
 def _find_format_of_folder(uri: str) -> SourceFormat:
     storage = Storage(uri)
-    names = storage.list()
+    names = [name for name in storage.list() if not is_dropping(name)]
     if not names and not folder_exists(uri):
         if source_exists(uri):
             raise ConfigError(f"{uri}: a file of no known ending; say what it is with format=...")
@@ -162,5 +163,7 @@ def _find_format_of_folder(uri: str) -> SourceFormat:
 
 def _find_folders(storage: Storage, names: list[str]) -> list[str]:
     # Those without an ending first: usually classes. Some are enough, as each costs a request.
-    likely = sorted(names, key=lambda name: ("." in name, name))[:_EXAMINED_NAMES]
+    # Names that the storage would refuse are left to the listing, which reports them.
+    safe = (name for name in names if find_danger(name) is None)
+    likely = sorted(safe, key=lambda name: ("." in name, name))[:_EXAMINED_NAMES]
     return [name for name in likely if not storage.exists(name)]

@@ -522,7 +522,9 @@ def test_given_classes_fix_the_labels(folder: Path, tmp_path: Path):
 
 
 def test_an_image_of_an_unknown_class_is_an_error(folder: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"4 classes are not in the given list of 1: \['n01'"):
+    with pytest.raises(
+        DataError, match=r"4 of its classes are not among the 1 of the given list: \['n01'"
+    ):
         build(folder, tmp_path / "out", classes=["n00"])
 
 
