@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 DEFAULT_SAMPLES_PER_SHARD = 1000
 ViewPolicy = Literal["random_crop_flip", "ten_crop", "center"]
 ViewMode = Literal["reference", "fast"]
+
+
+USUAL_VIEW_SHORT_SIDE = 320
+"""Short side to which the paper's random crops of 256 pixels resize an image at most."""
 
 
 class ViewConfig(Config):
@@ -48,6 +53,19 @@ class ViewConfig(Config):
                     f"{name}: {getattr(self, name)!r} has no effect with policy {self.policy!r}; "
                     f"leave it out, or choose policy {policy!r}"
                 )
+
+    @property
+    def greatest_short_side(self) -> int:
+        """Short side that images are resized to at most, in pixels."""
+        match self.policy:
+            case "random_crop_flip":
+                # The reference takes the ceiling; the small number undoes rounding such as
+                # 1.1 x 20 > 22.
+                return math.ceil(self.image_size * self.max_resize_ratio - 1e-9)
+            case "ten_crop":
+                return self.ten_crop_side
+            case "center":
+                return self.image_size
 
     @property
     def ten_crop_side(self) -> int:

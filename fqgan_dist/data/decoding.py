@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fqgan_dist.data.image_work import check_work, keep_pixels
 from fqgan_dist.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -170,12 +171,13 @@ def to_float(images: Tensor) -> Tensor:
 def _open_image(data: bytes, *, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image and check its size; whatever goes wrong, inside too, is a DataError."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(keep_pixels(data)), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(
                     f"{name}: image of {image.width}x{image.height} pixels; "
                     f"expected at most {max_pixels} pixels; remove it or raise the limit"
                 )
+            check_work(data, image.width, image.height, max_pixels=max_pixels)
             yield image
     except _DECODER_ERRORS as error:
         # Pillow's own words for this are the address of the buffer.

@@ -10,7 +10,6 @@ Source: FQGAN, arXiv 2411.16681, preprocessing of its published code; ten crops 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +114,17 @@ def place_view(
             )
 
 
+def find_fault_of_shape(width: int, height: int, short_side: int) -> str | None:
+    """Say why no view of a short side can be made of an image of a size; None if one can."""
+    ratio = short_side / min(width, height)
+    if width * ratio * height * ratio <= DEFAULT_MAX_PIXELS:
+        return None
+    return (
+        f"an image of {width}x{height} pixels, resized to a short side of {short_side}, would "
+        f"have more than {DEFAULT_MAX_PIXELS} pixels"
+    )
+
+
 def find_resize_sizes(
     width: int, height: int, short_side: int, *, name: str
 ) -> list[tuple[int, int]]:
@@ -126,12 +136,8 @@ def find_resize_sizes(
     Raises:
         DataError: the result would have more pixels than the decoding limit.
     """
-    ratio = short_side / min(width, height)
-    if width * ratio * height * ratio > DEFAULT_MAX_PIXELS:
-        raise DataError(
-            f"sample {name!r}: an image of {width}x{height} pixels, resized to a short "
-            f"side of {short_side}, would have more than {DEFAULT_MAX_PIXELS} pixels; remove it"
-        )
+    if fault := find_fault_of_shape(width, height, short_side):
+        raise DataError(f"sample {name!r}: {fault}; remove it")
     # ADM's chain, of which the reference images of every score are made: whole halvings by a box
     # filter, then one bicubic step. Any other resize moves rFID.
     sizes = []
@@ -169,9 +175,7 @@ def _place_random_crop(
     generator = numpy_generator(seed, "view", key, view)
     words = [int(word) for word in generator.bit_generator.random_raw(_WORDS_PER_VIEW)]
     size = config.image_size
-    # The reference takes the ceiling; the small number undoes rounding such as 1.1 x 20 > 22.
-    longest = math.ceil(size * config.max_resize_ratio - 1e-9)
-    short_side = size + _below(words[0], longest - size + 1)
+    short_side = size + _below(words[0], config.greatest_short_side - size + 1)
     resized_width, resized_height = find_resize_sizes(width, height, short_side, name=key)[-1]
     return CropRecord(
         top=_below(words[1], resized_height - size + 1),

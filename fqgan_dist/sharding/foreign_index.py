@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fqgan_dist.chunks import run_in_processes
+from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.index import (
     INDEX_NAME,
     ClassName,
@@ -35,6 +36,7 @@ from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
+from fqgan_dist.sharding.images import describe_view_short_side
 from fqgan_dist.sharding.listing import sort_problems
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
 from fqgan_dist.sharding.repeats import RepeatFinder
@@ -67,6 +69,9 @@ class IndexConfig(SampleRules):
     """Pattern of the shards' names, where a folder holds others too."""
     label_kind: Literal["auto", "numbers", "names"] = "auto"
     """Whether labels are numbers from 0 or names of classes; auto: numbers if all of them are."""
+    view_short_side: int = Field(default=USUAL_VIEW_SHORT_SIDE, ge=1)
+    """As of `fqgan-data shard`: images of which no view of this short side can be made are left
+    out."""
     deep: bool = False
     """Decode every image, and leave out those that cannot be; else only their headers are read."""
 
@@ -106,7 +111,13 @@ class _ScanWork:
 
     def process(self, chunk: int) -> None:
         config = self.config
-        scan = scan_shard(self.folder, self.files[chunk], config, is_deep=config.deep)
+        scan = scan_shard(
+            self.folder,
+            self.files[chunk],
+            config,
+            is_deep=config.deep,
+            view_short_side=config.view_short_side,
+        )
         self.scratch.write_bytes(_result_name(chunk), scan.to_bytes())
 
     def set_up_process(self, role: str, number: int) -> None:
@@ -234,7 +245,13 @@ def _load_finished(
 
 def _describe_policy(config: IndexConfig) -> dict[str, Any]:
     rules = SampleRules(**config.model_dump(include=set(SampleRules.model_fields)))
-    return {"kind": INDEXED, "files": config.files, "decoded": config.deep} | rules.describe()
+    return {
+        "kind": INDEXED,
+        "files": config.files,
+        "decoded": config.deep,
+        **describe_view_short_side(config.view_short_side),
+        **rules.describe(),
+    }
 
 
 def _survey(folder: Storage, work: _ScanWork) -> set[str]:

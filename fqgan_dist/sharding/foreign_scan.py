@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.decoding import decode_image, read_size
 from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
+from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import printable
 from fqgan_dist.sharding.sample_rules import SampleRules
@@ -108,7 +110,14 @@ class ShardScan:
         return ShardScan(facts["sha256"], facts["num_bytes"], samples, problems)
 
 
-def scan_shard(storage: Storage, file: str, rules: SampleRules, *, is_deep: bool) -> ShardScan:
+def scan_shard(
+    storage: Storage,
+    file: str,
+    rules: SampleRules,
+    *,
+    is_deep: bool,
+    view_short_side: int = USUAL_VIEW_SHORT_SIDE,
+) -> ShardScan:
     """Read a tar once.
 
     Args:
@@ -116,6 +125,7 @@ def scan_shard(storage: Storage, file: str, rules: SampleRules, *, is_deep: bool
         file: name of the tar.
         rules: where images and labels are.
         is_deep: decode every image; else only the headers are read.
+        view_short_side: short side of the views that images must be good for.
 
     Raises:
         DataError: the tar is missing, compressed, damaged or cut off, or holds a key twice.
@@ -131,7 +141,9 @@ def scan_shard(storage: Storage, file: str, rules: SampleRules, *, is_deep: bool
                 if sample.key in samples:
                     raise DataError(f"{source}: {describe_repeat(sample.key, file, file)}")
                 try:
-                    samples[sample.key] = _find_sample(sample, rules, is_deep=is_deep)
+                    samples[sample.key] = _find_sample(
+                        sample, rules, is_deep=is_deep, view_short_side=view_short_side
+                    )
                 except DataError as error:
                     name = f"{file}/{sample.key}"
                     problems.append(SourceProblem(name=name, reason=str(error), action="skipped"))
@@ -160,7 +172,9 @@ def _note_dangers(
         yield member
 
 
-def _find_sample(sample: TarSample, rules: SampleRules, *, is_deep: bool) -> FoundSample:
+def _find_sample(
+    sample: TarSample, rules: SampleRules, *, is_deep: bool, view_short_side: int
+) -> FoundSample:
     """Check a sample; DataError says why it is not usable."""
     image = rules.find_image(sample)
     label = rules.find_label(sample)
@@ -169,5 +183,7 @@ def _find_sample(sample: TarSample, rules: SampleRules, *, is_deep: bool) -> Fou
         width, height = decode_image(image.data, name=image.name).size
     else:
         width, height = read_size(image.data, name=image.name)
+    if fault := find_fault_of_shape(width, height, view_short_side):
+        raise DataError(fault)
     digest = image_digest(image.data)
     return FoundSample(sample.key, label, image.offset, image.size, width, height, digest)

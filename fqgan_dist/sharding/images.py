@@ -12,10 +12,10 @@ from PIL import Image
 from pydantic import Field
 
 from fqgan_dist.config import Config
-from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE, ViewConfig
 from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS, decode_image
 from fqgan_dist.data.index import SourceProblem
-from fqgan_dist.data.views import apply_view
+from fqgan_dist.data.views import apply_view, find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import printable
 
@@ -40,6 +40,10 @@ class ImagePolicy(Config):
     reference of FID scores). Fixed for good: no random crops are left to take."""
     jpeg_quality: int = Field(default=95, ge=50, le=100)
     """Quality of images that are resized or cropped; 90 to 95 for training."""
+    view_short_side: int = Field(default=USUAL_VIEW_SHORT_SIDE, ge=1)
+    """Short side that the views in use resize images to at most: an image so long and thin that
+    this would take more pixels than may be decoded is left out. `fqgan run` raises it by itself
+    where its views are larger."""
     only_if_bigger: bool = True
     """Images with a shorter side than asked for keep their bytes; false: they are enlarged. Images
     that have the very size already keep their bytes either way."""
@@ -62,23 +66,31 @@ class ImagePolicy(Config):
 
     def describe_images(self) -> dict[str, Any]:
         """Give what the index tells about the images."""
+        views = describe_view_short_side(self.view_short_side)
         if not self.is_lossy:
-            return {"kind": "original"}
+            return {"kind": "original"} | views
         size = {"short_side": self.short_side} if self.crop is None else {"crop": self.crop}
         return {
             "kind": next(iter(size)),
             **size,
             "jpeg_quality": self.jpeg_quality,
             "only_if_bigger": self.only_if_bigger,
+            **views,
         }
 
     @classmethod
     def parse_description(cls, values: dict[str, Any]) -> ImagePolicy:
         """Restore the policy from what an index tells; of foreign shards, the original bytes."""
-        if values.get("kind") not in ("short_side", "crop"):
-            return ImagePolicy()
-        names = {"short_side", "crop", "jpeg_quality", "only_if_bigger"}
+        names = {"view_short_side"}
+        if values.get("kind") in ("short_side", "crop"):
+            names |= {"short_side", "crop", "jpeg_quality", "only_if_bigger"}
         return ImagePolicy(**{name: values[name] for name in names & set(values)})
+
+
+def describe_view_short_side(short_side: int) -> dict[str, int]:
+    """Give what an index tells about the views that its images were checked for."""
+    # The usual one is not written, so that datasets keep the ids that they had without it.
+    return {} if short_side == USUAL_VIEW_SHORT_SIDE else {"view_short_side": short_side}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +122,8 @@ def make_image(data: bytes, name: str, policy: ImagePolicy) -> EncodedImage | So
         # Decoded whole, also to keep its bytes: a truncated image shows only so.
         image = decode_image(data, name=name)
         made = _resize(image, name, policy)
+        if fault := find_fault_of_shape(made.width, made.height, policy.view_short_side):
+            raise DataError(fault)
     except DataError as error:
         return SourceProblem(name=name, reason=_describe(error), action="skipped")
     if made is image:

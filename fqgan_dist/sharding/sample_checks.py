@@ -13,7 +13,9 @@ from fqgan_dist.data.index import (
     image_digest,
     load_samples,
 )
+from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.sample_rules import Labelling, SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
 from fqgan_dist.storage.storage import Storage
@@ -93,6 +95,8 @@ class _ShardCheck:
         self._rules = (
             SampleRules.of_dataset(dataset.index.image_policy) if is_foreign else SampleRules()
         )
+        policy = ImagePolicy.parse_description(dataset.index.image_policy)
+        self._view_short_side = policy.view_short_side
         self._labelling = Labelling.of_dataset(dataset.index, is_foreign=is_foreign)
         self._table = _load_table(dataset.folder, entry)
         keys = [] if self._table is None else self._table.keys
@@ -139,6 +143,8 @@ class _ShardCheck:
             assert member.data is not None, "an image's bytes were asked for"
             self.findings.num_decoded += 1
             image = decode_image(member.data, name=sample.key)
+            if fault := find_fault_of_shape(*image.size, self._view_short_side):
+                return fault
             label = self._labelling.number_of(self._rules.find_label(sample))
         except DataError as error:
             return str(error).removeprefix(f"{sample.key}: ")

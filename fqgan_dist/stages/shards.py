@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS, DataConfig
+from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS, USUAL_VIEW_SHORT_SIDE, DataConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
@@ -117,6 +117,7 @@ class ShardsStage(Stage):
             seed=data.seed,
             # Validation keeps its bytes: it is the reference of rFID.
             short_side=data.short_side if split == "train" else None,
+            view_short_side=_view_short_side(self.context.config, split),
         )
         return build_dataset(
             source,
@@ -143,6 +144,13 @@ def measure_data(context: RunContext) -> DataSizes:
     """Measure a run's finished dataset; raises what `open_dataset` does."""
     train, val = (open_dataset(context, split).index for split in SPLITS)
     return DataSizes(train.num_samples, val.num_samples, train.num_classes)
+
+
+def _view_short_side(config: RunConfig, split: str) -> int:
+    """Return what images must be good for: the views in use, or the usual ones if smaller."""
+    views = (config.data.views, config.codes.views) if split == "train" else ()
+    sides = (view.greatest_short_side for view in views)
+    return max(USUAL_VIEW_SHORT_SIDE, config.tokenizer.model.image_size, *sides)
 
 
 def _split_path(context: RunContext, split: str) -> str:

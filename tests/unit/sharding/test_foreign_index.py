@@ -12,10 +12,11 @@ from PIL import Image
 from support.synthetic_shards import pack
 from webdataset.writer import ShardWriter
 
-from fqgan_dist.data.index import load_index, load_samples
+from fqgan_dist.data.index import load_index, load_samples, write_index
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.foreign_index import IndexConfig, IndexReport, index_shards
+from fqgan_dist.sharding.verification import verify_dataset
 from fqgan_dist.storage.storage import Storage
 
 
@@ -79,6 +80,26 @@ def test_shards_of_webdatasets_own_writer_are_read_by_the_index(shards: Path) ->
     table = load_samples(Storage(shards), report.index.shards[0])
     assert (table.widths.tolist(), table.heights.tolist()) == ([20] * 3, [10, 11, 12])
     assert tars == {path: path.read_bytes() for path in shards.glob("*.tar")}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_an_image_that_no_view_in_use_can_be_made_of_is_left_out(shards: Path, deep: bool) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (1400, 1)).save(file, "PNG")
+    write_tar(shards / "part-9.tar", [("thin.png", file.getvalue()), ("thin.cls", b"0")])
+    report = make(shards, deep=deep)
+    assert "resized to a short side of 320" in problems(report)["part-9.tar/thin"][1]
+    assert verify_dataset(Storage(shards), is_deep=True).damages == []
+    (shards / "index.json").unlink()
+    assert "part-9.tar/thin" not in problems(make(shards, deep=deep, view_short_side=40))
+    assert verify_dataset(Storage(shards), is_deep=True).damages == []
+    # Whoever indexed it without asking is told by a deep look.
+    index = load_index(Storage(shards))
+    policy = {k: v for k, v in index.image_policy.items() if k != "view_short_side"}
+    (shards / "index.json").unlink()
+    write_index(Storage(shards), index.model_copy(update={"image_policy": policy}))
+    damages = verify_dataset(Storage(shards), is_deep=True).damages
+    assert [damage.where for damage in damages] == ["part-9.tar: thin"]
 
 
 def test_made_again_it_does_nothing(shards: Path) -> None:

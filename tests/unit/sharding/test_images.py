@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.index import SourceProblem
+from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.data.views import apply_view
 from fqgan_dist.sharding.images import EncodedImage, ImagePolicy, make_image
 
@@ -93,7 +94,7 @@ def test_what_does_not_decode_is_a_problem_and_says_why_in_the_same_words() -> N
 @pytest.mark.parametrize(
     ("size", "policy", "made"),
     [
-        ((20, 70_000), {"short_side": 16}, None),
+        ((20, 70_000), {"short_side": 16, "view_short_side": 16}, None),
         ((20, 90_000), {"short_side": 16}, "16x72000 pixels"),
         ((8, 8_000), {"short_side": 320, "only_if_bigger": False}, "320x320000 pixels"),
     ],
@@ -109,6 +110,31 @@ def test_an_image_that_would_be_too_long_for_a_jpeg_is_a_problem(
     else:
         assert isinstance(image, SourceProblem)
         assert made in image.reason
+
+
+@pytest.mark.parametrize(
+    ("size", "view_short_side", "is_taken"),
+    [((1, 300), 320, True), ((1, 1400), 320, False), ((1, 1400), 40, True), ((300, 1), 640, False)],
+)
+def test_an_image_that_no_view_in_use_can_be_made_of_is_a_problem(
+    size: tuple[int, int], view_short_side: int, is_taken: bool
+) -> None:
+    policy = ImagePolicy(view_short_side=view_short_side)
+    image = make_image(encode(Image.new("RGB", size)), "a/x.png", policy)
+    view = ViewConfig(policy="center", image_size=view_short_side)
+    if is_taken:
+        assert isinstance(image, EncodedImage)
+        load_view(image.data, view, seed=0, key="x", view=0, name="x")
+    else:
+        assert isinstance(image, SourceProblem)
+        assert f"resized to a short side of {view_short_side}" in image.reason
+
+
+def test_only_unusual_views_are_told_by_the_index() -> None:
+    for policy in (ImagePolicy(), ImagePolicy(short_side=320), ImagePolicy(view_short_side=640)):
+        told = policy.describe_images()
+        assert ("view_short_side" in told) == (policy.view_short_side != 320)
+        assert ImagePolicy.parse_description(told) == policy
 
 
 def test_an_image_that_would_become_too_large_is_a_problem() -> None:

@@ -13,7 +13,12 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.shards import _hold_out, _locate_splits, _open_splits
+from fqgan_dist.stages.shards import (
+    _hold_out,
+    _locate_splits,
+    _open_splits,
+    _view_short_side,
+)
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.world import World
@@ -132,3 +137,10 @@ def test_held_out_share_is_disjoint_and_complete() -> None:
 def test_empty_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction: 0\.01 of the 3 images"):
         _hold_out(_listing(3), 0.01, seed=0)
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 320), (256, 320), (512, 640)])
+def test_images_must_be_good_for_the_views_in_use(size: int, side: int) -> None:
+    config = load_config(TINY, [f"tokenizer.model.image_size={size}"], RunConfig)
+    assert _view_short_side(config, "train") == side
+    assert _view_short_side(config, "val") == max(size, 320)
