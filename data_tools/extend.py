@@ -10,10 +10,10 @@ from typing import Any
 from data_tools.shard import WorkSummary, list_problems, select_options
 from data_tools.workers import WorkerOptions, open_workers
 from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.sharding.extending import ExtensionConfig, extend_dataset, plan_extension
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.sources.opening import open_source
-from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 

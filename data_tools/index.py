@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from data_tools.class_file import read_classes
 from data_tools.workers import count_workers
+from fqgan_dist.sharding.class_files import read_classes
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
@@ -18,9 +17,9 @@ from fqgan_dist.telemetry.observer import Observer
 class IndexOptions(IndexConfig):
     """Options of `fqgan-data index`."""
 
-    classes: Path | None = None
-    """File of class names, one per line in the order of their labels, perhaps followed by a tab and
-    a readable name; none: the numbers or names that occur."""
+    classes: str | None = None
+    """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
+    WordNet id, a space) and a readable name; none: the numbers or names that occur."""
     workers: int | None = Field(default=None, ge=1)
     """Processes that read shards; none: one per core."""
 

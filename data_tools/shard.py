@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.class_file import read_classes
 from data_tools.workers import WorkerOptions, open_workers
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import DatasetIndex, SourceProblem
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
+from fqgan_dist.sharding.class_files import read_classes
+from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, plan_dataset
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
-from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
@@ -36,9 +35,9 @@ class ShardOptions(WorkerOptions, SourceOptions, ShardingConfig, PhotographsConf
     its crops.
     """
 
-    classes: Path | None = None
-    """File of class names, one per line in the order of their labels, perhaps followed by a tab and
-    a readable name; none: the source's classes."""
+    classes: str | None = None
+    """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
+    WordNet id, a space) and a readable name; none: the source's classes."""
 
 
 @dataclass(frozen=True, kw_only=True)

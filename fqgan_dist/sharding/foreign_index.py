@@ -34,6 +34,7 @@ from fqgan_dist.data.index import (
 )
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.images import describe_view_short_side
@@ -41,7 +42,6 @@ from fqgan_dist.sharding.listing import sort_problems
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
 from fqgan_dist.sharding.repeats import RepeatFinder
 from fqgan_dist.sharding.sample_rules import INDEXED, Labelling, SampleRules, parse_number
-from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS
 from fqgan_dist.sharding.sources.spool import open_spool_folder
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging

@@ -7,14 +7,16 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.config import THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import REASON, find_dropping
 from fqgan_dist.sharding.labels import is_no_label, order_classes
+from fqgan_dist.sharding.sources.splits import is_split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image names, in small letters."""
@@ -28,7 +30,14 @@ SourceKind = Literal[
 
 IN_CLASS_FOLDERS = "images as class/name.ext"
 """What folders and archives are expected to hold."""
+NO_IMAGE_NAME = f"not named as an image ({', '.join(IMAGE_SUFFIXES)})"
+"""Why a file is passed over."""
 
+_IMAGES_FOLDER = "images"
+_ADVICE_WITHOUT_FOLDERS = (
+    "name the list of their classes as the source and this as its root, or give class_key=none if "
+    "they have none (docs/data.md shows both)"
+)
 _MAX_NAME_LENGTH = 1000
 _SHOWN_NAMES = 3
 
@@ -152,7 +161,17 @@ def class_of(name: str) -> str:
 
 
 class ListingBuilder:
-    """Collects the members of a source and sorts out those that cannot be images."""
+    """Collects the members of a source and sorts out those that cannot be images.
+
+    The class of a file is its folder; other builders know it from elsewhere (`take`).
+    """
+
+    expected: str = IN_CLASS_FOLDERS
+    """What a source of this kind holds, for the error where there is nothing."""
+    lists_all_depths: ClassVar[bool] = False
+    """Whether images may lie in folders of any depth."""
+    start: str = ""
+    """Folder below the subfolder that all images lie in, so that others need not be listed."""
 
     def __init__(
         self,
@@ -160,7 +179,7 @@ class ListingBuilder:
         subfolder: str = "",
         *,
         check_bytes: Literal[0, 4, 16] = 0,
-        expected: str = IN_CLASS_FOLDERS,
+        expected: str | None = None,
     ) -> None:
         """Begin a listing.
 
@@ -168,12 +187,12 @@ class ListingBuilder:
             uri: the source.
             subfolder: folder of the source that holds the class folders.
             check_bytes: length of `Place.check` of all members.
-            expected: what a source of this kind holds, for the error where there is nothing.
+            expected: what a source of this kind holds; None: what the builder expects.
         """
         self.uri = uri
         self.subfolder = subfolder.strip("/")
+        self.expected = expected or self.expected
         self._check_bytes = check_bytes
-        self._expected = expected
         self._names: list[str] = []
         self._keys: list[str] = []
         self._files: dict[str, int] = {}
@@ -189,28 +208,36 @@ class ListingBuilder:
         return len(self._names)
 
     def add(self, name: str, place: Place) -> None:
-        """Take a plain file of a name like `class/name.ext`, or note why not."""
+        """Take a plain file of the source, or note why not."""
         while name.startswith("./"):
             name = name[2:]
         if danger := find_danger(name):
             self.refuse(name, danger)
-            return
-        if self.subfolder:
-            if not name.startswith(self.subfolder + "/"):
-                return
-            name = name[len(self.subfolder) + 1 :]
-        if self.skip_dropping(name):
-            return
-        if "/" in name:
-            self._class_folders.add(class_of(name))
-        if name.count("/") != 1 or not all(name.split("/")):
+        elif not self.subfolder:
+            self.add_below(name, place)
+        elif name.startswith(self.subfolder + "/"):
+            self.add_below(name[len(self.subfolder) + 1 :], place)
+
+    def add_below(self, name: str, place: Place) -> None:
+        """Take a plain file of a safe name that is relative to the subfolder."""
+        if not self.skip_dropping(name):
+            self.take(name, place)
+
+    def take(self, name: str, place: Place) -> None:
+        """Take a file of a name like `class/name.ext`, or note why not."""
+        class_name, _, file_name = name.partition("/")
+        if file_name:
+            self._class_folders.add(class_name)
+        if "/" in file_name and is_folder_of_images(name.rpartition("/")[0]):
+            file_name = file_name.rpartition("/")[2]
+        if not class_name or not file_name or "/" in file_name:
             self.skip(name, "not class/name.ext")
         elif not is_image_name(name):
-            self.skip(name, f"not named as an image ({', '.join(IMAGE_SUFFIXES)})")
-        elif reason := _find_fault_of_label(class_of(name)) or _find_fault_of_size(place.size):
+            self.skip(name, NO_IMAGE_NAME)
+        elif reason := _find_fault_of_label(class_name) or _find_fault_of_size(place.size):
             self.skip(name, reason)
         else:
-            self._take(name, place)
+            self._take(f"{class_name}/{file_name}", place)
 
     def skip_dropping(self, name: str) -> bool:
         """Note a file or folder that is none of the data, once; whether it is such a one."""
@@ -275,6 +302,11 @@ class ListingBuilder:
         """
         if not self._names:
             raise DataError(f"{self.uri}: {self._describe_emptiness()}")
+        if self._class_folders == {_IMAGES_FOLDER}:
+            raise DataError(
+                f"{self.uri}: all images lie in one folder, {_IMAGES_FOLDER!r}; expected a folder "
+                f"per class: {_ADVICE_WITHOUT_FOLDERS}"
+            )
         if self._keys:
             assert len(self._keys) == len(self._names), "only some members were given a key"
             _check_keys_are_unique(self.uri, self._keys, self._names)
@@ -323,7 +355,7 @@ class ListingBuilder:
         return np.array([row for row in order if row not in repeated], np.int64)
 
     def _describe_emptiness(self) -> str:
-        expected = f"expected {self._expected}"
+        expected = f"expected {self.expected}"
         if self.subfolder:
             expected += f" below {self.subfolder!r}"
         if not self._problems:
@@ -332,9 +364,37 @@ class ListingBuilder:
             f"{problem.name!r}: {problem.reason}" for problem in self._problems[:_SHOWN_NAMES]
         )
         text = f"no images; {expected}, found {len(self._problems)} other members ({first} ...)"
-        if self._expected != IN_CLASS_FOLDERS:
+        if self.expected != IN_CLASS_FOLDERS:
             return text
+        if any(
+            "/" not in problem.name and is_image_name(problem.name) for problem in self._problems
+        ):
+            return f"{text}; the images lie in no folder: {_ADVICE_WITHOUT_FOLDERS}"
         return f"{text}; if the class folders lie deeper, name their folder with subfolder=..."
+
+
+class UnlabelledBuilder(ListingBuilder):
+    """Collects images that have no classes, whatever folders they lie in."""
+
+    expected = "images"
+    lists_all_depths = True
+
+    def take(self, name: str, place: Place) -> None:
+        """Take an image of any name."""
+        if is_image_name(name):
+            self.add_labelled(THE_ONLY_CLASS, name, place)
+        else:
+            self.skip(name, NO_IMAGE_NAME)
+
+
+class NewBuilder(Protocol):
+    """Begins the listing of a folder or archive."""
+
+    def __call__(
+        self, uri: str, subfolder: str = "", *, check_bytes: Literal[0, 4, 16] = 0
+    ) -> ListingBuilder:
+        """Begin a listing; see `ListingBuilder`."""
+        ...
 
 
 def sort_problems(problems: Sequence[SourceProblem]) -> list[SourceProblem]:
@@ -353,6 +413,15 @@ def show_name(name: str) -> str:
     """Make any name fit for a message or an index, which a name of a megabyte is not."""
     shown = printable(name[:_MAX_NAME_LENGTH])
     return shown if len(name) <= _MAX_NAME_LENGTH else f"{shown}..."
+
+
+def is_folder_of_images(folder: str) -> bool:
+    """Whether a folder, `class/images`, stands for its class, as tiny-imagenet has it.
+
+    `val/images` is none: there the images of all classes lie together.
+    """
+    class_name, _, rest = folder.partition("/")
+    return rest == _IMAGES_FOLDER and not is_split(class_name)
 
 
 def is_image_name(name: str) -> bool:

@@ -1,12 +1,17 @@
-"""A CSV, TSV or JSONL list of files with their classes.
+"""A list of images with their classes, in any of the usual spellings.
 
-Columns are `path`, `class` (or `label`) and perhaps `key`. Paths are relative to a folder; absolute
-ones, those that leave it and URLs are refused by name.
+- CSV, TSV or JSONL with the columns `path`, `class` (or `label`) and perhaps `key`; Kaggle's
+  `ImageId,PredictionString`, whose first word is the class. A first row that holds the name of an
+  image is no header: the name is the path, the first other field the class (tiny-imagenet's
+  `val_annotations.txt`).
+- Text: `path class` per line, as caffe has it; or only a class per line, of the images in the order
+  of their sorted names (ImageNet's devkit).
+
+Paths are relative to a folder; absolute ones, those that leave it and URLs are refused by name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
@@ -14,92 +19,151 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
-from fqgan_dist.sharding.listing import (
-    IMAGE_SUFFIXES,
-    ListingBuilder,
-    Place,
-    SourceListing,
-    find_danger,
-    is_image_name,
-)
-from fqgan_dist.sharding.sources.locations import locate_existing_file
-from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
-from fqgan_dist.sharding.sources.readers import FileReader
-from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, find_danger, is_image_name
 from fqgan_dist.telemetry.progress import ProgressBar
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 
-_PATH_COLUMNS = ("path", "file", "file_name", "filename", "image")
-_CLASS_COLUMNS = ("class", "label", "class_name", "cls")
+_TEXT_SUFFIX = ".txt"
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_KAGGLE_CLASS_COLUMN = "PredictionString"
+_PATH_COLUMNS = ("path", "file", "file_name", "filename", "image", "ImageId")
+_CLASS_COLUMNS = ("class", "label", "class_name", "cls", _KAGGLE_CLASS_COLUMN)
 _KEY_COLUMNS = ("key",)
+_CLASS_ALONE = "class of the next image"
 _MAX_LINE_BYTES = 2**20
+_IMAGE_AND_CLASS = re.compile(
+    rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(\S.*)", re.IGNORECASE
+)
+# So many images, each of a class of its own in the order of the list, are no coincidence.
+_MIN_RUNNING_COUNT = 10
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 
 
-def list_named_files(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
-    """List the files that a manifest names.
+class ImageRow(NamedTuple):
+    """What a list says of one image."""
+
+    number: int
+    """Number of the row, from 1, without a header."""
+    path: str
+    """Path of the image, perhaps without the ending; as it stands there where it is faulty."""
+    class_name: str | None
+    """Its class."""
+    key: str | None
+    """Its key, where the list gives keys."""
+    fault: str | None
+    """Why the row cannot be used; None if it can."""
+    is_dangerous: bool = False
+    """Whether the path must not be opened."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The rows of a list."""
+
+    uri: str
+    """The list, for messages."""
+    rows: list[ImageRow]
+    """All rows."""
+    has_paths: bool
+    """Whether the rows name images; else they are of the images in the order of their names."""
+
+    @property
+    def start(self) -> str:
+        """The folder that all images lie in, as far as the paths tell; "" is the root."""
+        paths = [row.path for row in self.rows if not row.is_dangerous]
+        # The image of a bare name may lie in any folder.
+        if not self.has_paths or not all("/" in path for path in paths):
+            return ""
+        return posixpath.commonpath([posixpath.dirname(path) for path in paths]) if paths else ""
+
+
+def read_image_list(
+    file: BinaryIO, uri: str, options: SourceOptions, bar: ProgressBar
+) -> ImageList:
+    """Read a list.
+
+    Args:
+        file: the list.
+        uri: its name, which tells its spelling.
+        options: which columns are what.
+        bar: counts the rows.
 
     Raises:
-        ConfigError: the columns cannot be told, or `root` is no folder.
-        DataError: the manifest is missing or no text of its kind, or names no image that is there.
+        ConfigError: the columns cannot be told.
+        DataError: it is no text of its kind, or empty.
     """
-    manifest_storage, name, _ = locate_existing_file(uri)
-    storage = manifest_storage if options.root is None else Storage(options.root)
-    builder = ListingBuilder(uri, expected="rows with the path and class of an image")
-    with (
-        manifest_storage.open_read(name) as file,
-        observer.track(None, "reading rows", "rows") as bar,
-    ):
-        rows = _read_rows(file, uri)
-        wanted = _check_rows(rows, uri, options, builder, bar)
-    with observer.track(len(wanted), "looking for files", "files") as bar:
-        sizes = _measure(storage, [path for _, path, _ in wanted], bar)
-    for class_name, path, key in wanted:
-        size = sizes.get(path)
-        if size is None:
-            builder.skip(path, "no such file")
-            continue
-        # As in class folders, where that is what it is: the same images make the same dataset.
-        rest = path.removeprefix(f"{class_name}/")
-        builder.add_labelled(class_name, rest, Place(path, 0, size), key=key, shown_name=path)
-    return builder.build(
-        "manifest",
-        FileReader(storage),
-        is_shared_by_nodes=options.is_shared or not storage.is_local,
-    )
+    rows = _read_fields(file, uri)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{uri}: no rows; expected a header, and the columns path and class")
+    has_paths = _CLASS_ALONE not in first
+    columns = _Columns(uri, list(first), options, has_paths=has_paths)
+    found: list[ImageRow] = []
+    for number, fields in enumerate(itertools.chain([first], rows), 1):
+        found.append(columns.parse(number, fields))
+        bar.advance()
+    if has_paths:
+        _check_running_count(uri, found)
+    return ImageList(uri, found, has_paths)
 
 
 class _Columns:
-    """Which columns of a manifest hold what."""
+    """Which columns of a list hold what."""
 
-    def __init__(self, uri: str, names: Sequence[str], options: SourceOptions) -> None:
-        self._path = _choose(uri, "image_key", options.image_key, _PATH_COLUMNS, names)
+    def __init__(
+        self, uri: str, names: Sequence[str], options: SourceOptions, *, has_paths: bool
+    ) -> None:
+        self._path = None
+        if has_paths:
+            self._path = _choose(uri, "image_key", options.image_key, _PATH_COLUMNS, names)
         self._class = None
+        usual = _CLASS_COLUMNS if has_paths else (_CLASS_ALONE,)
         if options.class_key != NO_CLASSES:
-            self._class = _choose(uri, "class_key", options.class_key, _CLASS_COLUMNS, names)
+            self._class = _choose(uri, "class_key", options.class_key, usual, names)
+        elif not has_paths:
+            raise ConfigError(
+                f"class_key: {NO_CLASSES!r}: {uri} holds nothing but classes; name the images as "
+                "the source"
+            )
         self._key = None
         if options.id_key is not None or "key" in names:
             self._key = _choose(uri, "id_key", options.id_key, _KEY_COLUMNS, names)
-        self.has_keys = self._key is not None and options.keep_keys
+        self._has_keys = self._key is not None and options.keep_keys
 
-    def path_of(self, row: Row) -> Any:
-        """Give the path as it stands there."""
-        return row.get(self._path)
+    def parse(self, number: int, fields: Fields) -> ImageRow:
+        """Give what a row says."""
+        class_name = class_from_value(self._label_of(fields))
+        key = self._key_of(fields)
+        fault = None
+        if class_name is None:
+            fault = f"row {number}: {describe_missing_class(self._label_of(fields))}"
+        elif self._has_keys and key is None:
+            fault = f"row {number}: no key, as other rows have"
+        if self._path is None:
+            return ImageRow(number, f"row {number}", class_name, key, fault)
+        path: Any = fields.get(self._path)
+        if danger := _find_danger_of_path(path):
+            return ImageRow(number, str(path), None, None, f"row {number}: {danger}", True)
+        return ImageRow(number, _normalize(str(path)), class_name, key, fault)
 
-    def label_of(self, row: Row) -> Any:
-        """Give the class as it stands there."""
-        return THE_ONLY_CLASS if self._class is None else row.get(self._class)
+    def _label_of(self, fields: Fields) -> Any:
+        if self._class is None:
+            return THE_ONLY_CLASS
+        value = fields.get(self._class)
+        if self._class == _KAGGLE_CLASS_COLUMN and isinstance(value, str):
+            return next(iter(value.split()), "")  # the boxes of the objects follow
+        return value
 
-    def key_of(self, row: Row) -> str | None:
-        """Give the key, if rows have keys and this one has."""
-        value = row.get(self._key) if self._key is not None and self.has_keys else None
+    def _key_of(self, fields: Fields) -> str | None:
+        value = fields.get(self._key) if self._key is not None and self._has_keys else None
         return None if value in (None, "") else str(value)
 
 
@@ -121,36 +185,18 @@ def _choose(
     return found[0]
 
 
-def _check_rows(
-    rows: Iterator[Row],
-    uri: str,
-    options: SourceOptions,
-    builder: ListingBuilder,
-    bar: ProgressBar,
-) -> list[tuple[str, str, str | None]]:
-    """Give class, path and key of the rows that may be read."""
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{uri}: no rows; expected a header, and the columns path and class")
-    columns = _Columns(uri, list(first), options)
-    wanted: list[tuple[str, str, str | None]] = []
-    for number, row in enumerate(itertools.chain([first], rows), 1):
-        path, key = columns.path_of(row), columns.key_of(row)
-        class_name = class_from_value(columns.label_of(row))
-        if reason := _find_danger_of_path(path):
-            builder.refuse(str(path), f"row {number}: {reason}")
-        elif builder.skip_dropping(path):
-            pass
-        elif class_name is None:
-            builder.skip(path, f"row {number}: {describe_missing_class(columns.label_of(row))}")
-        elif not is_image_name(path):
-            builder.skip(path, f"not named as an image ({', '.join(IMAGE_SUFFIXES)})")
-        elif columns.has_keys and key is None:
-            builder.skip(path, f"row {number}: no key, as other rows have")
-        else:
-            wanted.append((class_name, _normalize(path), key))
-        bar.advance()
-    return wanted
+def _check_running_count(uri: str, rows: Sequence[ImageRow]) -> None:
+    """Refuse lists that number their rows, as the `ImageSets` of ILSVRC do.
+
+    Raises:
+        DataError: the classes would be 1, 2, 3, ..., each of one image.
+    """
+    counted = (row.class_name == str(row.number) for row in rows)
+    if len(rows) >= _MIN_RUNNING_COUNT and all(counted):
+        raise DataError(
+            f"{uri}: numbers its {len(rows)} rows 1, 2, 3, ..., which are no classes; expected the "
+            "class of each image beside its name: take another list, such as LOC_val_solution.csv"
+        )
 
 
 def _find_danger_of_path(path: Any) -> str | None:
@@ -166,23 +212,75 @@ def _normalize(path: str) -> str:
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
-def _read_rows(file: BinaryIO, uri: str) -> Iterator[Row]:
-    """Yield the rows of a manifest.
+def _read_fields(file: BinaryIO, uri: str) -> Iterator[Fields]:
+    """Yield the rows as columns.
 
     Raises:
         DataError: it is no text of its kind.
     """
+    lines = _read_lines(file, uri)
     try:
-        if uri.endswith((".jsonl", ".ndjson")):
-            yield from _read_json_lines(_read_lines(file, uri), uri)
+        if uri.endswith(_JSON_SUFFIXES):
+            yield from _read_json_lines(lines, uri)
+        elif uri.endswith(_TEXT_SUFFIX):
+            yield from _read_text(lines)
         else:
-            dialect = csv.excel_tab if uri.endswith(".tsv") else csv.excel
-            # A file of its own line breaks: a quoted field may hold one.
-            for row in csv.DictReader(_read_lines(file, uri), dialect=dialect, strict=True):
-                row.pop(None, None)  # surplus fields
-                yield row
+            yield from _read_table(lines, "\t" if uri.endswith(".tsv") else ",")
     except (csv.Error, UnicodeDecodeError, io.UnsupportedOperation) as error:
         raise DataError(f"{uri}: not readable as a table ({error}); write it anew") from error
+
+
+def _read_table(lines: Iterable[str], delimiter: str) -> Iterator[Fields]:
+    # A file of its own line breaks: a quoted field may hold one.
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = next((row for row in rows if row), None)
+    if first is None:
+        return
+    images = [position for position, value in enumerate(first) if is_image_name(value)]
+    names = first if not images else _name_columns(len(first), images[0])
+    for row in itertools.chain([first] if images else [], rows):
+        if row:
+            # Surplus fields are left out, missing ones are None.
+            yield dict(itertools.zip_longest(names, row[: len(names)]))
+
+
+def _name_columns(count: int, path: int) -> list[str]:
+    """Name the columns of a table without a header: one is the path, the first other the class."""
+    others = [_CLASS_COLUMNS[0], *(f"field {number}" for number in range(2, count))]
+    return [*others[:path], _PATH_COLUMNS[0], *others[path:]]
+
+
+def _read_text(lines: Iterator[str]) -> Iterator[Fields]:
+    num_empty = 0
+    for first in lines:
+        if first.strip():
+            break
+        num_empty += 1
+    else:
+        return
+    lines = itertools.chain([first], lines)
+    is_one_word = len(first.split()) == 1
+    if "\t" in first:
+        yield from _read_table(lines, "\t")
+    elif is_image_name(first.rpartition(",")[0]) or (is_one_word and "," in first):
+        yield from _read_table(lines, ",")
+    elif not is_one_word:
+        for line in filter(str.strip, lines):
+            named = _IMAGE_AND_CLASS.fullmatch(line.strip())
+            path, *label = named.groups() if named else line.strip().rsplit(None, 1)
+            yield {_PATH_COLUMNS[0]: path, _CLASS_COLUMNS[0]: "".join(label)}
+    elif is_image_name(first.strip()):
+        for line in filter(str.strip, lines):
+            yield {_PATH_COLUMNS[0]: line.strip()}
+    else:
+        # An empty line is an image without a label, but for those at the end.
+        for line in lines:
+            if not line.strip():
+                num_empty += 1
+                continue
+            yield from ({_CLASS_ALONE: ""} for _ in range(num_empty))
+            num_empty = 0
+            yield {_CLASS_ALONE: line.strip()}
 
 
 def _read_lines(file: BinaryIO, uri: str) -> Iterator[str]:
@@ -195,7 +293,7 @@ def _read_lines(file: BinaryIO, uri: str) -> Iterator[str]:
         yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
-def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
+def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Fields]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -206,27 +304,3 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{uri}: line {number} is no JSON object; expected path and class")
         yield row
-
-
-def _measure(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> Mapping[str, int]:
-    if storage.is_local:
-        return _measure_files(storage, paths, bar)
-    # One request lists a thousand objects; one request each would take hours for a million.
-    wanted = set(paths)
-    folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted]) if wanted else ""
-    sizes: dict[str, int] = {}
-    prefix = f"{folder}/" if folder else ""
-    for name, size in storage.child(folder).walk():
-        if prefix + name in wanted:
-            sizes[prefix + name] = size
-            bar.advance()
-    return sizes
-
-
-def _measure_files(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            sizes[path] = storage.size(path)
-        bar.advance()
-    return sizes

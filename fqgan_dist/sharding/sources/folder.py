@@ -1,43 +1,82 @@
-"""Class folders with images, on a disk or in a bucket."""
+"""Images in folders, on a disk or in a bucket."""
 
 from __future__ import annotations
 
 import os
 
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
-from fqgan_dist.sharding.sources.options import SourceOptions
+from fqgan_dist.sharding.config import SourceOptions
+from fqgan_dist.sharding.listing import (
+    ListingBuilder,
+    NewBuilder,
+    Place,
+    SourceListing,
+    is_folder_of_images,
+)
 from fqgan_dist.sharding.sources.readers import FileReader
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
 
 
-def list_folder(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
-    """List the files `class/name.ext` below a folder.
+def list_folder(
+    uri: str, options: SourceOptions, observer: Observer, new_builder: NewBuilder
+) -> SourceListing:
+    """List the files `class/name.ext` below a folder, or those of any depth that a builder takes.
 
     Raises:
         DataError: there is no such folder, or no image in it.
     """
     subfolder = options.subfolder.strip("/")
     storage = Storage(uri).child(subfolder)
-    builder = ListingBuilder(f"{uri.rstrip('/')}/{subfolder}" if subfolder else uri)
+    builder = new_builder(f"{uri.rstrip('/')}/{subfolder}" if subfolder else uri)
     with observer.track(None, "listing", "files") as bar:
-        if storage.is_local:
-            _list_directory(storage.root, builder, bar)
-        else:
+        if not storage.is_local:
             _list_bucket(storage, builder, bar)
+        elif builder.lists_all_depths:
+            _list_tree(storage.root, builder.start, (), builder, bar)
+        else:
+            _list_directory(storage.root, builder, bar)
     is_shared = options.is_shared or not storage.is_local
     return builder.build("folder", FileReader(storage), is_shared_by_nodes=is_shared)
 
 
 def _list_bucket(storage: Storage, builder: ListingBuilder, bar: ProgressBar) -> None:
-    for name, size in storage.walk():
+    start = f"{builder.start}/" if builder.start else ""
+    for name, size in storage.walk(builder.start):
         if name.startswith("./"):  # an object of that very name, unlike in a tar
             builder.refuse(name, "a name with a '.' part")
         else:
-            builder.add(name, Place(name, 0, size))
+            builder.add(start + name, Place(start + name, 0, size))
         bar.advance()
+
+
+def _list_tree(
+    root: str, folder: str, above: tuple[str, ...], builder: ListingBuilder, bar: ProgressBar
+) -> None:
+    """List all files below a folder of a root.
+
+    Args:
+        root: the folder that names are relative to.
+        folder: the folder's name there; "" is the root itself.
+        above: the real paths of the folders that led here, as links may lead back to them.
+        builder: takes the files.
+        bar: counts them.
+    """
+    path = os.path.join(root, folder)
+    real_path = os.path.realpath(path)
+    if real_path in above:
+        builder.refuse(folder, "a link to a folder that holds it")
+        return
+    for entry in _scan(path) if not folder or os.path.isdir(path) else ():
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        if builder.skip_dropping(name):
+            continue
+        if entry.is_dir():
+            _list_tree(root, name, (*above, real_path), builder, bar)
+        else:
+            _add_file(name, entry, builder)
+            bar.advance()
 
 
 def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> None:
@@ -51,7 +90,12 @@ def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> N
             continue
         files = _scan(entry.path)
         for file in files:
-            _add_file(f"{entry.name}/{file.name}", file, builder)
+            name = f"{entry.name}/{file.name}"
+            if is_folder_of_images(name) and file.is_dir():
+                for image in _scan(file.path):
+                    _add_file(f"{name}/{image.name}", image, builder)
+            else:
+                _add_file(name, file, builder)
         if not files:
             builder.skip(entry.name, "an empty class folder")
         bar.advance(len(files))

@@ -11,6 +11,7 @@ from fqgan_dist.storage.names import find_scheme
 from fqgan_dist.storage.storage import BACKENDS, Storage, check_root, locate_file
 
 _SHOWN_NAMES = 3
+_THROUGH_ARCHIVE = r"\.(zip|tar|tgz|tar\.[a-z0-9]+)/"
 
 
 def check_source_uri(uri: str) -> None:
@@ -36,7 +37,19 @@ def source_exists(uri: str) -> bool:
     storage, name = locate_file(uri.rstrip("/"))
     if is_pattern(uri):
         return bool(match_pattern(name, storage.list())[0])
-    return storage.exists(name) or folder_exists(uri)
+    return storage.exists(name) or folder_exists(uri) or find_archive(uri) is not None
+
+
+def find_archive(uri: str) -> str | None:
+    """Give the archive that a URI goes through, `x.zip/val/labels.txt`; None: there is none."""
+    ends = [match.end() - 1 for match in re.finditer(_THROUGH_ARCHIVE, uri)]
+    archives = (uri[:end] for end in ends)
+    return next((archive for archive in archives if _is_file(archive)), None)
+
+
+def _is_file(uri: str) -> bool:
+    storage, name = locate_file(uri)
+    return storage.exists(name)
 
 
 def folder_exists(uri: str) -> bool:

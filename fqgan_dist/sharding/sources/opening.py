@@ -6,30 +6,45 @@ is reported by name. A listing holds names, sizes and places; images are read on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.class_files import read_class_map, rename_classes
+from fqgan_dist.sharding.config import FORMATS, NO_CLASSES, SourceFormat, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
-from fqgan_dist.sharding.listing import SourceListing, find_danger
+from fqgan_dist.sharding.listing import (
+    ListingBuilder,
+    NewBuilder,
+    SourceListing,
+    UnlabelledBuilder,
+    find_danger,
+    is_image_name,
+)
 from fqgan_dist.sharding.photographs import PhotographsConfig
-from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, list_named_files
+from fqgan_dist.sharding.sources.file_kinds import (
+    HEAD_BYTES,
+    find_compression,
+    find_file_kind,
+)
+from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, read_image_list
 from fqgan_dist.sharding.sources.folder import list_folder
 from fqgan_dist.sharding.sources.locations import (
     check_source_uri,
+    find_archive,
     folder_exists,
+    locate_existing_file,
     source_exists,
 )
-from fqgan_dist.sharding.sources.options import (
-    FORMATS,
-    SourceFormat,
-    SourceOptions,
-    check_effect,
-)
+from fqgan_dist.sharding.sources.named_images import NamedImagesBuilder, OneFileBuilder
+from fqgan_dist.sharding.sources.options import check_effect
 from fqgan_dist.sharding.sources.parquet_table import PARQUET_SUFFIX, open_parquet
 from fqgan_dist.sharding.sources.photograph_crops import list_photographs
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
@@ -46,13 +61,9 @@ from fqgan_dist.telemetry.observer import SILENT, Observer
 
 _EXAMINED_MEMBERS = 32
 _EXAMINED_NAMES = 20
+# Members of samples beside their images, as img2dataset and timm write them.
+_SAMPLE_SUFFIXES = (".cls", ".json", ".txt", ".cap")
 _SHOWN_NAMES = 3
-
-_LISTERS: dict[SourceFormat, Callable[[str, SourceOptions, Observer], SourceListing]] = {
-    "folder": list_folder,
-    "zip": list_zip,
-    "manifest": list_named_files,
-}
 
 
 @contextmanager
@@ -87,16 +98,105 @@ def open_source(
     check_source_uri(uri)
     kind = find_format(uri, chosen) if chosen.format == "auto" else chosen.format
     check_effect(uri, chosen, kind)
-    if kind == "tar":
-        with open_tar(uri, chosen, observer) as listing:
+    # Read first: listing may take hours.
+    class_map = None if chosen.class_map is None else read_class_map(chosen.class_map)
+    with _open_kind(kind, uri, chosen, observer, split=split) as listing:
+        if class_map is None:
             yield listing
-    elif kind == "parquet":
-        with open_parquet(uri, chosen, observer, split=split) as listing:
-            yield listing
-    elif kind == "webdataset":
-        yield list_shards(uri, chosen, observer, split=split)
-    else:
-        yield _LISTERS[kind](uri, chosen, observer)
+        else:
+            yield rename_classes(listing, class_map, str(chosen.class_map))
+
+
+@contextmanager
+def _open_kind(
+    kind: SourceFormat, uri: str, options: SourceOptions, observer: Observer, *, split: str
+) -> Iterator[SourceListing]:
+    match kind:
+        case "parquet":
+            with open_parquet(uri, options, observer, split=split) as listing:
+                yield listing
+        case "webdataset":
+            yield list_shards(uri, options, observer, split=split)
+        case "manifest":
+            with _open_named_images(uri, options, observer) as listing:
+                yield listing
+        case _:
+            builder = UnlabelledBuilder if options.class_key == NO_CLASSES else ListingBuilder
+            with _open_images(kind, uri, options, observer, builder) as listing:
+                yield listing
+
+
+@contextmanager
+def _open_images(
+    kind: SourceFormat,
+    uri: str,
+    options: SourceOptions,
+    observer: Observer,
+    new_builder: NewBuilder,
+) -> Iterator[SourceListing]:
+    """List a folder or archive of images."""
+    match kind:
+        case "tar":
+            with open_tar(uri, options, observer, new_builder) as listing:
+                yield listing
+        case "zip":
+            yield list_zip(uri, options, observer, new_builder)
+        case _:
+            yield list_folder(uri, options, observer, new_builder)
+
+
+@contextmanager
+def _open_named_images(
+    uri: str, options: SourceOptions, observer: Observer
+) -> Iterator[SourceListing]:
+    """List the images that a list names, which may be a file of the archive that holds them."""
+    archive = find_archive(uri)
+    with ExitStack() as stack:
+        if archive is None:
+            storage, name, _ = locate_existing_file(uri)
+            file = stack.enter_context(storage.open_read(name))
+            root, subfolder = storage.root, options.subfolder
+        else:
+            file = io.BytesIO(_read_member(archive, uri, observer))
+            # The list's own folder in the archive, as beside any other list.
+            root = archive
+            inner = uri[len(archive) + 1 :].rpartition("/")[0]
+            subfolder = "/".join(part for part in (inner, options.subfolder) if part)
+        if options.root is not None:
+            check_source_uri(options.root)
+            root, subfolder = options.root.rstrip("/"), options.subfolder
+        kind = _find_container(root)
+        with observer.track(None, "reading rows", "rows") as bar:
+            images = read_image_list(file, uri, options, bar)
+        where = options.model_copy(update={"subfolder": subfolder})
+        opened = _open_images(kind, root, where, observer, partial(NamedImagesBuilder, images))
+        yield replace(stack.enter_context(opened), uri=uri)
+
+
+def _read_member(archive: str, uri: str, observer: Observer) -> bytes:
+    name = uri[len(archive) + 1 :]
+    kind, builder = _find_container(archive), partial(OneFileBuilder, name)
+    with _open_images(kind, archive, SourceOptions(), observer, builder) as listing:
+        return listing.read(0)
+
+
+def _find_container(uri: str) -> SourceFormat:
+    """Tell what holds the images that a list names: a folder, tar or zip.
+
+    Raises:
+        ConfigError: it is something else.
+        DataError: it is not there.
+    """
+    if folder_exists(uri):
+        return "folder"
+    if not source_exists(uri):
+        raise DataError(f"root: {uri}: no such folder or archive; correct the path")
+    kind = _find_format_of_file(uri)
+    if kind not in ("tar", "zip"):
+        raise ConfigError(
+            f"root: {uri}: not a folder, tar or zip, of which a list can name the images"
+        )
+    return kind
 
 
 def find_format(uri: str, options: SourceOptions) -> SourceFormat:
@@ -110,29 +210,54 @@ def find_format(uri: str, options: SourceOptions) -> SourceFormat:
         ConfigError: it cannot be told.
         DataError: there is no such source.
     """
-    if uri.endswith(COMPRESSED_SUFFIXES):
-        return "tar"
-    if uri.endswith(ZIP_SUFFIX):
-        return "zip"
+    kind = None if uri.endswith(LIST_SUFFIXES) else _find_format_of_file(uri)
     if uri.endswith(LIST_SUFFIXES):
         return "manifest"
-    if uri.endswith(PLAIN_SUFFIX):
+    if kind == "tar" and not uri.endswith(COMPRESSED_SUFFIXES):
         return "webdataset" if _is_of_samples(uri, options) else "tar"
-    if uri.endswith(PARQUET_SUFFIX):
-        return "parquet"
+    if kind is not None:
+        return kind
     return "folder" if options.subfolder else _find_format_of_folder(uri)
+
+
+def _find_format_of_file(uri: str) -> SourceFormat | None:
+    """Tell what a file is by its first bytes, else by its name; None: no file, or of no known kind.
+
+    Raises:
+        DataError: it is of a kind that is not read.
+    """
+    storage, name = locate_file(uri.rstrip("/"))
+    with suppress(FileNotFoundError, IsADirectoryError):
+        head = storage.read_bytes(name, length=min(storage.size(name), HEAD_BYTES))
+        kind = find_file_kind(head, uri=uri)
+        if kind is not None:
+            return "tar" if find_compression(kind) else cast(SourceFormat, kind)
+    suffixes: dict[SourceFormat, tuple[str, ...]] = {
+        "tar": (PLAIN_SUFFIX, *COMPRESSED_SUFFIXES),
+        "zip": (ZIP_SUFFIX,),
+        "parquet": (PARQUET_SUFFIX,),
+    }
+    return next((kind for kind, ends in suffixes.items() if uri.endswith(ends)), None)
 
 
 def _is_of_samples(uri: str, options: SourceOptions) -> bool:
     """Whether a tar, or several, are shards; else it holds class folders."""
-    if options.class_key is not None:
+    if options.class_key not in (None, NO_CLASSES):
         return True
     storage, name = locate_file(uri)
     if is_pattern(uri) and not storage.exists(name):
         return True  # else a file of that very name, `x[1].tar`
     if options.subfolder:
         return False
-    return any(name.lower().endswith(".cls") for name in first_members(uri, _EXAMINED_MEMBERS))
+    members = [name.lower().removeprefix("./") for name in first_members(uri, _EXAMINED_MEMBERS)]
+    if options.class_key is None:
+        return any(name.endswith(".cls") for name in members)
+    # Without classes: images with what else belongs to their samples, or at the top, each of which
+    # is a sample.
+    stems = {name.partition(".")[0] for name in members if is_image_name(name)}
+    rest = {name.partition(".")[0] for name in members if name.endswith(_SAMPLE_SUFFIXES)}
+    are_at_top = all(name.count(".") == 1 and "/" not in name for name in members)
+    return are_at_top or bool(stems & rest)
 
 
 def _find_format_of_folder(uri: str) -> SourceFormat:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import (
@@ -31,7 +32,6 @@ from fqgan_dist.sharding.listing import (
     printable,
 )
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
-from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
 from fqgan_dist.sharding.sources.splits import choose_files

@@ -34,6 +34,11 @@ def name_split(text: str) -> str:
     return _NAMES.get(text.lower(), text)
 
 
+def is_split(text: str) -> bool:
+    """Whether a folder of this name holds a split."""
+    return text.lower() in _NAMES
+
+
 def split_of(file: str) -> str | None:
     """Give the split that a file's name tells, as in `train-00000-of-00294.parquet`."""
     found = _SPLIT.search(file)

@@ -1,4 +1,4 @@
-"""A tar of class folders, or of one tar per class as ImageNet comes; perhaps compressed.
+"""A tar of images, or of one tar per class as ImageNet comes; perhaps compressed.
 
 A tar is hostile input: nothing is unpacked to the file system, unsafe members are refused by name,
 and only members that are named like images are read.
@@ -6,32 +6,35 @@ and only members that are named like images are read.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
+    NewBuilder,
     Place,
     SourceListing,
     find_danger,
-    is_image_name,
     show_name,
 )
 from fqgan_dist.sharding.sources.concurrency import map_in_order
+from fqgan_dist.sharding.sources.file_kinds import (
+    DECOMPRESSION_ERRORS,
+    HEAD_BYTES,
+    Compression,
+    find_compression,
+    find_file_kind,
+    open_decompressed,
+)
 from fqgan_dist.sharding.sources.locations import locate_existing_file
-from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.sharding.tar_scanning import describe_rest
@@ -40,9 +43,10 @@ from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
 
 PLAIN_SUFFIX = ".tar"
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+COMPRESSED_SUFFIXES = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+)
 
-_DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
 _BLOCK_BYTES = 4 * 2**20
 # Images do not become smaller: a real dataset of this size expands by less than two.
 _MAX_EXPANSION = 100
@@ -52,7 +56,9 @@ _MAX_HEADER_BYTES = 2**20
 
 
 @contextmanager
-def open_tar(uri: str, options: SourceOptions, observer: Observer) -> Iterator[SourceListing]:
+def open_tar(
+    uri: str, options: SourceOptions, observer: Observer, new_builder: NewBuilder
+) -> Iterator[SourceListing]:
     """List the images of a tar.
 
     A plain tar is read in place, in a bucket too. A compressed one can only be read in order, but
@@ -64,9 +70,12 @@ def open_tar(uri: str, options: SourceOptions, observer: Observer) -> Iterator[S
         DataError: the tar is missing, damaged or a bomb, or holds no image.
     """
     storage, name, size = locate_existing_file(uri)
-    if not uri.endswith(COMPRESSED_SUFFIXES):
-        is_shared = options.is_shared or not storage.is_local
-        yield _list_tar(uri, storage, name, size, options, observer, is_shared=is_shared)
+    is_shared = options.is_shared or not storage.is_local
+    builder = new_builder(uri, options.subfolder)
+    head = storage.read_bytes(name, length=min(size, HEAD_BYTES))
+    compression = find_compression(find_file_kind(head, uri=uri))
+    if compression is None:
+        yield _list_tar(uri, storage, name, size, builder, observer, is_shared=is_shared)
         return
     if options.is_shared:
         raise ConfigError(
@@ -75,10 +84,11 @@ def open_tar(uri: str, options: SourceOptions, observer: Observer) -> Iterator[S
         )
     with open_spool_folder() as folder:
         plain = folder / "plain.tar"
-        with observer.track(size, "unpacking", "bytes") as bar:
-            _decompress(uri, storage, name, plain, bar)
+        with observer.track(size, "unpacking", "bytes") as bar, storage.open_read(name) as packed:
+            blocks = _decompressed_blocks(uri, packed, compression, bar)
+            write_spool_file(plain, blocks, uri=uri)
         spool, plain_size = Storage(folder), plain.stat().st_size
-        yield _list_tar(uri, spool, plain.name, plain_size, options, observer, is_shared=False)
+        yield _list_tar(uri, spool, plain.name, plain_size, builder, observer, is_shared=False)
 
 
 def first_members(uri: str, count: int) -> list[str]:
@@ -113,12 +123,11 @@ def _list_tar(
     storage: Storage,
     name: str,
     size: int,
-    options: SourceOptions,
+    builder: ListingBuilder,
     observer: Observer,
     *,
     is_shared: bool,
 ) -> SourceListing:
-    builder = ListingBuilder(uri, options.subfolder)
     inner: list[_ClassTar] = []
     with storage.open_read(name) as file, observer.track(size, "scanning", "bytes") as bar:
         section = _Section(file, 0, size)
@@ -198,12 +207,8 @@ def _add_class_tar(class_tar: _ClassTar, file: str, builder: ListingBuilder) -> 
         file_name = name.removeprefix("./").removeprefix(f"{class_name}/")
         if danger := find_danger(name):
             builder.refuse(f"{class_name}/{name}", danger)
-        elif builder.skip_dropping(f"{class_name}/{file_name}"):
-            pass
-        elif "/" in file_name or not is_image_name(file_name):
-            builder.skip(f"{class_name}/{name}", "not an image at the top of its class's tar")
         else:
-            builder.add_labelled(class_name, file_name, Place(file, offset, size))
+            builder.add_below(f"{class_name}/{file_name}", Place(file, offset, size))
     class_tar.members.clear()  # a million of them are in the builder now
 
 
@@ -263,15 +268,12 @@ class _Section(io.RawIOBase):
         return self._file.read(max(0, min(size, self._end - self._file.tell())))
 
 
-def _decompress(uri: str, storage: Storage, name: str, target: Path, bar: ProgressBar) -> None:
-    with storage.open_read(name) as packed:
-        write_spool_file(target, _decompressed_blocks(uri, packed, bar), uri=uri)
-
-
-def _decompressed_blocks(uri: str, packed: BinaryIO, bar: ProgressBar) -> Iterator[bytes]:
+def _decompressed_blocks(
+    uri: str, packed: BinaryIO, compression: Compression, bar: ProgressBar
+) -> Iterator[bytes]:
     num_bytes = 0
     try:
-        with _open_decompressor(uri, packed) as stream:
+        with open_decompressed(packed, compression) as stream:
             while block := stream.read(_BLOCK_BYTES):
                 num_bytes += len(block)
                 if num_bytes > max(_HARMLESS_BYTES, _MAX_EXPANSION * packed.tell()):
@@ -281,15 +283,5 @@ def _decompressed_blocks(uri: str, packed: BinaryIO, bar: ProgressBar) -> Iterat
                     )
                 yield block
                 bar.advance_to(packed.tell())
-    except _DECOMPRESSION_ERRORS as error:
+    except DECOMPRESSION_ERRORS as error:
         raise DataError(f"{uri}: damaged or cut off ({error}); copy or make it again") from error
-
-
-def _open_decompressor(uri: str, packed: BinaryIO) -> BinaryIO:
-    match uri.rpartition(".")[2]:
-        case "gz" | "tgz":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=packed, mode="rb"))
-        case "bz2":
-            return cast(BinaryIO, bz2.BZ2File(packed, "rb"))
-        case _:
-            return cast(BinaryIO, lzma.LZMAFile(packed, "rb"))

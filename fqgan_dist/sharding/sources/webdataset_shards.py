@@ -20,12 +20,12 @@ from fqgan_dist.data.index import (
     parse_index,
 )
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
 from fqgan_dist.sharding.sources.concurrency import map_in_order
 from fqgan_dist.sharding.sources.locations import locate_files
-from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples

@@ -1,4 +1,4 @@
-"""A zip of class folders, read in place by ranges, in a bucket too."""
+"""A zip of images, read in place by ranges, in a bucket too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
+from fqgan_dist.sharding.config import SourceOptions
+from fqgan_dist.sharding.listing import ListingBuilder, NewBuilder, Place, SourceListing
 from fqgan_dist.sharding.sources.locations import locate_existing_file
-from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.sharding.sources.readers import check_bytes, describe_change, read_range
 from fqgan_dist.sharding.sources.zip_directory import (
     LOCAL_HEADER,
@@ -32,7 +32,9 @@ _HARMLESS_BYTES = 2**20
 _READ_AHEAD_BYTES = 68
 
 
-def list_zip(uri: str, options: SourceOptions, observer: Observer) -> SourceListing:
+def list_zip(
+    uri: str, options: SourceOptions, observer: Observer, new_builder: NewBuilder
+) -> SourceListing:
     """List the images of a zip.
 
     Raises:
@@ -40,7 +42,7 @@ def list_zip(uri: str, options: SourceOptions, observer: Observer) -> SourceList
     """
     storage, name, size = locate_existing_file(uri)
     directory = find_directory(storage, name, size)
-    builder = ListingBuilder(uri, options.subfolder, check_bytes=4)
+    builder = new_builder(uri, options.subfolder, check_bytes=4)
     with (
         storage.open_read(name) as file,
         observer.track(directory.num_members, "listing", "files") as bar,

@@ -233,7 +233,7 @@ def write_parquet(folder: Path) -> Path:
         (
             write_manifest,
             "x.csv",
-            ["reading rows: 2/None rows", "looking for files: 2/2 files"],
+            ["reading rows: 2/None rows", "listing: 3/None files"],
         ),
         (write_class_tars, "x.tar", ["scanning: SIZE/SIZE bytes", "listing classes: 2/2 classes"]),
         (write_shard, "x-0.tar", ["reading shards: 1/1 shards"]),
@@ -363,11 +363,18 @@ def test_an_unpacked_source_is_never_shared(tmp_path: Path):
 
 
 def test_a_file_of_no_known_kind_has_to_be_named(tmp_path: Path):
-    path = write_tar(tmp_path / "x.tar", TWO_IMAGES).rename(tmp_path / "images")
+    (tmp_path / "notes").write_text("a/1.png,a\n")
+    write_files(tmp_path, [("a/1.png", png(1))])
     with pytest.raises(ConfigError, match="no known ending; say what it is with format"):
-        open_source(str(path)).__enter__()
-    with open_source(str(path), format="tar") as source:
-        assert len(source) == 2
+        open_source(str(tmp_path / "notes")).__enter__()
+    with open_source(str(tmp_path / "notes"), format="manifest") as source:
+        assert len(source) == 1
+
+
+def test_a_file_is_known_by_its_first_bytes(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", TWO_IMAGES).rename(tmp_path / "images")
+    with open_source(str(path)) as source:
+        assert (source.kind, len(source)) == ("tar", 2)
 
 
 @pytest.fixture
