@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.storage.names import is_remote
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
@@ -114,9 +115,17 @@ class DataConfig(Config):
     source: str
     """Image folder, tar(.gz), zip, WebDataset shards (a folder, or `x-{000..146}.tar`), parquet, or
     a CSV/JSONL list of files; a path or s3://. Or `builtin:photographs`."""
+    source_options: SourceOptions = SourceOptions()
+    """How `source` is read, and what is found beside it."""
     validation_source: str | None = None
     """Held-out images; None: `val`, `valid`, `validation` or `test` beside `source` if it is called
     `train`, or those files of its folder that are called so; else a share of it."""
+    validation_options: SourceOptions = SourceOptions()
+    """How `validation_source` is read. Images without classes (`class_key: none`) are enough to
+    evaluate a tokenizer, but not to train a generator."""
+    classes: str | None = None
+    """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
+    WordNet id, a space) and a readable name; None: the training images' classes."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of `source` that is held out where it has no validation images beside it."""
     seed: int = 0
@@ -164,6 +173,11 @@ class DataConfig(Config):
                 "'fail'; remove one of them"
             )
         if self.validation_source is None:
+            if self.validation_options != fields["validation_options"].default:
+                yield (
+                    "validation_options: have no effect without validation_source, as what is "
+                    "found beside source is read by source_options; name the validation images"
+                )
             return
         if self.source == BUILTIN_PHOTOGRAPHS:
             yield (

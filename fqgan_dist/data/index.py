@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.config import THE_ONLY_CLASS
 
 if TYPE_CHECKING:
     from fqgan_dist.storage.storage import Storage
@@ -204,6 +205,11 @@ class DatasetIndex(Config):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the images have classes; else all are of the one that stands for none."""
+        return self.classes != [THE_ONLY_CLASS]
 
     @cached_property
     def dataset_id(self) -> str:

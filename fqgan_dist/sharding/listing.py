@@ -115,6 +115,11 @@ class SourceListing:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the images have classes; else all are of the one that stands for none."""
+        return self.class_names() != [THE_ONLY_CLASS]
+
     def class_names(self) -> list[str]:
         """Give the classes in the order of their labels.
 

@@ -215,7 +215,8 @@ def check_classes(
     if unknown := find_unknown_classes(source, classes):
         raise DataError(
             f"{source.uri}: {len(unknown)} of its classes are not among the {len(classes)} of "
-            f"{of}: {unknown[:_SHOWN_NAMES]!r}; correct these, or the source"
+            f"{of}: {unknown[:_SHOWN_NAMES]!r}; correct these, or the source, or say with "
+            "class_map which class each of its labels stands for"
         )
 
 

@@ -58,6 +58,12 @@ class AutoregressiveStage(TrainingStage):
                 f"autoregressive.model.num_classes: {num_classes} is less than the "
                 f"{sizes.num_classes} classes of the images; raise it"
             )
+        if not sizes.val_has_classes:
+            yield (
+                "data.validation_source: its images have no classes, but the generator's validation"
+                " loss is that of images with classes; name others, or leave stage 'autoregressive'"
+                " and those behind it out of stages"
+            )
 
     def settings(self) -> Mapping[str, Any]:
         stage = self.context.config.autoregressive

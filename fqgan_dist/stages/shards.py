@@ -16,6 +16,7 @@ from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
+from fqgan_dist.sharding.class_files import read_classes
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, check_classes
@@ -61,6 +62,9 @@ class ShardsStage(Stage):
         decisive = {"source", "validation_source", "validation_fraction", "seed", "name"}
         decisive |= {"samples_per_shard", "short_side"}
         settings = data.model_dump(mode="json", include=decisive)
+        # Records of older runs do not name these; as they were then, nothing is said of them.
+        newer = {"source_options", "validation_options", "classes"}
+        settings |= data.model_dump(mode="json", include=newer, exclude_defaults=True)
         if data.source == BUILTIN_PHOTOGRAPHS:
             settings["crops_per_photograph"] = data.crops_per_photograph
             settings["image_size"] = data.views.image_size
@@ -74,8 +78,9 @@ class ShardsStage(Stage):
 
     @classmethod
     def find_missing_files(cls, config: RunConfig) -> Iterator[str]:
+        data = config.data
         for field in ("source", "validation_source"):
-            source = getattr(config.data, field)
+            source = getattr(data, field)
             if source in (None, BUILTIN_PHOTOGRAPHS) or is_remote(source):
                 continue
             if not source_exists(source):
@@ -83,19 +88,35 @@ class ShardsStage(Stage):
                     f"data.{field}: {source!r}: no such file or folder; expected a folder of class "
                     f"folders, a tar, zip, shards, parquet, a manifest or {BUILTIN_PHOTOGRAPHS}"
                 )
+        beside = {
+            "source_options.root": data.source_options.root,
+            "source_options.class_map": data.source_options.class_map,
+            "validation_options.root": data.validation_options.root,
+            "validation_options.class_map": data.validation_options.class_map,
+            "classes": data.classes,
+        }
+        for field, uri in beside.items():
+            if uri is not None and not is_remote(uri) and not source_exists(uri):
+                yield f"data.{field}: {uri!r}: no such file or folder; correct the path"
 
     def run(self, run_chunks: RunChunks) -> StageOutcome:
         config = self.context.config
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
+        named = config.data.classes
         # Both are listed before one is written, which takes hours; the class list is train's.
         with _open_splits(self.context) as sources:
-            classes = sources["train"].class_names()
-            check_classes(sources["val"], classes, of="the training images")
-            sizes = DataSizes(len(sources["train"]), len(sources["val"]), len(classes))
+            train, val = (sources[split] for split in SPLITS)
+            classes, descriptions = read_classes(named) if named else (train.class_names(), None)
+            check_classes(train, classes, of=f"data.classes {named!r}")
+            val_has_classes = val.has_classes or not train.has_classes
+            if val_has_classes:
+                check_classes(val, classes, of="the training images")
+            sizes = DataSizes(len(train), len(val), len(classes), val_has_classes)
             check_sizes(find_stages(config), config, sizes)
             for split, source in sources.items():
-                index, report = self._build(source, split, classes, run_chunks)
+                own = classes if split == "train" or val_has_classes else None
+                index, report = self._build(source, split, own, descriptions, run_chunks)
                 ids[split] = index.dataset_id
                 metrics[f"{self.name}/{split}_images"] = index.num_samples
                 metrics[f"{self.name}/{split}_problems"] = len(report.problems)
@@ -106,7 +127,8 @@ class ShardsStage(Stage):
         self,
         source: SourceListing,
         split: str,
-        classes: list[str],
+        classes: list[str] | None,
+        class_descriptions: Mapping[str, str] | None,
         run_chunks: RunChunks,
     ) -> tuple[DatasetIndex, ShardingReport]:
         data = self.context.config.data
@@ -124,6 +146,7 @@ class ShardsStage(Stage):
             self.context.storage.child(_split_path(self.context, split)),
             config,
             classes=classes,
+            class_descriptions=class_descriptions,
             run_chunks=run_chunks,
             log_storage=self.context.storage,
         )
@@ -143,7 +166,8 @@ def open_dataset(context: RunContext, split: str) -> Dataset:
 def measure_data(context: RunContext) -> DataSizes:
     """Measure a run's finished dataset; raises what `open_dataset` does."""
     train, val = (open_dataset(context, split).index for split in SPLITS)
-    return DataSizes(train.num_samples, val.num_samples, train.num_classes)
+    val_has_classes = val.has_classes or not train.has_classes
+    return DataSizes(train.num_samples, val.num_samples, train.num_classes, val_has_classes)
 
 
 def _view_short_side(config: RunConfig, split: str) -> int:
@@ -167,12 +191,15 @@ def _open_splits(context: RunContext) -> Iterator[dict[str, SourceListing]]:
             yield {split: stack.enter_context(_open_photographs(data, split)) for split in SPLITS}
             return
         train_uri, val_uri = _locate_splits(data.source, data.validation_source)
-        train = stack.enter_context(open_source(train_uri, split="train"))
+        options = data.source_options.model_dump(exclude_defaults=True)
+        train = stack.enter_context(open_source(train_uri, split="train", **options))
         own = find_held_out_split(train_uri) if val_uri is None else None
         if val_uri is None and own is None:
             yield _hold_out(train, data.validation_fraction, data.seed)
             return
-        opened = open_source(val_uri or train_uri, split=own or "val")
+        if data.validation_source is not None:
+            options = data.validation_options.model_dump(exclude_defaults=True)
+        opened = open_source(val_uri or train_uri, split=own or "val", **options)
         yield {"train": train, "val": stack.enter_context(opened)}
 
 
@@ -183,7 +210,8 @@ def _open_photographs(data: DataConfig, split: str) -> AbstractContextManager[So
         crops_per_photograph=crops if split == "train" else max(1, crops // PHOTOGRAPHS_VAL_SHARE),
         seed=data.seed,
     )
-    return open_source(data.source, split=split, photographs=photographs)
+    options = data.source_options.model_dump(exclude_defaults=True)
+    return open_source(data.source, split=split, photographs=photographs, **options)
 
 
 def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:

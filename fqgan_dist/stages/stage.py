@@ -74,6 +74,8 @@ class DataSizes:
     train_images: int
     val_images: int
     num_classes: int
+    val_has_classes: bool = True
+    """Whether the validation images have the classes of the training images, not none."""
 
 
 class StageNotFinishedError(DataError):

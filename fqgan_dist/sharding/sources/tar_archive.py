@@ -23,6 +23,7 @@ from fqgan_dist.sharding.listing import (
     Place,
     SourceListing,
     find_danger,
+    find_fault_of_class,
     show_name,
 )
 from fqgan_dist.sharding.sources.concurrency import map_in_order
@@ -205,7 +206,7 @@ def _add_class_tar(class_tar: _ClassTar, file: str, builder: ListingBuilder) -> 
     for name, offset, size in class_tar.members:
         # Some pack the class folder, not the files in it.
         file_name = name.removeprefix("./").removeprefix(f"{class_name}/")
-        if danger := find_danger(name):
+        if danger := find_fault_of_class(class_name) or find_danger(name):
             builder.refuse(f"{class_name}/{name}", danger)
         else:
             builder.add_below(f"{class_name}/{file_name}", Place(file, offset, size))
