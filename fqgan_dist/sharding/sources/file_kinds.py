@@ -6,7 +6,7 @@ import bz2
 import gzip
 import lzma
 import zlib
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast, get_args
 
 import pyarrow as pa
 
@@ -15,6 +15,8 @@ from fqgan_dist.errors import DataError
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]
 FileKind = Literal["zip", "tar", "parquet"] | Compression
 
+COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
+"""Kinds of files that are only compressed, as a tar may be."""
 HEAD_BYTES = 512
 """Bytes from the beginning of a file by which it is known."""
 DECOMPRESSION_ERRORS = (EOFError, OSError, lzma.LZMAError, zlib.error)
@@ -60,11 +62,6 @@ def find_file_kind(head: bytes, *, uri: str) -> FileKind | None:
                 f"or a folder: unpack it with `{command}`"
             )
     return next((kind for at, magic, kind in _MAGICS if head.startswith(magic, at)), None)
-
-
-def find_compression(kind: FileKind | None) -> Compression | None:
-    """Give the compression of a file that is only compressed, as a tar may be."""
-    return kind if kind in ("gzip", "bzip2", "xz", "zstd") else None
 
 
 def open_decompressed(packed: BinaryIO, compression: Compression) -> BinaryIO:

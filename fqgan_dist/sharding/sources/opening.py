@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
@@ -30,8 +30,9 @@ from fqgan_dist.sharding.listing import (
 )
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.sources.file_kinds import (
+    COMPRESSIONS,
     HEAD_BYTES,
-    find_compression,
+    FileKind,
     find_file_kind,
 )
 from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, read_image_list
@@ -191,12 +192,12 @@ def _find_container(uri: str) -> SourceFormat:
         return "folder"
     if not source_exists(uri):
         raise DataError(f"root: {uri}: no such folder or archive; correct the path")
-    kind = _find_format_of_file(uri)
-    if kind not in ("tar", "zip"):
-        raise ConfigError(
-            f"root: {uri}: not a folder, tar or zip, of which a list can name the images"
-        )
-    return kind
+    kind = _find_kind_of_file(uri)
+    if kind == "zip":
+        return "zip"
+    if kind == "tar" or kind in COMPRESSIONS:
+        return "tar"
+    raise ConfigError(f"root: {uri}: not a folder, tar or zip, of which a list can name the images")
 
 
 def find_format(uri: str, options: SourceOptions) -> SourceFormat:
@@ -210,29 +211,28 @@ def find_format(uri: str, options: SourceOptions) -> SourceFormat:
         ConfigError: it cannot be told.
         DataError: there is no such source.
     """
-    kind = None if uri.endswith(LIST_SUFFIXES) else _find_format_of_file(uri)
     if uri.endswith(LIST_SUFFIXES):
         return "manifest"
-    if kind == "tar" and not uri.endswith(COMPRESSED_SUFFIXES):
+    kind = _find_kind_of_file(uri)
+    if kind == "tar":
         return "webdataset" if _is_of_samples(uri, options) else "tar"
     if kind is not None:
-        return kind
+        return "tar" if kind in COMPRESSIONS else kind
     return "folder" if options.subfolder else _find_format_of_folder(uri)
 
 
-def _find_format_of_file(uri: str) -> SourceFormat | None:
+def _find_kind_of_file(uri: str) -> FileKind | None:
     """Tell what a file is by its first bytes, else by its name; None: no file, or of no known kind.
 
     Raises:
         DataError: it is of a kind that is not read.
     """
     storage, name = locate_file(uri.rstrip("/"))
-    with suppress(FileNotFoundError, IsADirectoryError):
+    with suppress(FileNotFoundError):
         head = storage.read_bytes(name, length=min(storage.size(name), HEAD_BYTES))
-        kind = find_file_kind(head, uri=uri)
-        if kind is not None:
-            return "tar" if find_compression(kind) else cast(SourceFormat, kind)
-    suffixes: dict[SourceFormat, tuple[str, ...]] = {
+        if kind := find_file_kind(head, uri=uri):
+            return kind
+    suffixes: dict[FileKind, tuple[str, ...]] = {
         "tar": (PLAIN_SUFFIX, *COMPRESSED_SUFFIXES),
         "zip": (ZIP_SUFFIX,),
         "parquet": (PARQUET_SUFFIX,),

@@ -31,7 +31,6 @@ from fqgan_dist.sharding.sources.file_kinds import (
     DECOMPRESSION_ERRORS,
     HEAD_BYTES,
     Compression,
-    find_compression,
     find_file_kind,
     open_decompressed,
 )
@@ -74,8 +73,8 @@ def open_tar(
     is_shared = options.is_shared or not storage.is_local
     builder = new_builder(uri, options.subfolder)
     head = storage.read_bytes(name, length=min(size, HEAD_BYTES))
-    compression = find_compression(find_file_kind(head, uri=uri))
-    if compression is None:
+    kind = find_file_kind(head, uri=uri)
+    if kind in (None, "tar", "zip", "parquet"):
         yield _list_tar(uri, storage, name, size, builder, observer, is_shared=is_shared)
         return
     if options.is_shared:
@@ -86,7 +85,7 @@ def open_tar(
     with open_spool_folder() as folder:
         plain = folder / "plain.tar"
         with observer.track(size, "unpacking", "bytes") as bar, storage.open_read(name) as packed:
-            blocks = _decompressed_blocks(uri, packed, compression, bar)
+            blocks = _decompressed_blocks(uri, packed, kind, bar)
             write_spool_file(plain, blocks, uri=uri)
         spool, plain_size = Storage(folder), plain.stat().st_size
         yield _list_tar(uri, spool, plain.name, plain_size, builder, observer, is_shared=False)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.source_files import png, write_files
+from support.layouts import write_zip
+from support.source_files import png, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
@@ -125,3 +126,114 @@ def test_columns_of_other_names_have_to_be_said(tmp_path: Path):
     options = {"image_key": "picture", "class_key": "species"}
     with open_source(str(tmp_path / "m.csv"), **options) as source:
         assert source.names == ["fish/a/1.png"]
+
+
+LISTS = {
+    "caffe.txt": "a/1.png a\ndeep/down/2.png b\n",
+    "stems.txt": "a/1 a\ndeep/down/2   b\n",
+    "tabs.txt": "a/1.png\ta\t0\t0\t9\t9\ndeep/down/2.png\tb\t0\t0\t9\t9\n",
+    "commas.txt": "1.png,a\n2.png,b\n",
+    "bare.txt": "1.png a\n2 b\n\n",
+    "no_header.csv": "a/1.png,a\ndeep/down/2.png,b\n",
+    "class_first.tsv": "a\ta/1.png\nb\tdeep/down/2.png\n",
+    "solution.csv": "ImageId,PredictionString\n1,a 1 2 3 4 b 1 2 3 4 \n2,b 1 2 3 4 \n",
+    "in_order.txt": "a\nb\n\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("container", ["folder", "x.tar", "x.tar.gz", "x.zip"])
+def test_any_spelling_is_joined_to_images_in_any_container(
+    tmp_path: Path, name: str, container: str
+):
+    root = tmp_path / container
+    if container == "folder":
+        write_files(root, FILES)
+    elif container == "x.zip":
+        write_zip(root, FILES)
+    else:
+        write_tar(root, FILES)
+    (tmp_path / name).write_text(LISTS[name])
+    with open_source(str(tmp_path / name), root=str(root)) as source:
+        assert source.names == ["a/1.png", "b/deep/down/2.png"]
+        assert [source.read(0), source.read(1)] == [png(1), png(2)]
+        assert source.problems == []
+
+
+def _problems(path: Path, **options: object) -> dict[str, str]:
+    with open_source(str(path), **options) as source:
+        assert len(source) == 1
+        return {problem.name: problem.reason for problem in source.problems}
+
+
+def test_images_that_no_row_names_are_counted_and_named(tmp_path: Path):
+    write_files(tmp_path, [("x/1.png", png(1)), ("x/2.png", png(2)), ("x/3.png", png(3))])
+    (tmp_path / "m.txt").write_text("x/2.png a\n")
+    assert _problems(tmp_path / "m.txt") == {"m.txt": "2 images are in no row: x/1.png, x/3.png"}
+
+
+def test_a_bare_name_of_several_images_is_named(tmp_path: Path):
+    write_files(tmp_path, [("x/1.png", png(1)), ("y/1.png", png(2)), ("y/2.png", png(3))])
+    (tmp_path / "m.txt").write_text("1.png a\n2.png b\n")
+    problems = _problems(tmp_path / "m.txt")
+    assert problems["1.png"] == "row 1: 2 images have this name (x/1.png, y/1.png)"
+
+
+def test_an_image_that_two_rows_name_has_the_first_class(tmp_path: Path):
+    write_files(tmp_path, [("1.png", png(1))])
+    (tmp_path / "m.txt").write_text("1.png a\n1.png b\n")
+    with open_source(str(tmp_path / "m.txt")) as source:
+        assert source.names == ["a/1.png"]
+        assert source.problems[0].reason == "row 2: named by row 1 already, which counts"
+
+
+@pytest.mark.parametrize("text", ["a\n", "a\nb\nc\n"])
+def test_a_class_per_line_needs_a_line_for_every_image(tmp_path: Path, text: str):
+    write_files(tmp_path / "files", FILES)
+    (tmp_path / "m.txt").write_text(text)
+    with pytest.raises(DataError, match=r"[13] lines with a class each, but 2 images"):
+        open_source(str(tmp_path / "m.txt"), root=str(tmp_path / "files")).__enter__()
+
+
+@pytest.mark.parametrize(("text", "left"), [("\nb\n", 1), ("-1\nb\n", 1), ("a\n\nb\n", 1)])
+def test_a_line_without_a_class_shifts_no_other(tmp_path: Path, text: str, left: int):
+    names = ["1.png", "2.png"] if text.count("\n") == 2 else ["0.png", "1.png", "2.png"]
+    write_files(tmp_path / "files", [(name, png(row)) for row, name in enumerate(names)])
+    (tmp_path / "m.txt").write_text(text)
+    with open_source(str(tmp_path / "m.txt"), root=str(tmp_path / "files")) as source:
+        assert source.names[-1] == "b/2.png"
+        assert len(source.problems) == left
+
+
+def test_a_list_that_counts_its_rows_holds_no_classes(tmp_path: Path):
+    # ILSVRC's ImageSets/CLS-LOC/val.txt
+    rows = [(f"val_{row}.png", png(row)) for row in range(1, 12)]
+    write_files(tmp_path, rows)
+    (tmp_path / "val.txt").write_text("".join(f"val_{row} {row}\n" for row in range(1, 12)))
+    with pytest.raises(DataError, match="numbers its 11 rows 1, 2, 3"):
+        open_source(str(tmp_path / "val.txt")).__enter__()
+
+
+def test_a_list_inside_of_an_archive_names_the_images_beside_it(tmp_path: Path):
+    write_tar(
+        tmp_path / "x.tar", [("v/1.png", png(1)), ("v/l.txt", b"1.png a\n"), ("w.png", png())]
+    )
+    assert _problems(tmp_path / "x.tar" / "v" / "l.txt") == {}
+    with pytest.raises(DataError, match=r"expected a file 'v/gone\.txt'"):
+        open_source(f"{tmp_path}/x.tar/v/gone.txt").__enter__()
+
+
+def test_names_alone_are_images_without_classes(tmp_path: Path):
+    write_files(tmp_path, FILES)
+    (tmp_path / "m.txt").write_text("a/1.png\n")
+    assert _problems(tmp_path / "m.txt", class_key="none") == {}
+    with pytest.raises(ConfigError, match=r"class_key: .*columns \['path'\]"):
+        open_source(str(tmp_path / "m.txt")).__enter__()
+
+
+def test_a_root_is_a_folder_tar_or_zip(tmp_path: Path):
+    (tmp_path / "m.csv").write_text("path,class\n1.png,a\n")
+    with pytest.raises(DataError, match=r"root: .*gone: no such folder or archive"):
+        open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "gone")).__enter__()
+    with pytest.raises(ConfigError, match=r"root: .*m\.csv: not a folder, tar or zip"):
+        open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "m.csv")).__enter__()
