@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.errors import ConfigError
 
 
@@ -21,4 +22,8 @@ def read_classes(path: Path) -> tuple[list[str], dict[str, str]]:
     classes = [name.strip() for name, _, _ in rows]
     if not classes or len(set(classes)) != len(classes):
         raise ConfigError(f"classes: {path}: expected at least one class and none of them twice")
+    if holds_credentials("\n".join(lines)):
+        raise ConfigError(
+            f"classes: {path}: a name holds credentials, which datasets would spread; remove them"
+        )
     return classes, {name.strip(): text.strip() for name, _, text in rows if text.strip()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -12,13 +11,14 @@ from data_tools.class_file import read_classes
 from data_tools.workers import count_workers
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.uri import LocalPath
 from fqgan_dist.telemetry.observer import Observer
 
 
 class IndexOptions(IndexConfig):
     """Options of `fqgan-data index`."""
 
-    classes: Path | None = None
+    classes: LocalPath | None = None
     """File of class names, one per line in the order of their labels, perhaps followed by a tab and
     a readable name; none: the numbers or names that occur."""
     workers: int | None = Field(default=None, ge=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.class_file import read_classes
@@ -22,6 +21,7 @@ from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.uri import LocalPath
 from fqgan_dist.telemetry.observer import Observer
 
 PartT = TypeVar("PartT", bound=Config)
@@ -36,7 +36,7 @@ class ShardOptions(WorkerOptions, SourceOptions, ShardingConfig, PhotographsConf
     its crops.
     """
 
-    classes: Path | None = None
+    classes: LocalPath | None = None
     """File of class names, one per line in the order of their labels, perhaps followed by a tab and
     a readable name; none: the source's classes."""
 

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from fqgan_dist.credentials import holds_credentials, redact
 from fqgan_dist.errors import ConfigError
 
 # Type of a pydantic error that holds several problems, and their place in its context.
@@ -95,8 +96,17 @@ def parse_config(
     """Validate plain values.
 
     Raises:
-        ConfigError: every problem, one line each.
+        ConfigError: every problem, one line each. Credentials come first, and are not repeated: no
+            setting holds any, and what is written of settings would spread them.
     """
+    secrets = [
+        f"{where or 'a setting'}: holds credentials ({redact(text)}); expected none: give it "
+        "where the tools of the service look for it"
+        for where, text in _find_texts(values)
+        if holds_credentials(text)
+    ]
+    if secrets:
+        raise ConfigError(_list_problems(source, secrets))
     try:
         return config_type.model_validate(dict(values))
     except ValidationError as error:
@@ -106,9 +116,24 @@ def parse_config(
             if not _is_of_unused_member(problem)
             for line in _describe(problem, config_type)
         ]
-        raise ConfigError(
-            f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
-        ) from None
+        raise ConfigError(_list_problems(source, problems)) from None
+
+
+def _list_problems(source: str, problems: Sequence[str]) -> str:
+    return f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
+
+
+def _find_texts(value: Value, where: str = "") -> Iterator[tuple[str, str]]:
+    """Find all texts of plain values, keys included, each with its dotted place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield where, str(key)
+            yield from _find_texts(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _find_texts(item, f"{where}.{position}")
 
 
 def describe_unknown(name: str, known: Sequence[str]) -> str:

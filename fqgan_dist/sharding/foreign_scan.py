@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.data.decoding import decode_image, read_size
 from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
 from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import printable
+from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
 from fqgan_dist.storage.storage import Storage
@@ -145,7 +146,7 @@ def scan_shard(
                         sample, rules, is_deep=is_deep, view_short_side=view_short_side
                     )
                 except DataError as error:
-                    name = f"{file}/{sample.key}"
+                    name = show_name(f"{file}/{sample.key}")
                     problems.append(SourceProblem(name=name, reason=str(error), action="skipped"))
             sha256, num_bytes = scan.finish()
     except FileNotFoundError as error:
@@ -167,7 +168,7 @@ def _note_dangers(
 ) -> Iterator[TarMember]:
     for member in members:
         if member.danger is not None:
-            name = printable(f"{file}/{member.name}")
+            name = show_name(f"{file}/{member.name}")
             problems.append(SourceProblem(name=name, reason=member.danger, action="refused"))
         yield member
 
@@ -176,6 +177,8 @@ def _find_sample(
     sample: TarSample, rules: SampleRules, *, is_deep: bool, view_short_side: int
 ) -> FoundSample:
     """Check a sample; DataError says why it is not usable."""
+    if holds_credentials(sample.key):
+        raise DataError(f"its key: {HOLDS_CREDENTIALS}")
     image = rules.find_image(sample)
     label = rules.find_label(sample)
     assert image.data is not None, "an image's bytes were asked for"

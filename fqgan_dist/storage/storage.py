@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.storage.backend import Backend, RemoteBackend
+from fqgan_dist.storage.backend import Backend
 from fqgan_dist.storage.download_target import TargetFileError
 from fqgan_dist.storage.local_store import LocalBackend
 from fqgan_dist.storage.names import (
@@ -31,9 +31,10 @@ from fqgan_dist.storage.names import (
     split_bucket,
 )
 from fqgan_dist.storage.s3_store import S3Backend
+from fqgan_dist.storage.uri import read_location
 
-# The stores that there are beside local disks, by the scheme of their URIs.
-BACKENDS: dict[str, type[RemoteBackend]] = {"s3": S3Backend}
+# The stores that there are beside local disks, by the schemes of `names.STORES`.
+BACKENDS: dict[str, type[Backend]] = {"s3": S3Backend}
 
 
 class Storage:
@@ -241,17 +242,20 @@ def check_root(root: str) -> str:
     """Return a root in its one form: an absolute path, or `scheme://bucket/prefix`.
 
     Raises:
-        ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
+        ConfigError: an unknown scheme, a URI without a bucket, one with credentials, or a mistyped
+            one.
     """
     scheme = find_scheme(root)
     if scheme is None:
-        return os.path.abspath(root)
+        # Else a mistyped URI would be made as a folder.
+        is_absolute = root.startswith("/") and not root.startswith("//")
+        return os.path.abspath(root if is_absolute else read_location(root, what="storage root"))
     if scheme not in BACKENDS:
         expected = " or ".join(f"{known}://bucket/prefix" for known in BACKENDS)
         raise ConfigError(
             f"storage root {scheme}://...: unknown scheme; expected a path or {expected}"
         )
-    return check_bucket_root(root, credentials_advice=BACKENDS[scheme].credentials_advice)
+    return check_bucket_root(root)
 
 
 def locate_file(uri: str) -> tuple[Storage, str]:
@@ -260,9 +264,10 @@ def locate_file(uri: str) -> tuple[Storage, str]:
     Raises:
         ConfigError: it names no file, has an unknown scheme, or holds credentials.
     """
+    # What else is wrong comes first: credentials must not be repeated.
+    check_root(uri or ".")
     is_file = bool(split_bucket(uri)[1]) if is_remote(uri) else bool(uri)
     if not is_file or uri.endswith("/"):
-        check_root(uri)  # what else is wrong comes first: credentials must not be repeated
         raise ConfigError(f"{uri!r}: names no file; expected a path or s3://bucket/path")
     folder, _, name = (uri if is_remote(uri) else os.path.abspath(uri)).rpartition("/")
     return Storage(folder or "/"), name

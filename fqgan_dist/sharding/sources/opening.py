@@ -20,7 +20,6 @@ from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, list_named_files
 from fqgan_dist.sharding.sources.folder import list_folder
 from fqgan_dist.sharding.sources.locations import (
-    check_source_uri,
     folder_exists,
     source_exists,
 )
@@ -42,6 +41,7 @@ from fqgan_dist.sharding.sources.tar_archive import (
 from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
 from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
 from fqgan_dist.storage.storage import Storage, locate_file
+from fqgan_dist.storage.uri import read_location
 from fqgan_dist.telemetry.observer import SILENT, Observer
 
 _EXAMINED_MEMBERS = 32
@@ -84,7 +84,7 @@ def open_source(
         return
     if photographs is not None:
         raise ConfigError(f"image_size and crops_per_photograph have no effect on {uri!r}")
-    check_source_uri(uri)
+    uri = read_location(uri, what="source")
     kind = find_format(uri, chosen) if chosen.format == "auto" else chosen.format
     check_effect(uri, chosen, kind)
     if kind == "tar":

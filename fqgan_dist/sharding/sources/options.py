@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.uri import Location
 
 SourceFormat = Literal["folder", "tar", "zip", "webdataset", "parquet", "manifest"]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
@@ -36,7 +37,7 @@ class SourceOptions(Config):
     `auto` tells by its name and content."""
     subfolder: str = ""
     """Folder inside a folder, tar or zip that holds the class folders; the rest is ignored."""
-    root: str | None = None
+    root: Location | None = None
     """Folder that the paths of a manifest are relative to; None: the manifest's own."""
     image_key: str | None = None
     """Column of the images (parquet) or of their paths (manifest), or ending of the image's name in

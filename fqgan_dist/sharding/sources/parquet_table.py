@@ -28,7 +28,6 @@ from fqgan_dist.sharding.listing import (
     find_danger,
     find_fault_of_class,
     is_image_name,
-    printable,
 )
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
@@ -39,6 +38,7 @@ from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_fil
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
+from fqgan_dist.terminal import printable
 
 PARQUET_SUFFIX = ".parquet"
 

@@ -268,8 +268,8 @@ def test_unpacking_is_reported_to_its_end(tmp_path: Path):
     [
         ("pipe:touch canary", "unknown scheme, and nothing is run"),
         ("http://host/x.tar", "unknown scheme"),
-        ("s3://key:secret@bucket/x.tar", "credentials or a port in the URI"),
-        ("s3://key:secret@bucket/", "credentials or a port in the URI"),
+        ("s3://key:secret@bucket/x.tar", "source: holds credentials"),
+        ("s3://key:secret@bucket/", "source: holds credentials"),
     ],
 )
 def test_other_urls_are_refused(tmp_path: Path, monkeypatch, uri: str, message: str):
