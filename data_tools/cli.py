@@ -44,6 +44,7 @@ from data_tools.stats import DatasetStats, StatsOptions, compute_stats
 from data_tools.verify import VerifyOptions, verify
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.sharding.verification import VerifyReport
+from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.terminal import write, write_error, write_json
@@ -69,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     except FqganError as error:
         write_error(error)
+        return FAILED
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        write_error(explain_disk_error(error.filename or "a file of this machine", error))
         return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues\n")

@@ -21,6 +21,7 @@ from fqgan_dist.config import Config, load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.stages.catalog import STAGES
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
 from fqgan_dist.storage.uri import parse_path
 from fqgan_dist.terminal import clean_text, write, write_error, write_json
 from fqgan_dist.training.config import CheckpointTarget
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     except FqganError as error:
         write_error(error)
+        return FAILED
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        write_error(explain_disk_error(error.filename or "a file of this machine", error))
         return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues\n")

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.s3_errors import RequestError
 
@@ -59,8 +60,13 @@ def _find_endpoint() -> str | None:
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not endpoint:
         return None
-    url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+    try:
+        url = urlsplit(endpoint)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname)
+        is_address = is_address and url.port != 0  # a port that is no number raises
+    except ValueError:
+        is_address = False
+    if not is_address or holds_credentials(endpoint):
         # The value is not repeated: it may hold a secret.
         raise ConfigError(
             "AWS_ENDPOINT_URL: is no plain address of a server; expected http(s)://host:port "

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.storage.backend import Backend
+from fqgan_dist.storage.disk_errors import explain_disk_error
 from fqgan_dist.storage.download_target import TargetFileError
 from fqgan_dist.storage.local_store import LocalBackend
 from fqgan_dist.storage.names import (
@@ -297,11 +298,5 @@ def _clear_errors(uri: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such object", error.filename or uri) from error
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "the object exists already", uri) from error
-    except PermissionError as error:
-        raise DataError(
-            f"{uri}: access is refused ({error}); check the permissions of the file and its folders"
-        ) from error
     except OSError as error:
-        raise DataError(
-            f"{uri}: cannot be read or written ({error}); check the disk or the file system"
-        ) from error
+        raise explain_disk_error(uri, error) from error
