@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fqgan_dist.chunks import run_in_processes
-from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.credentials import holds_credentials
+from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.index import (
     INDEX_NAME,
     ClassName,

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.credentials import holds_credentials
+from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.decoding import decode_image, read_size
 from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
 from fqgan_dist.data.views import find_fault_of_shape
