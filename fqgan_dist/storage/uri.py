@@ -180,7 +180,7 @@ def read_location(text: str, *, what: str) -> str:
 
 def _parse_local(value: object) -> object:
     # Before pydantic makes a Path of it, which takes `s3://x` for `s3:/x`.
-    return parse_path(value) if isinstance(value, str) else value
+    return parse_path(str(value)) if isinstance(value, str | Path) else value
 
 
 Location = Annotated[str, AfterValidator(parse_location)]
