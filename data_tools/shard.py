@@ -17,6 +17,7 @@ from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, plan_dataset
+from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.options import SourceOptions
@@ -136,6 +137,7 @@ def shard(
     folder = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ShardingConfig)
+    check_settings(folder, config)
     with open_source(
         source_uri,
         split=options.split,

@@ -299,17 +299,45 @@ def _describe_conflict(
     source: SourceListing,
     config: ShardingConfig,
 ) -> str:
-    ours = config.model_dump(mode="json")
-    names = sorted(name for name in ours if found.options.get(name) != ours[name])
-    changed = [f"{name}: {found.options.get(name)!r} there, {ours[name]!r} here" for name in names]
+    return (
+        f"{folder.uri(_json_name(stem))}: the plan of another source or with other settings is "
+        f"there ({describe_difference(found, source, config)}); {_advise(stem)}"
+    )
+
+
+def check_settings(folder: Storage, config: ShardingConfig) -> None:
+    """Compare settings with those of a dataset or plan that is there, before a source is opened.
+
+    Raises:
+        DataError: a setting differs.
+    """
+    found = load_plan(folder, BASE_PLAN)
+    if found is not None and (changed := _describe_settings(found, config)):
+        raise DataError(
+            f"{folder.uri(_json_name(BASE_PLAN))}: the plan of a dataset with other settings is "
+            f"there ({'; '.join(changed)}); {_advise(BASE_PLAN)}"
+        )
+
+
+def describe_difference(found: PlanFile, source: SourceListing, config: ShardingConfig) -> str:
+    """Say what a plan was made of and by, and what differs here."""
+    changed = _describe_settings(found, config)
     if found.source != source.uri:
         changed.append(f"source: {found.source!r} there, {source.uri!r} here")
     count = sum(shard.count for shard in found.shards)
     changed.append(f"images: {count} there, {len(source)} listed here")
-    return (
-        f"{folder.uri(_json_name(stem))}: the plan of another source or with other "
-        f"settings is there ({'; '.join(changed)}); {_advise(stem)}"
-    )
+    return "; ".join(changed)
+
+
+def _describe_settings(found: PlanFile, config: ShardingConfig) -> list[str]:
+    # What a plan of an older version does not tell had its default.
+    defaults = {name: field.default for name, field in ShardingConfig.model_fields.items()}
+    theirs, ours = defaults | found.options, config.model_dump(mode="json")
+    return [
+        f"{name}: {theirs[name]!r} there, {ours[name]!r} here"
+        for name in sorted(ours)
+        if theirs[name] != ours[name]
+    ]
 
 
 def _hash_stored(folder: Storage, path: str) -> str:

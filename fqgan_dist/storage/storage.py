@@ -4,9 +4,10 @@ All that the system knows of a run lies under one root (design.md section 1). Wh
 written at once: a reader sees the former bytes or the new ones, never a part. `create_bytes` is the
 one primitive that decides races; commits of checkpoints and datasets rest on it.
 
-The endpoint of S3 comes from `AWS_ENDPOINT_URL`, credentials from the places where AWS tools look
-(environment, shared files, instance role); a URI never carries them. Requests that a server
-throttles, breaks off or does not answer are repeated, with growing waits, up to 8 times.
+The endpoint of S3 comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, credentials from the
+places where AWS tools look (environment, shared files, instance role); a URI never carries them.
+Requests that a server throttles, breaks off or does not answer are repeated, with growing waits, up
+to 8 times.
 """
 
 from __future__ import annotations
