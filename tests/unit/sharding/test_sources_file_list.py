@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from support.source_files import png, write_files
 
+from data_tools.class_file import read_classes
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
 
@@ -125,3 +126,24 @@ def test_columns_of_other_names_have_to_be_said(tmp_path: Path):
     options = {"image_key": "picture", "class_key": "species"}
     with open_source(str(tmp_path / "m.csv"), **options) as source:
         assert source.names == ["fish/a/1.png"]
+
+
+@pytest.mark.parametrize("url", ["https://u:s3cr3t@h/a.jpg", "a.jpg?X-Amz-Signature=s3cr3t&b=.jpg"])
+def test_rows_with_credentials_are_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    rows = f"path,class\na.jpg,n01\n{url},n01\nb.jpg,{url.replace('/', '|')}\n"
+    (tmp_path / "m.csv").write_text(rows, encoding="utf-8")
+    (tmp_path / "b.jpg").write_bytes(b"x")
+    with open_source(str(tmp_path / "m.csv")) as source:
+        assert source.names == ["n01/a.jpg"]
+        assert len(source.problems) == 2
+        assert "s3cr3t" not in repr(source.problems)
+        assert "s3cr3t" not in repr(source.class_names())
+
+
+def test_a_list_of_classes_holds_no_credentials(tmp_path: Path) -> None:
+    file = tmp_path / "classes.txt"
+    file.write_text("n01\thttps://u:s3cr3t@h/fish\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds credentials") as caught:
+        read_classes(file)
+    assert "s3cr3t" not in str(caught.value)
