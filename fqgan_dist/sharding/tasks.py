@@ -127,7 +127,7 @@ class ShardFolder:
         published = self.load(shard)
         if published is None or published.entry is None:
             return
-        sha256, _ = hash_object(self.storage, shard.file)
+        sha256, _ = hash_object(self.storage, shard.file, max_bytes=published.entry.bytes)
         if sha256 != published.entry.sha256:
             raise DataError(
                 f"{self.storage.uri(shard.file)}: damaged: its sha256 is {sha256}, expected "
