@@ -46,9 +46,7 @@ class HashedStream(io.RawIOBase):
         return self._hash.hexdigest(), self.num_bytes
 
 
-def hash_object(
-    storage: Storage, path: str, *, max_bytes: int | None = None
-) -> tuple[str, int]:
+def hash_object(storage: Storage, path: str, *, max_bytes: int | None = None) -> tuple[str, int]:
     """Compute the sha256 (hex) and the size in bytes of a stored object.
 
     Args:

@@ -43,7 +43,12 @@ class LocalBackend:
 
     def size(self, uri: str) -> int:
         self._check(uri)
-        entry = os.stat(uri)
+        try:
+            entry = os.stat(uri)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise RefusedObjectError(f"{uri}: a circle of links; remove them") from error
+            raise
         if stat.S_ISDIR(entry.st_mode):
             raise _no_object(uri)
         if not stat.S_ISREG(entry.st_mode):

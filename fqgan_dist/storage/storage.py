@@ -94,11 +94,13 @@ class Storage:
         return Path(self.uri(path)) if self.is_local else None
 
     def exists(self, path: str) -> bool:
-        """Tell whether an object is there."""
+        """Tell whether an object is there, also one that its readers will refuse."""
         try:
             self.size(path)
         except FileNotFoundError:
             return False
+        except RefusedObjectError:
+            return True
         return True
 
     def size(self, path: str) -> int:

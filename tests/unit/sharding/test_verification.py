@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,6 +87,24 @@ def adopt(storage: Storage, file: str, tar: bytes) -> None:
 def publish(storage: Storage, index: DatasetIndex) -> None:
     values = index.model_dump()
     storage.write_bytes("index.json", DatasetIndex(**values).to_bytes())
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_what_never_ends_or_lies_elsewhere_is_damage(dataset: Storage, is_deep: bool) -> None:
+    shards = entries(dataset)
+    names = [shards[0].file, shards[1].samples_file, shards[2].file, "plan.parquet"]
+    root = Path(dataset.root)
+    for name in names:
+        (root / name).rename(root.parent / name)
+    (root / names[0]).symlink_to("/dev/zero")
+    (root / names[1]).symlink_to(root.parent / names[1])
+    os.mkfifo(root / names[2])
+    (root / names[3]).symlink_to("/dev/zero")
+    reasons = found(verify(dataset, is_deep=is_deep))
+    for name, words in zip(
+        names, ("leads out", "leads out", "a device, pipe", "leads out"), strict=True
+    ):
+        assert words in reasons[name]
 
 
 @pytest.mark.parametrize("is_deep", [False, True])
