@@ -21,6 +21,7 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 
 _SCHEMA = pa.schema(
@@ -105,7 +106,7 @@ class ShardScan:
         """Read what `to_bytes` wrote."""
         with pq.ParquetFile(io.BytesIO(data)) as file:
             table = file.read(use_threads=False)
-        facts: dict[str, Any] = json.loads((table.schema.metadata or {})[b"facts"])
+        facts: dict[str, Any] = parse_json((table.schema.metadata or {})[b"facts"])
         problems = [SourceProblem(**values) for values in facts["problems"]]
         samples = [FoundSample(**row) for row in table.to_pylist()]
         return ShardScan(facts["sha256"], facts["num_bytes"], samples, problems)

@@ -22,6 +22,7 @@ NUM_INDEXED_PROBLEMS = 100
 """Problems that an index itself names."""
 
 _NUM_LOGGED_PROBLEMS = 20
+_MAX_TABLE_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def load_problems(dataset: Dataset) -> list[SourceProblem]:
 def _load_table(folder: Storage, table: ProblemTable) -> list[SourceProblem]:
     uri = folder.uri(table.file)
     try:
-        data = folder.read_bytes(table.file)
+        data = folder.read_limited(table.file, _MAX_TABLE_BYTES)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file; the index names it") from error
     found = hashlib.sha256(data).hexdigest()

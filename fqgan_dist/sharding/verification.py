@@ -38,6 +38,7 @@ from fqgan_dist.sharding.sample_checks import (
 )
 from fqgan_dist.sharding.sample_rules import INDEXED
 from fqgan_dist.sharding.sources.spool import open_spool_folder
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
@@ -168,7 +169,7 @@ class _ShardChecks(ProcessLocalCaches):
     def results(self) -> Iterator[ShardFindings]:
         """Yield what was found in every shard, in order."""
         for chunk in self.chunks():
-            values = json.loads(self.scratch.read_bytes(_result_name(chunk)))
+            values = parse_json(self.scratch.read_bytes(_result_name(chunk)))
             damages = [Damage(**damage) for damage in values["damages"]]
             yield ShardFindings(damages, values["num_decoded"])
 

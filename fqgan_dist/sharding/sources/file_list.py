@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from fqgan_dist.sharding.listing import (
 from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.links import RefusedObjectError, find_fault_of_link
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
@@ -203,7 +203,7 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{uri}: line {number} is no JSON ({error})") from error
         if not isinstance(row, dict):

@@ -29,6 +29,7 @@ from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, Sour
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
@@ -120,7 +121,7 @@ def _open_dataset_of(storage: Storage, shards: Sequence[str], *, is_folder: bool
         DataError: shards of the index are missing.
     """
     try:
-        data = storage.read_bytes(INDEX_NAME)
+        data = read_document(storage, INDEX_NAME)
     except FileNotFoundError:
         return None
     if _FORMAT_MARK not in data:

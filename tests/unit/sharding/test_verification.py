@@ -132,8 +132,8 @@ class _NoisyWay(Storage):
     def open_read(self, path: str) -> BinaryIO:
         return io.BytesIO(self._spoil(path, super().read_bytes(path)))
 
-    def read_bytes(self, path: str, **part: int | None) -> bytes:
-        data = super().read_bytes(path, **part)  # pyright: ignore[reportArgumentType]
+    def read_limited(self, path: str, max_bytes: int) -> bytes:
+        data = super().read_limited(path, max_bytes)
         return self._spoil(path, data) if path.endswith(".samples.parquet") else data
 
     def _spoil(self, path: str, data: bytes) -> bytes:
