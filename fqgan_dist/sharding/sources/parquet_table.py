@@ -28,6 +28,7 @@ from fqgan_dist.sharding.listing import (
     find_fault_of_class,
     is_image_name,
 )
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import RangeReader
@@ -233,20 +234,23 @@ def _iterate_images(
     wanted = [column for column in (columns.image, columns.label, columns.key) if column]
     offset = number = 0
     with _open_file(storage, name) as file:
-        num_bytes = storage.size(name)
-        _check_row_groups(file.metadata, num_bytes, storage.uri(name))
+        uri, num_bytes = storage.uri(name), storage.size(name)
+        _check_row_groups(file.metadata, num_bytes, uri)
         if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
-            raise DataError(f"{storage.uri(name)}: has no columns {missing}, unlike the first file")
+            raise DataError(f"{uri}: has no columns {missing}, unlike the first file")
         limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
             values = {column: batch.column(column)[0].as_py() for column in batch.schema.names}
             data = _take_row(values, columns, name, number, offset, rows)
             number += 1
+            if data is None:
+                latest = f"{rows.odd[-1][0]}: {rows.odd[-1][1]}"
+                check_problem_count(uri, len(rows.odd), len(rows.files), latest=latest)
             if data:
                 offset += len(data)
                 if offset > limit:
                     raise DataError(
-                        f"{storage.uri(name)}: a decompression bomb: its first {number} images "
+                        f"{uri}: a decompression bomb: its first {number} images "
                         f"have {offset} bytes, expected at most {limit} for a file of its size: do "
                         "not use it"
                     )
