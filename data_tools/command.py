@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from fqgan_dist.config import Config, parse_config
@@ -24,6 +23,7 @@ from fqgan_dist.data.config import parse_source
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.terminal import clean_text
+from fqgan_dist.yaml_text import parse_yaml
 
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
 _HELP_WIDTH = 96
@@ -190,7 +190,7 @@ def _parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def _parse_value(key: str, text: str, problems: list[str]) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         problems.append(f"{key}: {text!r} is not a YAML value; put it into quotes")
         return None

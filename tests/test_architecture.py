@@ -37,6 +37,7 @@ LEVELS = {
     "randomness": BASE,
     "terminal": BASE,
     "world": BASE,
+    "yaml_text": BASE,
     "cluster": STORAGE,
     "storage": STORAGE,
     "weights": WEIGHTS,

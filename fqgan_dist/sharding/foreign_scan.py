@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stac
 from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 
 _SCHEMA = pa.schema(
@@ -105,7 +107,7 @@ class ShardScan:
         """Read what `to_bytes` wrote."""
         with pq.ParquetFile(io.BytesIO(data)) as file:
             table = file.read(use_threads=False)
-        facts: dict[str, Any] = json.loads((table.schema.metadata or {})[b"facts"])
+        facts: dict[str, Any] = parse_json((table.schema.metadata or {})[b"facts"])
         problems = [SourceProblem(**values) for values in facts["problems"]]
         samples = [FoundSample(**row) for row in table.to_pylist()]
         return ShardScan(facts["sha256"], facts["num_bytes"], samples, problems)
@@ -137,7 +139,7 @@ def scan_shard(
     try:
         with storage.open_read(file) as stream:
             scan = TarScan(stream, source=source)
-            members = _note_dangers(scan.members(rules.is_wanted), file, problems)
+            members = _note_dangers(scan.members(rules.is_wanted), file, problems, samples)
             for sample in group_samples(members):
                 if sample.key in samples:
                     raise DataError(f"{source}: {describe_repeat(sample.key, file, file)}")
@@ -164,9 +166,14 @@ def describe_repeat(key: str, file: str, other: str) -> str:
 
 
 def _note_dangers(
-    members: Iterable[TarMember], file: str, problems: list[SourceProblem]
+    members: Iterable[TarMember],
+    file: str,
+    problems: list[SourceProblem],
+    samples: Collection[str],
 ) -> Iterator[TarMember]:
     for member in members:
+        latest = f"{problems[-1].name!r}: {problems[-1].reason}" if problems else ""
+        check_problem_count(file, len(problems), len(samples), latest=latest)
         if member.danger is not None:
             name = show_name(f"{file}/{member.name}")
             problems.append(SourceProblem(name=name, reason=member.danger, action="refused"))

@@ -16,6 +16,7 @@ from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.droppings import REASON, find_dropping
 from fqgan_dist.sharding.labels import is_no_label, order_classes
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.terminal import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -319,6 +320,8 @@ class ListingBuilder:
 
     def _note(self, name: str, reason: str, action: Literal["skipped", "refused"]) -> None:
         self._problems.append(SourceProblem(name=show_name(name), reason=reason, action=action))
+        latest = f"{show_name(name)!r}: {reason}"
+        check_problem_count(self.uri, len(self._problems), len(self._names), latest=latest)
 
     def _sort(self) -> np.ndarray:
         """Give the rows in the order of their names, without the later ones of a name."""

@@ -24,6 +24,7 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.storage.backend import Backend
 from fqgan_dist.storage.disk_errors import explain_disk_error
 from fqgan_dist.storage.download_target import TargetFileError
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.local_store import LocalBackend
 from fqgan_dist.storage.names import (
     check_bucket_root,
@@ -46,6 +47,8 @@ class Storage:
         ValueError: the path is absolute, or has an empty, `.` or `..` part.
         FileNotFoundError: an object that is read is missing.
         DataError: access is refused, or the store cannot be reached after bounded retries.
+        RefusedObjectError: on a disk, a link leads out of the root, or it is no regular file; see
+            `links`.
 
     Safe to use from several threads, and picklable (spawned loader workers connect for themselves).
     """
@@ -59,6 +62,9 @@ class Storage:
             ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
         """
         self.root = check_root(str(root))
+        # What links are held to: the root that was named, by children too.
+        self._named_root = self.root
+        self._named_file: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -70,6 +76,7 @@ class Storage:
         if not path:
             return self
         child = Storage(self.uri(path))
+        child._named_root = self._named_root
         child.__dict__["_backend"] = self._backend  # one set of connections for all folders
         return child
 
@@ -87,11 +94,13 @@ class Storage:
         return Path(self.uri(path)) if self.is_local else None
 
     def exists(self, path: str) -> bool:
-        """Tell whether an object is there."""
+        """Tell whether an object is there, also one that its readers will refuse."""
         try:
             self.size(path)
         except FileNotFoundError:
             return False
+        except RefusedObjectError:
+            return True
         return True
 
     def size(self, path: str) -> int:
@@ -114,6 +123,22 @@ class Storage:
             data = self._backend.read(uri, offset, length)
         if length is not None:
             _check_length(uri, data, offset, length)
+        return data
+
+    def read_limited(self, path: str, max_bytes: int) -> bytes:
+        """Read a whole object that must not be longer than it may be.
+
+        Raises:
+            RefusedObjectError: it is; no more than that is read of it.
+        """
+        uri = self.uri(path)
+        with _clear_errors(uri):
+            data = self._backend.read(uri, 0, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise RefusedObjectError(
+                f"{uri}: has more than {max_bytes} bytes, the most that it may have; it is damaged "
+                "or not of this program"
+            )
         return data
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -206,7 +231,8 @@ class Storage:
 
         Names are relative to the folder, sorted by their bytes, and come page by page. They are
         what the store has, so hostile ones too: `uri` and all that reads refuse those. On a disk
-        links are followed; broken ones, devices, pipes and files still being written are left out.
+        links within the root are followed; broken ones, devices, pipes and files still being
+        written are left out.
         """
         uri = self.uri(prefix) if prefix else self.root
         with _clear_errors(uri):
@@ -221,14 +247,16 @@ class Storage:
     @cached_property
     def _backend(self) -> Backend:
         scheme = find_scheme(self.root)
-        return LocalBackend() if scheme is None else BACKENDS[scheme]()
+        if scheme is None:
+            return LocalBackend(self._named_root, self._named_file)
+        return BACKENDS[scheme]()
 
     # Connections, their locks and threads stay behind: another process makes its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root}
+        return {name: value for name, value in vars(self).items() if name != "_backend"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.root = state["root"]
+        self.__dict__.update(state)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Storage) and other.root == self.root
@@ -263,6 +291,8 @@ def check_root(root: str) -> str:
 def locate_file(uri: str) -> tuple[Storage, str]:
     """Give the storage of the folder of a file (a path or URI), and the file's name there.
 
+    The user named the file: it alone may be a link to anywhere.
+
     Raises:
         ConfigError: it names no file, has an unknown scheme, or holds credentials.
     """
@@ -272,7 +302,9 @@ def locate_file(uri: str) -> tuple[Storage, str]:
     if not is_file or uri.endswith("/"):
         raise ConfigError(f"{uri!r}: names no file; expected a path or s3://bucket/path")
     folder, _, name = (uri if is_remote(uri) else os.path.abspath(uri)).rpartition("/")
-    return Storage(folder or "/"), name
+    storage = Storage(folder or "/")
+    storage._named_file = storage.uri(name) if storage.is_local else None
+    return storage, name
 
 
 def _check_range(offset: int, length: int) -> None:

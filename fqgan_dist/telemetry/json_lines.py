@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.storage.documents import parse_json
 
 Record = dict[str, Any]
 """One line; `step` is the optimizer step that it belongs to."""
@@ -88,7 +89,7 @@ def parse_records(data: bytes, *, name: str, kind: str) -> list[Record]:
 
 def _parse_record(line: bytes, where: str, kind: str) -> Record:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); delete or repair the line") from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):

@@ -6,11 +6,9 @@ ones, those that leave it and URLs are refused by name.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
-import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +27,8 @@ from fqgan_dist.sharding.listing import (
 from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.options import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.sources.readers import FileReader
+from fqgan_dist.storage.documents import parse_json
+from fqgan_dist.storage.links import RefusedObjectError, find_fault_of_link
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
@@ -60,9 +60,12 @@ def list_named_files(uri: str, options: SourceOptions, observer: Observer) -> So
         rows = _read_rows(file, uri)
         wanted = _check_rows(rows, uri, options, builder, bar)
     with observer.track(len(wanted), "looking for files", "files") as bar:
-        sizes = _measure(storage, [path for _, path, _ in wanted], bar)
+        sizes, faults = _measure(storage, [path for _, path, _ in wanted], bar)
     for class_name, path, key in wanted:
         size = sizes.get(path)
+        if path in faults:
+            builder.refuse(path, faults[path])
+            continue
         if size is None:
             builder.skip(path, "no such file")
             continue
@@ -200,7 +203,7 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{uri}: line {number} is no JSON ({error})") from error
         if not isinstance(row, dict):
@@ -208,7 +211,10 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Row]:
         yield row
 
 
-def _measure(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> Mapping[str, int]:
+def _measure(
+    storage: Storage, paths: Sequence[str], bar: ProgressBar
+) -> tuple[Mapping[str, int], Mapping[str, str]]:
+    """Give the sizes of the files that are there, and why others are refused."""
     if storage.is_local:
         return _measure_files(storage, paths, bar)
     # One request lists a thousand objects; one request each would take hours for a million.
@@ -220,13 +226,21 @@ def _measure(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> Mappin
         if prefix + name in wanted:
             sizes[prefix + name] = size
             bar.advance()
-    return sizes
+    return sizes, {}
 
 
-def _measure_files(storage: Storage, paths: Sequence[str], bar: ProgressBar) -> dict[str, int]:
+def _measure_files(
+    storage: Storage, paths: Sequence[str], bar: ProgressBar
+) -> tuple[dict[str, int], dict[str, str]]:
     sizes: dict[str, int] = {}
+    faults: dict[str, str] = {}
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             sizes[path] = storage.size(path)
+        except FileNotFoundError:
+            pass
+        except RefusedObjectError:
+            fault = find_fault_of_link(storage.uri(path), storage.root)
+            faults[path] = fault or "no regular file"
         bar.advance()
-    return sizes
+    return sizes, faults

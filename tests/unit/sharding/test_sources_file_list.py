@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from support.source_files import png, write_files
 from data_tools.class_file import read_classes
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.links import LEADS_OUT
 
 FILES = [("a/1.png", png(1)), ("deep/down/2.png", png(2))]
 TABLES = {
@@ -37,6 +39,26 @@ def test_a_manifest_may_lie_elsewhere_than_its_files(tmp_path: Path):
     with open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "files")) as source:
         assert source.names == ["3/a/1.png"]
         assert source.class_names() == ["0", "1", "2", "3"]
+
+
+def test_rows_lead_to_no_file_outside_and_to_no_pipe(tmp_path: Path):
+    write_files(tmp_path / "files", FILES)
+    (tmp_path / "secret.png").write_bytes(png(9))
+    (tmp_path / "files" / "a" / "out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "files" / "up").symlink_to(tmp_path)
+    (tmp_path / "files" / "in.png").symlink_to("a/1.png")
+    os.mkfifo(tmp_path / "files" / "pipe.png")
+    rows = ["a/1.png", "a/out.png", "up/secret.png", "in.png", "pipe.png"]
+    (tmp_path / "files" / "m.csv").write_text(
+        "path,class\n" + "".join(f"{row},x\n" for row in rows)
+    )
+    with open_source(str(tmp_path / "files" / "m.csv")) as source:
+        assert source.names == ["x/a/1.png", "x/in.png"]
+        assert {problem.name: problem.reason for problem in source.problems} == {
+            "a/out.png": LEADS_OUT,
+            "up/secret.png": LEADS_OUT,
+            "pipe.png": "not a file: a device, pipe or socket",
+        }
 
 
 def test_keys_are_kept(tmp_path: Path):
