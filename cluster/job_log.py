@@ -10,6 +10,7 @@ import aiohttp
 
 from cluster.ray_jobs import RayJobs
 from fqgan_dist.errors import ClusterError
+from fqgan_dist.terminal import keep_lines
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,6 @@ class LogCopier:
 
     def _show(self, text: str, start: int) -> None:
         """Write what is new in a piece of the log that begins at this character."""
-        sys.stdout.write(text[max(0, self._num_shown - start) :])
+        sys.stdout.write(keep_lines(text[max(0, self._num_shown - start) :]))
         sys.stdout.flush()
         self._num_shown = max(self._num_shown, start + len(text))

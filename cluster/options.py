@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from fqgan_dist.config import Config, parse_config
-from fqgan_dist.credentials import SECRET_NAME
+from fqgan_dist.credentials import holds_credentials, is_secret_name, scrub
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.storage.names import is_remote
 
@@ -18,20 +18,39 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def _check_folder(text: str) -> str:
-    if not is_remote(text) and not Path(text).exists():
+    if is_remote(text):
+        return text  # Ray's own: it knows more schemes than the runs do
+    folder = os.path.expanduser(text)
+    if not Path(folder).exists():
         raise ValueError(f"there is no folder {text!r} to send along")
-    return text
+    return folder
 
 
 def _check_variable(name: str) -> str:
-    if SECRET_NAME.search(name):
+    if is_secret_name(name):
         raise ValueError(
             f"{name!r} looks like a credential, and a job's variables are shown on the dashboard; "
             f"give the nodes a role instead (cluster/README.md)"
         )
     if name not in os.environ:
         raise ValueError(f"{name!r} is not set in this shell; export it first")
+    # A proxy or endpoint may have its password in its address.
+    if scrub(os.environ[name]) != os.environ[name]:
+        raise ValueError(
+            f"the value of {name!r} holds credentials ({scrub(os.environ[name])}), and a job's "
+            "variables are shown on the dashboard; leave them out of it, or give the nodes what "
+            "needs none (cluster/README.md)"
+        )
     return name
+
+
+def _check_command(command: Sequence[str]) -> None:
+    for word in command:
+        if holds_credentials(word):
+            raise ConfigError(
+                f"the command holds credentials ({word}), and a job's command is shown on the "
+                "dashboard and in its log; give the nodes a role instead (cluster/README.md)"
+            )
 
 
 class Settings(Config):
@@ -59,5 +78,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     command = [*arguments[len(options) + 1 :]]
     if not command:
         raise ConfigError("no command: expected `-- fqgan run CONFIG ...` after the options")
+    _check_command(command)
     values = {name: value for name, _, value in (text.partition("=") for text in options)}
     return parse_config(values, Settings, source="cluster/submit"), command

@@ -16,10 +16,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or option, 3 verification found dama
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from data_tools.command import Call, Command, CommandParser
 from data_tools.extend import ExtendOptions, ExtendSummary, extend
@@ -46,8 +44,10 @@ from data_tools.stats import DatasetStats, StatsOptions, compute_stats
 from data_tools.verify import VerifyOptions, verify
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.sharding.verification import VerifyReport
+from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver
+from fqgan_dist.terminal import write, write_error, write_json
 from fqgan_dist.world import World
 
 DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
@@ -66,10 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(parsed.command, parsed)
     except ConfigError as error:
-        sys.stderr.write(f"ConfigError: {error}\n")
+        write_error(error)
         return WRONG_USAGE
     except FqganError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        write_error(error)
+        return FAILED
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        write_error(explain_disk_error(error.filename or "a file of this machine", error))
         return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues\n")
@@ -80,7 +85,7 @@ def _run(command: Command, parsed: argparse.Namespace) -> int:
     is_dry_run = command.has_dry_run and parsed.dry_run
     call = command.parse(parsed.arguments, is_dry_run=is_dry_run, observer=LocalObserver())
     result = command.run(call)
-    _write(result.to_json() if parsed.json else command.render(result))
+    write_json(result.to_json()) if parsed.json else write(command.render(result))
     return command.find_exit_code(result)
 
 
@@ -206,11 +211,6 @@ def _build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_to(commands)
     return parser
-
-
-def _write(result: dict[str, Any] | str) -> None:
-    text = result if isinstance(result, str) else json.dumps(result, indent=1)
-    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

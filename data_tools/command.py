@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from fqgan_dist.config import Config, parse_config
+from fqgan_dist.data.config import parse_source
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.terminal import clean_text
+from fqgan_dist.yaml_text import parse_yaml
 
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_.]*)=(.*)", re.DOTALL)
 _HELP_WIDTH = 96
@@ -93,14 +95,21 @@ class Command:
         """Tell paths from options, and check both.
 
         Raises:
-            ConfigError: too few or too many paths, or every problem of the options.
+            ConfigError: too few, too many or wrong paths, or every problem of the options.
         """
         matches = [_OPTION.fullmatch(text) for text in arguments]
         paths = [text for text, match in zip(arguments, matches, strict=True) if match is None]
         values = _parse_values([match.groups() for match in matches if match is not None])
         self._check_paths(paths)
+        places = [self._parse_path(text) for text in paths]
         options = parse_config(values, self.options_type, source=f"fqgan-data {self.name}")
-        return Call(paths, options, is_dry_run, observer)
+        return Call(places, options, is_dry_run, observer)
+
+    def _parse_path(self, text: str) -> str:
+        try:
+            return parse_source(text)
+        except ValueError as error:
+            raise ConfigError(f"fqgan-data {self.name}: {error}") from error
 
     def _check_paths(self, paths: Sequence[str]) -> None:
         is_open = any(name.endswith("...") for name in self.paths)
@@ -128,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
             known = re.findall(r"[\w-]+", wrong[2])
             near = difflib.get_close_matches(wrong[1], known, n=1)
             message += f"; did you mean {near[0]!r}?" if near else ""
-        super().error(message)
+        super().error(str(clean_text(message)))
 
 
 def describe_options(options_type: type[Config]) -> str:
@@ -181,7 +190,7 @@ def _parse_values(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 def _parse_value(key: str, text: str, problems: list[str]) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         problems.append(f"{key}: {text!r} is not a YAML value; put it into quotes")
         return None

@@ -11,13 +11,14 @@ from data_tools.workers import count_workers
 from fqgan_dist.sharding.class_files import read_classes
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.uri import Location
 from fqgan_dist.telemetry.observer import Observer
 
 
 class IndexOptions(IndexConfig):
     """Options of `fqgan-data index`."""
 
-    classes: str | None = None
+    classes: Location | None = None
     """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
     WordNet id, a space) and a readable name; none: the numbers or names that occur."""
     workers: int | None = Field(default=None, ge=1)

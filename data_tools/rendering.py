@@ -10,11 +10,12 @@ from data_tools.rearrange import SplitSummary
 from data_tools.shard import ShardSummary, WorkSummary
 from data_tools.stats import DatasetStats, Spread
 from fqgan_dist.sharding.verification import VerifyReport
+from fqgan_dist.terminal import Lines, join_lines
 
 _SHOWN_PROBLEMS = 20
 
 
-def render_shard(summary: ShardSummary) -> str:
+def render_shard(summary: ShardSummary) -> Lines:
     """Say what `shard` did."""
     size = (
         f"{summary.num_samples} images of {summary.num_classes} classes in "
@@ -29,15 +30,16 @@ def render_shard(summary: ShardSummary) -> str:
             f"{summary.destination}: {size} ({summary.work.num_built} written, "
             f"{summary.work.num_kept} from an earlier run)"
         )
-    return "\n".join([state, *_render_work(summary.dataset_id, summary.work)])
+    return join_lines([state, *_render_work(summary.dataset_id, summary.work)])
 
 
-def render_split(summary: SplitSummary) -> str:
+def render_split(summary: SplitSummary) -> Lines:
     """Say what `split` did, part by part."""
-    return "\n".join(render_shard(part) for part in summary.parts.values())
+    lines = [line for part in summary.parts.values() for line in render_shard(part).split("\n")]
+    return join_lines(lines)
 
 
-def render_extend(summary: ExtendSummary) -> str:
+def render_extend(summary: ExtendSummary) -> Lines:
     """Say what `extend` did."""
     size = f"{summary.num_samples} images in {summary.num_shards} shards"
     present = f"{summary.num_present} of the source it had already"
@@ -54,7 +56,7 @@ def render_extend(summary: ExtendSummary) -> str:
     if summary.added_classes:
         lines.append(f"{len(summary.added_classes)} new classes:")
         lines += _indent(list(summary.added_classes))
-    return "\n".join([*lines, *_render_work(summary.dataset_id, summary.work)])
+    return join_lines([*lines, *_render_work(summary.dataset_id, summary.work)])
 
 
 def _render_work(dataset_id: str | None, work: WorkSummary) -> list[str]:
@@ -77,7 +79,7 @@ def _render_work(dataset_id: str | None, work: WorkSummary) -> list[str]:
     return lines
 
 
-def render_index(summary: IndexSummary) -> str:
+def render_index(summary: IndexSummary) -> Lines:
     """Say what `index` did."""
     size = (
         f"{summary.num_samples} images of {summary.num_classes} classes in "
@@ -88,10 +90,10 @@ def render_index(summary: IndexSummary) -> str:
     if summary.num_problems:
         lines.append(f"{summary.num_problems} members of the shards are not in the dataset:")
     problems = [f"{item['name']}: {item['action']}: {item['reason']}" for item in summary.problems]
-    return "\n".join(lines + _indent(problems, total=summary.num_problems))
+    return join_lines(lines + _indent(problems, total=summary.num_problems))
 
 
-def render_verify(report: VerifyReport) -> str:
+def render_verify(report: VerifyReport) -> Lines:
     """Say what `verify` found; every damage is named."""
     damages = [f"  {damage.where}: {damage.reason}" for damage in report.damages]
     lines = [f"{len(damages)} damaged:", *damages] if damages else []
@@ -107,10 +109,10 @@ def render_verify(report: VerifyReport) -> str:
         f"{verdict}: {report.num_shards} shards checked, {report.num_samples} images{decoded}; "
         f"dataset id {report.dataset_id or 'not known'}"
     )
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
-def render_stats(stats: DatasetStats) -> str:
+def render_stats(stats: DatasetStats) -> Lines:
     """Show the figures of a dataset, one per line."""
     policy = ", ".join(f"{key} {value}" for key, value in stats.image_policy.items())
     rows = {
@@ -128,7 +130,7 @@ def render_stats(stats: DatasetStats) -> str:
         "height": _format(stats.height),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return join_lines(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _format(spread: Spread) -> str:

@@ -18,9 +18,11 @@ from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, plan_dataset
+from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.uri import Location
 from fqgan_dist.telemetry.observer import Observer
 
 PartT = TypeVar("PartT", bound=Config)
@@ -35,7 +37,7 @@ class ShardOptions(WorkerOptions, SourceOptions, ShardingConfig, PhotographsConf
     its crops.
     """
 
-    classes: str | None = None
+    classes: Location | None = None
     """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
     WordNet id, a space) and a readable name; none: the source's classes."""
 
@@ -135,6 +137,7 @@ def shard(
     folder = Storage(destination)
     source_options = select_options(options, SourceOptions).model_dump(exclude_unset=True)
     config = select_options(options, ShardingConfig)
+    check_settings(folder, config)
     with open_source(
         source_uri,
         split=options.split,

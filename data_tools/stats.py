@@ -132,9 +132,10 @@ def compute_stats(uri: str, *, observer: Observer) -> DatasetStats:
         for entry, table in zip(index.shards, tables, strict=True):
             for name, histogram in columns.items():
                 histogram.add(getattr(table, name))
+            # Before they are counted, which takes memory for the greatest.
+            if (greatest := int(table.labels.max())) >= index.num_classes:
+                _refuse_label(dataset, entry, greatest)
             counts = np.bincount(table.labels, minlength=index.num_classes)
-            if len(counts) > index.num_classes:
-                _refuse_label(dataset, entry, len(counts) - 1)
             class_counts += counts
             mixtures.add(np.array([np.count_nonzero(counts)]))
             bar.advance()

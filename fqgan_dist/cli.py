@@ -12,15 +12,18 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found dama
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fqgan_dist.config import Config, load_config, parse_config
 from fqgan_dist.errors import ConfigError, FqganError
 from fqgan_dist.stages.catalog import STAGES
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
+from fqgan_dist.storage.uri import parse_path
+from fqgan_dist.terminal import clean_text, write, write_error, write_json
 from fqgan_dist.training.config import CheckpointTarget
 from fqgan_dist.weights.config import FetchTarget
 
@@ -41,18 +44,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command_fn(options))
     except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        write_error(error)
         return WRONG_USAGE
     except FqganError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        write_error(error)
+        return FAILED
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        write_error(explain_disk_error(error.filename or "a file of this machine", error))
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        sys.stderr.write("interrupted; the same command continues\n")
         return FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser; what it says of wrong arguments repeats no credential."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(str(clean_text(message)))
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fqgan", description="Train FQGAN tokenizers and FAR generators.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -123,7 +138,7 @@ def _add_doctor_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides, RunConfig)
+    config = _load(options.config, options.overrides)
     if options.command != "run":
         if any(text.startswith("stages=") for text in options.overrides):
             raise ConfigError(
@@ -137,35 +152,35 @@ def _run(options: argparse.Namespace) -> int:
         from fqgan_dist.stages.plan_rendering import render_plan
 
         plan = plan_run(config)
-        print(json.dumps(plan, indent=1) if options.json else render_plan(plan))
+        write_json(plan) if options.json else write(render_plan(plan))
         return DONE
     from fqgan_dist.orchestration.driver import run_pipeline
 
     summary = run_pipeline(config)
     if options.json:
-        print(json.dumps(summary, indent=1))
+        write_json(summary)
     return DONE
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
     values, config_overrides = _split_options(options.overrides, CheckpointTarget)
-    config = load_config(options.config, config_overrides, RunConfig)
+    config = _load(options.config, config_overrides)
     target = parse_config(values, CheckpointTarget, source="command line")
     from fqgan_dist.stages.checkpoints import run_checkpoint_action
 
     result = run_checkpoint_action(options.action, config, options.stage, target)
-    print(json.dumps(result.report, indent=1) if options.json else result.text)
+    write_json(result.report) if options.json else write(result.text)
     return DAMAGE_FOUND if result.is_damaged else DONE
 
 
 def _fetch_weights(options: argparse.Namespace) -> int:
     values, config_overrides = _split_options(options.overrides, FetchTarget)
-    config = load_config(options.config, config_overrides, RunConfig)
+    config = _load(options.config, config_overrides)
     target = parse_config(values, FetchTarget, source="command line")
     from fqgan_dist.stages.weights_fetch import fetch_weights
 
     result = fetch_weights(config, target)
-    print(json.dumps(result.report, indent=1) if options.json else result.text)
+    write_json(result.report) if options.json else write(result.text)
     result.check()
     return DONE
 
@@ -173,12 +188,19 @@ def _fetch_weights(options: argparse.Namespace) -> int:
 def _diagnose(options: argparse.Namespace) -> int:
     config = None
     if options.config is not None:
-        config = load_config(options.config, options.overrides, RunConfig)
+        config = _load(options.config, options.overrides)
     from fqgan_dist.orchestration.doctor import run_doctor
 
     diagnosis = run_doctor(config)
-    print(json.dumps(diagnosis.report, indent=1) if options.json else diagnosis.text)
+    write_json(diagnosis.report) if options.json else write(diagnosis.text)
     return FAILED if diagnosis.has_failed else DONE
+
+
+def _load(path: str, overrides: Sequence[str]) -> RunConfig:
+    try:
+        return load_config(parse_path(path), overrides, RunConfig)
+    except ValueError as error:
+        raise ConfigError(f"CONFIG: {error}") from error
 
 
 def _split_options(texts: Sequence[str], target: type[Config]) -> tuple[dict[str, str], list[str]]:

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,7 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from fqgan_dist.credentials import holds_credentials, redact
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.yaml_text import MAX_TEXT_BYTES, parse_yaml
 
 # Type of a pydantic error that holds several problems, and their place in its context.
 _SEVERAL = "problems"
@@ -95,8 +97,17 @@ def parse_config(
     """Validate plain values.
 
     Raises:
-        ConfigError: every problem, one line each.
+        ConfigError: every problem, one line each. Credentials come first, and are not repeated: no
+            setting holds any, and what is written of settings would spread them.
     """
+    secrets = [
+        f"{where or 'a setting'}: holds credentials ({redact(text)}); expected none: give it "
+        "where the tools of the service look for it"
+        for where, text in _find_texts(values)
+        if holds_credentials(text)
+    ]
+    if secrets:
+        raise ConfigError(_list_problems(source, secrets))
     try:
         return config_type.model_validate(dict(values))
     except ValidationError as error:
@@ -106,9 +117,24 @@ def parse_config(
             if not _is_of_unused_member(problem)
             for line in _describe(problem, config_type)
         ]
-        raise ConfigError(
-            f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
-        ) from None
+        raise ConfigError(_list_problems(source, problems)) from None
+
+
+def _list_problems(source: str, problems: Sequence[str]) -> str:
+    return f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
+
+
+def _find_texts(value: Value, where: str = "") -> Iterator[tuple[str, str]]:
+    """Find all texts of plain values, keys included, each with its dotted place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield where, str(key)
+            yield from _find_texts(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _find_texts(item, f"{where}.{position}")
 
 
 def describe_unknown(name: str, known: Sequence[str]) -> str:
@@ -124,35 +150,15 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Value]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        with path.open(encoding="utf-8") as file:
+            values = parse_yaml(file.read(MAX_TEXT_BYTES + 1))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file; name an existing YAML file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
-    return _unshare(values)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a setting that is given twice, of which YAML silently takes the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.MarkedYAMLError(
-                problem=f"{', '.join(twice)} is given twice", problem_mark=node.start_mark
-            )
-        return node
-
-
-def _unshare(value: Value) -> Value:
-    # Every YAML alias gets its own copy: an override changes one place only.
-    if isinstance(value, dict):
-        return {key: _unshare(item) for key, item in value.items()}
-    return [_unshare(item) for item in value] if isinstance(value, list) else value
+    return values
 
 
 def _merge(base: dict[str, Value], changes: Mapping[str, Value]) -> dict[str, Value]:
@@ -180,8 +186,8 @@ def _apply_override(values: dict[str, Value], override: str) -> None:
     for depth, part in enumerate(parents):
         target = _child(target, part, ".".join(parents[: depth + 1]))
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"override {path!r}: {text!r} is not a YAML value: {error}") from error
     if isinstance(target, list):
         target[_list_index(target, leaf, path)] = value

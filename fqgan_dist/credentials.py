@@ -7,22 +7,63 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
-# In the names of variables and settings that hold credentials.
-SECRET_NAME = re.compile(
-    r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY|CREDENTIAL|PRIVATE", re.IGNORECASE
+# In the names of variables, settings and parameters of URLs that hold credentials. `TOKENIZER` is
+# no token, and PWD is a folder where `pwd` is a password.
+_SECRET_NAME = re.compile(
+    r"SECRET|TOKEN(?!IZ)|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|SIGNATURE|BEARER|COOKIE|JWT"
+    r"|(ACCESS|API|ACCOUNT|STORAGE|SIGNING|ENCRYPTION|SSH)[_-]?KEY|CONNECTION[_-]?STRING"
+    r"|_(PAT|PWD)$|^SIG$|(?-i:^(pwd|auth|authorization|key)$)",
+    re.IGNORECASE,
 )
 _PATH_NAME = re.compile(r"_(PATH|FILE|URI|DIR)$", re.IGNORECASE)
 # Shorter values ("true", "1") are no secrets, and removing them would garble texts.
 _SHORTEST_SECRET = 8
 _IN_TEXT = (
-    re.compile(r"(?<=://)[^/\s@]+@"),  # user:password@host
-    re.compile(r"(?<=X-Amz-Signature=)[^&\s]+", re.IGNORECASE),
-    re.compile(r"(?<=X-Amz-Credential=)[^&\s]+", re.IGNORECASE),
-    re.compile(r"(?<=X-Amz-Security-Token=)[^&\s]+", re.IGNORECASE),
-    re.compile(r"(?<=Bearer )\S+"),
+    # user:password@host; and where the password holds slashes that were not escaped (a port is
+    # digits). No pattern goes back over what it has read: texts may be hostile.
+    re.compile(r"(?<=://)[^/\s]*@"),
+    re.compile(r"(?<=://)(?=[^/\s@:]*:(?!\d{1,5}(?:/|$)))[^\s@]*+@(?=[\w\[])"),
+    # The same where the scheme was mistyped, `https:/user:password@host`.
+    re.compile(r"(?:(?<=\w:)|(?<=\w:/))(?=[^/\s@:]+:)[^\s@]++@(?=\w)"),
+    re.compile(r"(?<=Bearer )[^\s'\"]+"),
 )
+# `;` separates parameters for some servers, but may stand in a value for others.
+_PARAMETER = re.compile(r"(?<=[?&;#])[\w.%+\[\]-]{1,200}+=")
+_PARAMETER_VALUE = re.compile(r"[^&\s#'\"<>]*+")
 _REMOVED = "[removed]"
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what is called so holds a credential: a variable, setting or parameter of a URL."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def redact(text: str) -> str:
+    """Remove what looks like a credential in a URL or header from a text."""
+    for pattern in _IN_TEXT:
+        text = pattern.sub(_REMOVED, text)
+    return _redact_parameters(text)
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether a text says who is asking; then it must not be repeated or kept."""
+    return redact(text) != text
+
+
+def _redact_parameters(text: str) -> str:
+    kept: list[str] = []
+    end = 0
+    for found in _PARAMETER.finditer(text):
+        # Servers read `%74oken` as `token`.
+        if found.start() < end or not is_secret_name(unquote(found[0][:-1])):
+            continue
+        value = _PARAMETER_VALUE.match(text, found.end())
+        if value and value[0]:
+            kept += [text[end : found.end()], _REMOVED]
+            end = value.end()
+    return "".join([*kept, text[end:]])
 
 
 def scrub(text: str) -> str:
@@ -33,9 +74,7 @@ def scrub(text: str) -> str:
     """
     for secret in sorted(set(_find_secrets()), key=len, reverse=True):
         text = text.replace(secret, _REMOVED)
-    for pattern in _IN_TEXT:
-        text = pattern.sub(_REMOVED, text)
-    return text
+    return redact(text)
 
 
 def _find_secrets() -> Iterator[str]:
@@ -46,7 +85,7 @@ def _find_secrets() -> Iterator[str]:
 
 def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and not _PATH_NAME.search(name):
+        if is_secret_name(name) and not _PATH_NAME.search(name):
             yield value
 
 
@@ -60,7 +99,7 @@ def _in_aws_file() -> Iterator[str]:
         return  # the AWS tools cannot read it either
     for section in parser.sections():
         for name, value in parser.items(section):
-            if SECRET_NAME.search(name):
+            if is_secret_name(name):
                 yield value
 
 

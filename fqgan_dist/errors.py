@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from fqgan_dist.terminal import clean_text
+
 
 class FqganError(Exception):
-    """Base of every error that a user can cause or must act upon."""
+    """Base of every error that a user can cause or must act upon.
+
+    Messages quote files, settings and other packages' errors, and go to terminals, logs and other
+    processes: they are made fit for all of them here.
+    """
+
+    is_clean = True
+    """For logs, see `terminal`: the message may have several lines."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(str(clean_text(str(message))))
 
 
 class ConfigError(FqganError):

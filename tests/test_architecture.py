@@ -35,7 +35,9 @@ LEVELS = {
     "fingerprint": BASE,
     "loss_group": BASE,
     "randomness": BASE,
+    "terminal": BASE,
     "world": BASE,
+    "yaml_text": BASE,
     "cluster": STORAGE,
     "storage": STORAGE,
     "weights": WEIGHTS,
@@ -67,7 +69,11 @@ Base and top modules may import each other within their level, and so may the se
 measure all of it. Nothing imports these two.
 """
 
-LIGHT_MODULES = {"fqgan_dist.stages.catalog", "fqgan_dist.storage.names"}
+LIGHT_MODULES = {
+    "fqgan_dist.stages.catalog",
+    "fqgan_dist.storage.names",
+    "fqgan_dist.storage.uri",
+}
 """What settings are made of besides the packages' `config` modules: they count as settings too."""
 
 ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.workers"}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.data_loading import bandwidth, codes, decode, loaders, scale
 from benchmarks.data_loading.peers import PEER_PACKAGES
@@ -20,6 +19,7 @@ from benchmarks.paired import Finding, WrongResultError
 from benchmarks.reporting import describe_machine, to_json, to_table, write_results
 from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.yaml_text import parse_yaml
 
 ALL_MET, MISSED, WRONG_USAGE, NOT_JUDGED = 0, 1, 2, 3
 SUBJECTS: dict[SubjectName, Callable[[Settings, Path], list[Finding]]] = {
@@ -67,7 +67,7 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{text!r}: expected key=value, or --json")
-        values[key] = value.split(",") if key in _LISTS else yaml.safe_load(value)
+        values[key] = value.split(",") if key in _LISTS else parse_yaml(value)
     return parse_config(values, Settings, source="benchmarks/data.py")
 
 

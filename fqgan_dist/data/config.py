@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.config import SourceOptions
-from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.uri import LocalPath, Location, parse_location
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 """The source that needs no files: crops of a dozen photographs that scikit-image carries."""
@@ -77,20 +77,13 @@ class ViewConfig(Config):
 class ShardCacheConfig(Config):
     """A cache of shards on a disk of the machine, shared by its processes and by several jobs."""
 
-    folder: Path | None = None
+    folder: LocalPath | None = None
     """Folder on a local disk; None: `fqgan_dist/shards` in the user's cache folder
     (`XDG_CACHE_HOME`, else `~/.cache`)."""
     max_gib: float = Field(default=200.0, gt=0)
     """What all shards in the folder may take together, those of other jobs included."""
     min_free_gib: float = Field(default=10.0, ge=0)
     """What is left free on the folder's disk."""
-
-    @field_validator("folder", mode="before")
-    @classmethod
-    def _check_folder(cls, folder: object) -> object:
-        if isinstance(folder, str) and is_remote(folder):
-            raise ValueError(f"{folder!r} is no local folder; expected a path on a local disk")
-        return folder
 
     def find_folder(self) -> Path:
         """Return the folder, absolute.
@@ -99,7 +92,7 @@ class ShardCacheConfig(Config):
             ConfigError: it is not given and the user has no home.
         """
         if self.folder is not None:
-            return self.folder.expanduser().absolute()
+            return self.folder.absolute()
         try:
             base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         except RuntimeError as error:
@@ -109,21 +102,34 @@ class ShardCacheConfig(Config):
         return Path(base).absolute() / "fqgan_dist" / "shards"
 
 
+def parse_source(source: str) -> str:
+    """Return a source of images as `parse_location` does; the built-in one is a name.
+
+    Raises:
+        ValueError: see `parse_location`.
+    """
+    return source if source == BUILTIN_PHOTOGRAPHS else parse_location(source)
+
+
+Source = Annotated[str, AfterValidator(parse_source)]
+"""A setting that names images."""
+
+
 class DataConfig(Config):
     """Training and validation images."""
 
-    source: str
+    source: Source
     """Image folder, tar(.gz), zip, WebDataset shards (a folder, or `x-{000..146}.tar`), parquet, or
     a CSV/JSONL list of files; a path or s3://. Or `builtin:photographs`."""
     source_options: SourceOptions = SourceOptions()
     """How `source` is read, and what is found beside it."""
-    validation_source: str | None = None
+    validation_source: Location | None = None
     """Held-out images; None: `val`, `valid`, `validation` or `test` beside `source` if it is called
     `train`, or those files of its folder that are called so; else a share of it."""
     validation_options: SourceOptions = SourceOptions()
     """How `validation_source` is read. Images without classes (`class_key: none`) are enough to
     evaluate a tokenizer, but not to train a generator."""
-    classes: str | None = None
+    classes: Location | None = None
     """File of class names, one per line in the order of their labels, perhaps with a tab (behind a
     WordNet id, a space) and a readable name; None: the training images' classes."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fqgan_dist.data.image_work import check_work, keep_pixels
+from fqgan_dist.data.image_work import check_work, count_passes, keep_pixels
 from fqgan_dist.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -171,13 +171,15 @@ def to_float(images: Tensor) -> Tensor:
 def _open_image(data: bytes, *, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image and check its size; whatever goes wrong, inside too, is a DataError."""
     try:
+        # First of all: Pillow's reading of a header may be quadratic.
+        passes = count_passes(data)
         with Image.open(io.BytesIO(keep_pixels(data)), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(
                     f"{name}: image of {image.width}x{image.height} pixels; "
                     f"expected at most {max_pixels} pixels; remove it or raise the limit"
                 )
-            check_work(data, image.width, image.height, max_pixels=max_pixels)
+            check_work(data, passes, image.width, image.height, max_pixels=max_pixels)
             yield image
     except _DECODER_ERRORS as error:
         # Pillow's own words for this are the address of the buffer.

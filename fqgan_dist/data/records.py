@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,7 @@ from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.parquet_tables import read_table
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.storage.storage import Storage
@@ -60,11 +62,11 @@ class _ColumnType(Config):
     """Shape and type of one row of a binary column."""
 
     dtype: Literal["float16", "uint16"]
-    shape: list[int] = Field(min_length=1)
+    shape: list[Annotated[int, Field(ge=0, le=2**30)]] = Field(min_length=1)
 
     @property
     def num_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return 2 * math.prod(self.shape)
 
 
 class _Metadata(Config):
@@ -156,7 +158,9 @@ def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -
     return sink.getvalue()
 
 
-def decode_records(data: bytes, *, fingerprint: str, shard_sha256: str, source: str) -> RecordTable:
+def decode_records(
+    data: bytes, *, fingerprint: str, shard_sha256: str, source: str, max_rows: int
+) -> RecordTable:
     """Read and verify a parquet file of rows.
 
     Args:
@@ -164,15 +168,14 @@ def decode_records(data: bytes, *, fingerprint: str, shard_sha256: str, source: 
         fingerprint: what the rows must have been computed with.
         shard_sha256: the shard they must have been computed from.
         source: the file's name, for the error.
+        max_rows: rows that there may be; a file of more is not read.
 
     Raises:
         DataError: not such a file, damaged, or computed with or from something else.
     """
     try:
-        # Not `read_table`, see index.py: its threads can abort a process that is ending.
-        with pq.ParquetFile(io.BytesIO(data)) as file:
-            parquet = file.read(use_threads=False)
-        metadata = _Metadata.model_validate_json((parquet.schema.metadata or {})[_METADATA_KEY])
+        metadata = _read_metadata(data)
+        parquet = read_table(data, _make_schema(metadata.columns), max_rows=max_rows)
         table = _read_table(parquet, metadata)
         content_sha256 = _hash_content(table)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -192,11 +195,23 @@ def decode_records(data: bytes, *, fingerprint: str, shard_sha256: str, source: 
     return table
 
 
+def _read_metadata(data: bytes) -> _Metadata:
+    footer: Mapping[bytes, bytes] = pq.read_metadata(io.BytesIO(data)).metadata or {}
+    return _Metadata.model_validate_json(footer[_METADATA_KEY])
+
+
+def _make_schema(columns: Mapping[str, _ColumnType]) -> pa.Schema:
+    """Name the columns of a file and their types, as they are stored."""
+    numbers = [(name, pa.int32()) for name in _FIXED_COLUMNS[1:]]
+    binary = [(name, pa.binary(column.num_bytes)) for name, column in columns.items()]
+    return pa.schema([("key", pa.string()), *numbers, *binary])
+
+
 def _read_table(parquet: pa.Table, metadata: _Metadata) -> RecordTable:
     fixed = [parquet.column(name) for name in _FIXED_COLUMNS]
     if any(column.null_count for column in fixed):
         raise ValueError("a key, view or crop is missing")
-    numbers = [column.cast(pa.int32()).to_numpy() for column in fixed[1:]]
+    numbers = [column.to_numpy() for column in fixed[1:]]
     columns = {
         name: _read_binary(parquet.column(name), column)
         for name, column in metadata.columns.items()
@@ -272,7 +287,11 @@ class _RecordStore:
         except FileNotFoundError as error:
             raise DataError(f"{source}: no such file; run the stage that computes it") from error
         return decode_records(
-            data, fingerprint=self.fingerprint, shard_sha256=entry.sha256, source=source
+            data,
+            fingerprint=self.fingerprint,
+            shard_sha256=entry.sha256,
+            source=source,
+            max_rows=entry.count * MAX_VIEWS,
         )
 
 

@@ -11,6 +11,7 @@ from email.message import Message
 from email.utils import parsedate_to_datetime
 
 from fqgan_dist.diagnosis.verdict import Verdict, judge, warning
+from fqgan_dist.storage.endpoint import endpoint_variable, find_endpoint
 
 SERVER_CLOCK = "clock"
 _REQUEST_TIMEOUT_S = 10.0
@@ -24,7 +25,7 @@ _LARGE_SKEW_S = 5.0
 
 def check_server_clock() -> Verdict:
     """Compare this node's clock with the Date of the S3 server's answers."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", _AWS_ENDPOINT)
+    _, endpoint = find_endpoint() or ("", _AWS_ENDPOINT)
     before = time.time()
     try:
         date = _read_headers(endpoint)["Date"]
@@ -32,7 +33,7 @@ def check_server_clock() -> Verdict:
         return warning(
             SERVER_CLOCK,
             f"not compared: {endpoint} does not answer ({error})",
-            "correct AWS_ENDPOINT_URL, or the network",
+            f"correct {endpoint_variable()}, or the network",
         )
     after = time.time()
     if date is None:

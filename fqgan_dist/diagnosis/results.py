@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fqgan_dist.diagnosis.verdict import Status, Verdict
+from fqgan_dist.terminal import Lines, join_lines
 
 CLUSTER, THIS_MACHINE = "cluster", "this machine"
 """Titles of groups; those of nodes are their labels."""
@@ -43,7 +44,7 @@ class Diagnosis:
         }
 
     @property
-    def text(self) -> str:
+    def text(self) -> Lines:
         """For people: one line per verdict."""
         lines: list[str] = []
         for title, verdicts in self.groups.items():
@@ -53,7 +54,7 @@ class Diagnosis:
         lines.append(
             f"ok: {counts['ok']}, warnings: {counts['warning']}, failed: {counts['failed']}"
         )
-        return "\n".join(lines)
+        return join_lines(lines)
 
     @property
     def _counts(self) -> Counter[str]:

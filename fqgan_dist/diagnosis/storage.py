@@ -19,6 +19,7 @@ from pathlib import Path
 from fqgan_dist.diagnosis.connections import explain_silent_url
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.endpoint import endpoint_variable, find_endpoint
 from fqgan_dist.storage.s3_errors import RequestError
 from fqgan_dist.storage.storage import Storage
 
@@ -55,14 +56,12 @@ _ADVICE_BY_ERRNO = {
     errno.EACCES: "give this user the right to write there, or choose another storage.root",
     errno.EPERM: "give this user the right to write there, or choose another storage.root",
 }
-_UNREACHABLE_ADVICE = "correct AWS_ENDPOINT_URL, start the server, or mend the network"
-_OTHER_ADVICE = "check the root, the endpoint (AWS_ENDPOINT_URL), the credentials and the network"
 
 
 def check_access(root: str) -> Verdict:
     """Write, read, create, list and delete below the root."""
     if silence := _explain_silence(root):
-        return failed(ACCESS, f"{root}: {silence}", _UNREACHABLE_ADVICE)
+        return failed(ACCESS, f"{root}: {silence}", _advise_unreachable())
     granted: list[str] = []
     with _own_folder(root) as folder:
         for name, operation in _OPERATIONS:
@@ -77,7 +76,7 @@ def check_access(root: str) -> Verdict:
 def check_speed(root: str) -> Verdict:
     """Measure small requests and the transfer of one object."""
     if silence := _explain_silence(root):
-        return failed(SPEED, f"{root}: not measured: {silence}", _UNREACHABLE_ADVICE)
+        return failed(SPEED, f"{root}: not measured: {silence}", _advise_unreachable())
     data = secrets.token_bytes(_TRANSFER_BYTES)
     with _own_folder(root) as folder:
         try:
@@ -152,8 +151,8 @@ def find_existing(path: Path) -> Path:
 
 
 def _explain_silence(root: str) -> str | None:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    return None if Storage(root).is_local or not endpoint else explain_silent_url(endpoint)
+    found = find_endpoint()
+    return None if Storage(root).is_local or not found else explain_silent_url(found[1])
 
 
 def _write(folder: Storage) -> None:
@@ -230,7 +229,11 @@ def _find_advice(error: BaseException) -> str:
     for each in chain:
         if isinstance(each, OSError) and each.errno in _ADVICE_BY_ERRNO:
             return _ADVICE_BY_ERRNO[each.errno]
-    return _OTHER_ADVICE
+    return f"check the root, the endpoint ({endpoint_variable()}), the credentials and the network"
+
+
+def _advise_unreachable() -> str:
+    return f"correct {endpoint_variable()}, start the server, or mend the network"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fqgan_dist.diagnosis.verdict import Verdict, failed, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.config import InceptionConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, NeededWeights
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import locate_file
 from fqgan_dist.tokenizer.config import PerceptualConfig
@@ -84,7 +84,7 @@ def _find_damage(file: BinaryIO, size: int) -> str | None:
     if length > min(size, _LARGEST_HEADER_BYTES):
         return "not a safetensors file"
     try:
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError):
         return "not a safetensors file"

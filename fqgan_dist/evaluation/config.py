@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from fqgan_dist.config import Config
+from fqgan_dist.storage.uri import Location
 from fqgan_dist.weights.config import WeightsConfig
 
 FEATURE_DIM = 2048
@@ -38,7 +39,7 @@ class EvaluationConfig(Config):
     reference_samples: int | None = Field(default=None, gt=0)
     """Training images (centre crops) that gFID, precision and recall are measured against (the last
     two against 10,000 at most); None takes all."""
-    adm_reference: str | None = None
+    adm_reference: Location | None = None
     """ADM's .npz file (path or s3:// URI; `mu`, `sigma`) that gFID is measured against, as in the
     paper; precision and recall stay against training images. None: the training images."""
 

@@ -13,6 +13,7 @@ from typing import Literal
 from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.fid import frechet_distance
 from fqgan_dist.evaluation.moments import Moments
+from fqgan_dist.storage.documents import parse_json
 
 FidKind = Literal["rfid", "gfid"]
 
@@ -51,7 +52,7 @@ class ReferenceStatistics:
         """
         line, _, rest = data.partition(b"\n")
         try:
-            header = json.loads(line)
+            header = parse_json(line)
             kind, reference_id = header["kind"], header["reference_id"]
             evaluator_id, is_count_known = header["evaluator_id"], header["is_count_known"]
         except (ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,7 @@ from fqgan_dist.orchestration.authentication import (
 )
 from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.orchestration.nodes import list_nodes
+from fqgan_dist.orchestration.socket_paths import check_socket_paths
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def connected_cluster(config: RayConfig) -> Iterator[None]:
     A connection that this process has already is used and kept.
 
     Raises:
+        ConfigError: the folder of a Ray that is started here has too long a path.
         ClusterError: the cluster does not answer, or refuses this process.
     """
     if ray.is_initialized():
@@ -64,6 +66,7 @@ def _attach(address: str) -> None:
 
 
 def _start_here(config: RayConfig) -> None:
+    check_socket_paths()
     ray.init(
         address="local",
         num_cpus=config.local_cpus,

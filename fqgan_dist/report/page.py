@@ -67,7 +67,13 @@ def build_report(inputs: ReportInputs) -> str:
         sections=join(html for _, html in sections.values()),
     )
     # A plain str: Markup would escape what a caller adds to it, or searches in it.
-    return str(page)
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], str(page))
+
+
+# Control characters and marks of direction, by which a name could show as another one.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def _build_sections(inputs: ReportInputs) -> Iterator[tuple[str, str, str, Markup]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from fqgan_dist.stages.stage import (
 )
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.stages.training_stage import find_trainings
+from fqgan_dist.storage.documents import parse_json, read_document
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
 _PAGE = "report.html"
@@ -83,7 +83,7 @@ def collect_inputs(context: RunContext) -> ReportInputs:
         run_name=context.config.name,
         summary=summary,
         config_yaml=storage.read_bytes("config.yaml").decode(),
-        environment=json.loads(storage.read_bytes("environment.json")),
+        environment=parse_json(read_document(storage, "environment.json")),
         metrics=_read_metrics(context),
         originals=_to_pixels(figures["originals"]),
         reconstructions=_to_pixels(figures["reconstructions"]),

@@ -27,7 +27,13 @@ from fqgan_dist.data.index import (
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import SourceListing, sort_problems
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
-from fqgan_dist.sharding.plan_files import BASE_PLAN, PlannedRows, publish_plan
+from fqgan_dist.sharding.plan_files import (
+    BASE_PLAN,
+    PlannedRows,
+    describe_difference,
+    load_plan,
+    publish_plan,
+)
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems, write_problems
 from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
 from fqgan_dist.storage.storage import Storage
@@ -100,7 +106,7 @@ def build_dataset(
         ClusterError: from `run_chunks`.
     """
     plan = plan_dataset(source, config, classes=classes, class_descriptions=class_descriptions)
-    present = _open_present(folder, plan)
+    present = _open_present(folder, plan, source, config)
     if present is not None and not find_missing_files(present):
         kept = len(present.index.shards)
         return present.index, ShardingReport(True, 0, kept, load_problems(present))
@@ -273,7 +279,9 @@ def _report(
     )
 
 
-def _open_present(folder: Storage, plan: DatasetPlan) -> Dataset | None:
+def _open_present(
+    folder: Storage, plan: DatasetPlan, source: SourceListing, config: ShardingConfig
+) -> Dataset | None:
     """Open this very dataset, which may have been extended since.
 
     Raises:
@@ -283,8 +291,10 @@ def _open_present(folder: Storage, plan: DatasetPlan) -> Dataset | None:
         return None
     dataset = Dataset.open(folder)
     if dataset.index.plans[:1] != [plan.plan_sha256]:
+        found = load_plan(folder, BASE_PLAN)
+        difference = describe_difference(found, source, config) if found else "made otherwise"
         raise DataError(
-            f"{folder.uri(INDEX_NAME)}: a dataset of another source or with "
-            "other settings is there; choose another destination, or delete it first"
+            f"{folder.uri(INDEX_NAME)}: a dataset of another source or with other settings is "
+            f"there ({difference}); choose another destination, or delete it first"
         )
     return dataset

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.labels import order_classes
 from fqgan_dist.sharding.listing import SourceListing, class_of, find_fault_of_class
@@ -110,7 +111,7 @@ def _read_lines(uri: str, option: str) -> list[str]:
     """Read the lines of a small text file that are not empty.
 
     Raises:
-        ConfigError: it is missing, or no text.
+        ConfigError: it is missing, no text, or holds credentials.
     """
     storage, name = locate_file(uri)
     try:
@@ -119,6 +120,10 @@ def _read_lines(uri: str, option: str) -> list[str]:
         lines = storage.read_bytes(name).decode("utf-8-sig").splitlines()
     except (OSError, DataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: {uri} cannot be read ({error}); name a text file") from error
+    if any(map(holds_credentials, lines)):
+        raise ConfigError(
+            f"{option}: {uri}: a name holds credentials, which datasets would spread; remove them"
+        )
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from fqgan_dist.config import Config
+from fqgan_dist.storage.uri import Location
 
 SourceFormat = Literal["folder", "tar", "zip", "webdataset", "parquet", "manifest"]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
@@ -25,7 +26,7 @@ class SourceOptions(Config):
     subfolder: str = ""
     """Folder inside a folder, tar or zip that holds the class folders, or the images of a manifest;
     the rest is ignored."""
-    root: str | None = None
+    root: Location | None = None
     """Folder, tar or zip that holds the images which a manifest names; None: the manifest's own
     folder."""
     image_key: str | None = None
@@ -35,7 +36,7 @@ class SourceOptions(Config):
     """Where the class stands: a column (parquet, manifest), or a member of a WebDataset sample
     (`cls`, `txt`, or `json.label` for a field); `none`: the images have no classes, and may lie in
     folders of any depth; None: found by its name, in folders and archives the folder's."""
-    class_map: str | None = None
+    class_map: Location | None = None
     """File that says which class each label of the source stands for: a line `LABEL CLASS` each, or
     only the classes, of the labels 0, 1, ...; None: the labels are the classes' names."""
     id_key: str | None = None

@@ -54,6 +54,7 @@ from fqgan_dist.sharding.plan import (
 )
 from fqgan_dist.sharding.plan_files import PlanFile, load_plan, publish_plan
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 
 _PLAN_NAME = re.compile(r"extension-(\d{4})\.json")
@@ -254,7 +255,7 @@ def _open_base(dataset: Dataset, plan: PlanFile, stem: str) -> Dataset:
     folder = dataset.folder
     path = former_index_name(plan.extends)
     try:
-        index = parse_index(folder.read_bytes(path), source=folder.uri(path))
+        index = parse_index(read_document(folder, path), source=folder.uri(path))
     except FileNotFoundError as error:
         raise DataError(
             f"{folder.uri(stem)}.json: it extends dataset {plan.extends[:16]}, and {INDEX_NAME} is "

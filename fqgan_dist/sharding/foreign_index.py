@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fqgan_dist.chunks import run_in_processes
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.index import (
     INDEX_NAME,
@@ -38,7 +39,7 @@ from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.images import describe_view_short_side
-from fqgan_dist.sharding.listing import sort_problems
+from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, sort_problems
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
 from fqgan_dist.sharding.repeats import RepeatFinder
 from fqgan_dist.sharding.sample_rules import INDEXED, Labelling, SampleRules, parse_number
@@ -337,6 +338,10 @@ def _check_class_names(
         raise DataError(
             f"{folder.root}: {len(texts)} different labels ({_show(texts)}); these look like "
             "captions, not classes; use class_key=none, or another member"
+        )
+    if any(map(holds_credentials, texts)):
+        raise DataError(
+            f"{folder.root}: a label is {HOLDS_CREDENTIALS}; use class_key=none, or another member"
         )
     try:
         return TypeAdapter(list[ClassName]).validate_python(sorted(texts))

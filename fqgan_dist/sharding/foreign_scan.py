@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE
 from fqgan_dist.data.decoding import decode_image, read_size
 from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stack_digests
 from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import printable
+from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 
 _SCHEMA = pa.schema(
@@ -104,7 +107,7 @@ class ShardScan:
         """Read what `to_bytes` wrote."""
         with pq.ParquetFile(io.BytesIO(data)) as file:
             table = file.read(use_threads=False)
-        facts: dict[str, Any] = json.loads((table.schema.metadata or {})[b"facts"])
+        facts: dict[str, Any] = parse_json((table.schema.metadata or {})[b"facts"])
         problems = [SourceProblem(**values) for values in facts["problems"]]
         samples = [FoundSample(**row) for row in table.to_pylist()]
         return ShardScan(facts["sha256"], facts["num_bytes"], samples, problems)
@@ -136,7 +139,7 @@ def scan_shard(
     try:
         with storage.open_read(file) as stream:
             scan = TarScan(stream, source=source)
-            members = _note_dangers(scan.members(rules.is_wanted), file, problems)
+            members = _note_dangers(scan.members(rules.is_wanted), file, problems, samples)
             for sample in group_samples(members):
                 if sample.key in samples:
                     raise DataError(f"{source}: {describe_repeat(sample.key, file, file)}")
@@ -145,7 +148,7 @@ def scan_shard(
                         sample, rules, is_deep=is_deep, view_short_side=view_short_side
                     )
                 except DataError as error:
-                    name = f"{file}/{sample.key}"
+                    name = show_name(f"{file}/{sample.key}")
                     problems.append(SourceProblem(name=name, reason=str(error), action="skipped"))
             sha256, num_bytes = scan.finish()
     except FileNotFoundError as error:
@@ -163,11 +166,16 @@ def describe_repeat(key: str, file: str, other: str) -> str:
 
 
 def _note_dangers(
-    members: Iterable[TarMember], file: str, problems: list[SourceProblem]
+    members: Iterable[TarMember],
+    file: str,
+    problems: list[SourceProblem],
+    samples: Collection[str],
 ) -> Iterator[TarMember]:
     for member in members:
+        latest = f"{problems[-1].name!r}: {problems[-1].reason}" if problems else ""
+        check_problem_count(file, len(problems), len(samples), latest=latest)
         if member.danger is not None:
-            name = printable(f"{file}/{member.name}")
+            name = show_name(f"{file}/{member.name}")
             problems.append(SourceProblem(name=name, reason=member.danger, action="refused"))
         yield member
 
@@ -176,6 +184,8 @@ def _find_sample(
     sample: TarSample, rules: SampleRules, *, is_deep: bool, view_short_side: int
 ) -> FoundSample:
     """Check a sample; DataError says why it is not usable."""
+    if holds_credentials(sample.key):
+        raise DataError(f"its key: {HOLDS_CREDENTIALS}")
     image = rules.find_image(sample)
     label = rules.find_label(sample)
     assert image.data is not None, "an image's bytes were asked for"

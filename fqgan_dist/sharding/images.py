@@ -17,7 +17,7 @@ from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS, decode_image
 from fqgan_dist.data.index import SourceProblem
 from fqgan_dist.data.views import apply_view, find_fault_of_shape
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import printable
+from fqgan_dist.terminal import printable
 
 # Extension by content, not by name: ImageNet has a PNG that is named .JPEG.
 _EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}

@@ -11,12 +11,15 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fqgan_dist.credentials import holds_credentials, redact
 from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import REASON, find_dropping
 from fqgan_dist.sharding.labels import is_no_label, order_classes
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.splits import is_split
+from fqgan_dist.terminal import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image names, in small letters."""
@@ -38,6 +41,9 @@ _ADVICE_WITHOUT_FOLDERS = (
     "name the list of their classes as the source and this as its root, or give class_key=none if "
     "they have none (docs/data.md shows both)"
 )
+HOLDS_CREDENTIALS = "a URL with credentials; a dataset keeps names, and would spread them"
+"""Why a name, key or class is not taken."""
+
 _MAX_NAME_LENGTH = 1000
 _SHOWN_NAMES = 3
 
@@ -273,7 +279,9 @@ class ListingBuilder:
         shown_name = shown_name or name
         danger = find_danger(name) or find_fault_of_class(class_name)
         if danger is None and key is not None and not is_safe_key(key):
-            danger = f"{printable(key)!r} is not a safe key: printable, without '..' or a dot"
+            danger = f"{show_name(key)!r} is not a safe key: printable, without '..' or a dot"
+        if danger is None and key is not None and holds_credentials(key):
+            danger = f"its key: {HOLDS_CREDENTIALS}"
         if danger is not None:
             self.refuse(shown_name, danger)
         elif reason := _find_fault_of_label(class_name) or _find_fault_of_size(place.size):
@@ -349,6 +357,8 @@ class ListingBuilder:
 
     def _note(self, name: str, reason: str, action: Literal["skipped", "refused"]) -> None:
         self._problems.append(SourceProblem(name=show_name(name), reason=reason, action=action))
+        latest = f"{show_name(name)!r}: {reason}"
+        check_problem_count(self.uri, len(self._problems), len(self._names), latest=latest)
 
     def _sort(self) -> np.ndarray:
         """Give the rows in the order of their names, without the later ones of a name."""
@@ -407,16 +417,9 @@ def sort_problems(problems: Sequence[SourceProblem]) -> list[SourceProblem]:
     return sorted(problems, key=lambda problem: (problem.name, problem.reason))
 
 
-def printable(name: str) -> str:
-    r"""Make any name fit for UTF-8 files and terminals: `\x1b` and lone bytes are spelled out."""
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in name
-    )
-
-
 def show_name(name: str) -> str:
     """Make any name fit for a message or an index, which a name of a megabyte is not."""
-    shown = printable(name[:_MAX_NAME_LENGTH])
+    shown = printable(redact(name[: 2 * _MAX_NAME_LENGTH])[:_MAX_NAME_LENGTH])
     return shown if len(name) <= _MAX_NAME_LENGTH else f"{shown}..."
 
 
@@ -444,7 +447,7 @@ def find_danger(name: str) -> str | None:
         return "a name with a backslash, control character or byte that is not UTF-8"
     if len(name) > _MAX_NAME_LENGTH:
         return f"a name of {len(name)} characters; at most {_MAX_NAME_LENGTH} are allowed"
-    return None
+    return HOLDS_CREDENTIALS if holds_credentials(name) else None
 
 
 def _find_fault_of_label(class_name: str) -> str | None:
@@ -463,8 +466,8 @@ def _find_fault_of_size(size: int) -> str | None:
 def find_fault_of_class(name: str) -> str | None:
     """Say why a text cannot name a class; None if it may."""
     if not name or name in {".", ".."} or not name.isprintable() or re.search(r"[/\\]", name):
-        return f"{printable(name)!r} is not a class name: printable text without a slash"
-    return None
+        return f"{show_name(name)!r} is not a class name: printable text without a slash"
+    return f"its class: {HOLDS_CREDENTIALS}" if holds_credentials(name) else None
 
 
 def _check_keys_are_unique(uri: str, keys: Sequence[str], names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
-from fqgan_dist.data.index import Sha256, ShardName
+from fqgan_dist.data.index import MAX_SHARD_SAMPLES, Sha256, ShardName
 from fqgan_dist.errors import DataError
 from fqgan_dist.randomness import derive_seed
 from fqgan_dist.sharding.images import ImagePolicy
@@ -81,7 +81,7 @@ class PlannedShard(Config):
 
     file: ShardName
     """Name of the tar file."""
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=MAX_SHARD_SAMPLES)
     """Images that are to be in it."""
     sha256: Sha256
     """Hash of all that decides the shard's bytes, but for the images themselves."""

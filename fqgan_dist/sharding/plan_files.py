@@ -23,10 +23,12 @@ from pydantic import Field, ValidationError
 from fqgan_dist.chunks import ProcessLocalCaches
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ClassName, Sha256
+from fqgan_dist.data.parquet_tables import read_table
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import Place, SourceListing
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, hash_shard
 from fqgan_dist.sharding.shard_building import PlannedSample
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 
 BASE_PLAN = "plan"
@@ -154,7 +156,7 @@ def load_plan(folder: Storage, stem: str) -> PlanFile | None:
     """
     path = _json_name(stem)
     try:
-        return PlanFile.model_validate_json(folder.read_bytes(path))
+        return PlanFile.model_validate_json(read_document(folder, path))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -223,10 +225,13 @@ class PlannedRows(ProcessLocalCaches):
         uri = self._folder.uri(self._file)
         try:
             with self._folder.open_read(self._file) as stream:
-                file = pq.ParquetFile(
-                    stream, metadata=self._metadata, page_checksum_verification=True
-                )
-                columns = file.read_row_group(number, use_threads=False).to_pydict()
+                columns = read_table(
+                    stream,
+                    _SCHEMA,
+                    max_rows=shard.count,
+                    row_group=number,
+                    metadata=self._metadata,
+                ).to_pydict()
             samples = [
                 PlannedSample(key, label, name, Place(file or name, *place))
                 for key, label, name, file, *place in zip(*columns.values(), strict=True)
@@ -237,7 +242,7 @@ class PlannedRows(ProcessLocalCaches):
             )
         except FileNotFoundError as error:
             raise DataError(f"{uri}: the plan was deleted; run the job anew") from error
-        except (pa.ArrowException, OSError, TypeError) as error:
+        except (pa.ArrowException, OSError, TypeError, ValueError) as error:
             raise DataError(
                 f"{uri}: not a plan's rows ({error}); delete it if no job runs"
             ) from error
@@ -276,9 +281,10 @@ def _publish_rows(folder: Storage, stem: str, data: bytes, found: PlanFile | Non
 
 def _have_equal_rows(left: bytes, right: bytes) -> bool:
     try:
-        with pq.ParquetFile(io.BytesIO(left)) as one, pq.ParquetFile(io.BytesIO(right)) as other:
-            return one.read(use_threads=False).equals(other.read(use_threads=False))
-    except (pa.ArrowException, OSError):
+        count = pq.read_metadata(io.BytesIO(right)).num_rows
+        tables = [read_table(data, _SCHEMA, max_rows=count) for data in (left, right)]
+        return tables[0].equals(tables[1])
+    except (pa.ArrowException, OSError, ValueError):
         return False
 
 
@@ -299,17 +305,45 @@ def _describe_conflict(
     source: SourceListing,
     config: ShardingConfig,
 ) -> str:
-    ours = config.model_dump(mode="json")
-    names = sorted(name for name in ours if found.options.get(name) != ours[name])
-    changed = [f"{name}: {found.options.get(name)!r} there, {ours[name]!r} here" for name in names]
+    return (
+        f"{folder.uri(_json_name(stem))}: the plan of another source or with other settings is "
+        f"there ({describe_difference(found, source, config)}); {_advise(stem)}"
+    )
+
+
+def check_settings(folder: Storage, config: ShardingConfig) -> None:
+    """Compare settings with those of a dataset or plan that is there, before a source is opened.
+
+    Raises:
+        DataError: a setting differs.
+    """
+    found = load_plan(folder, BASE_PLAN)
+    if found is not None and (changed := _describe_settings(found, config)):
+        raise DataError(
+            f"{folder.uri(_json_name(BASE_PLAN))}: the plan of a dataset with other settings is "
+            f"there ({'; '.join(changed)}); {_advise(BASE_PLAN)}"
+        )
+
+
+def describe_difference(found: PlanFile, source: SourceListing, config: ShardingConfig) -> str:
+    """Say what a plan was made of and by, and what differs here."""
+    changed = _describe_settings(found, config)
     if found.source != source.uri:
         changed.append(f"source: {found.source!r} there, {source.uri!r} here")
     count = sum(shard.count for shard in found.shards)
     changed.append(f"images: {count} there, {len(source)} listed here")
-    return (
-        f"{folder.uri(_json_name(stem))}: the plan of another source or with other "
-        f"settings is there ({'; '.join(changed)}); {_advise(stem)}"
-    )
+    return "; ".join(changed)
+
+
+def _describe_settings(found: PlanFile, config: ShardingConfig) -> list[str]:
+    # What a plan of an older version does not tell had its default.
+    defaults = {name: field.default for name, field in ShardingConfig.model_fields.items()}
+    theirs, ours = defaults | found.options, config.model_dump(mode="json")
+    return [
+        f"{name}: {theirs[name]!r} there, {ours[name]!r} here"
+        for name in sorted(ours)
+        if theirs[name] != ours[name]
+    ]
 
 
 def _hash_stored(folder: Storage, path: str) -> str:

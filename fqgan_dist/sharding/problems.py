@@ -22,8 +22,32 @@ NUM_INDEXED_PROBLEMS = 100
 """Problems that an index itself names."""
 
 _NUM_LOGGED_PROBLEMS = 20
+_MAX_TABLE_BYTES = 2**30
+_MAX_PROBLEMS = 300_000
+_MAX_PROBLEMS_PER_IMAGE = 4  # a text, a label and other companions of each
 
 logger = logging.getLogger(__name__)
+
+
+def check_problem_count(source: str, num_problems: int, num_images: int, *, latest: str) -> None:
+    """Stop where a source holds hardly anything but what is no image.
+
+    A tar of 5 MB unpacks to a million empty members, and each is named.
+
+    Args:
+        source: the source.
+        num_problems: its members, so far, that are no usable images.
+        num_images: those that are.
+        latest: the problem that was found last.
+
+    Raises:
+        DataError: there are more problems than any source of so many images has.
+    """
+    if num_problems > _MAX_PROBLEMS + _MAX_PROBLEMS_PER_IMAGE * num_images:
+        raise DataError(
+            f"{source}: {num_problems} members that are no usable images beside {num_images} that "
+            f"are (the last: {latest}); name the folder that holds the images, or remove the others"
+        )
 
 
 def write_problems(
@@ -78,7 +102,7 @@ def load_problems(dataset: Dataset) -> list[SourceProblem]:
 def _load_table(folder: Storage, table: ProblemTable) -> list[SourceProblem]:
     uri = folder.uri(table.file)
     try:
-        data = folder.read_bytes(table.file)
+        data = folder.read_limited(table.file, _MAX_TABLE_BYTES)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file; the index names it") from error
     found = hashlib.sha256(data).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.labels import class_from_value, is_no_label
 from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, show_name
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
+from fqgan_dist.storage.documents import parse_json
 
 _IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _CLASS_KEYS = ("cls", "txt", "none")
@@ -113,7 +113,7 @@ class SampleRules(Config):
         return label
 
     def _read_field(self, text: str) -> str:
-        values, field = json.loads(text), self.class_key.partition(".")[2]
+        values, field = parse_json(text), self.class_key.partition(".")[2]
         label = class_from_value(values.get(field) if isinstance(values, dict) else None)
         if label is None:
             raise ValueError(f"field {field!r} holds no class: a number or a name")

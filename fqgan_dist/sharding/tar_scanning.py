@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
@@ -30,6 +30,10 @@ UNPICKLED_SUFFIXES = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 _BUFFER_BYTES = 2**16
 """tarfile copies what is left of its buffer at each of its reads: a larger one is slower."""
 _MAX_HEADER_BYTES = 2**20
+_MAX_GLOBAL_BYTES = 2**14
+_MAX_SAMPLE_MEMBERS = 1000
+_MAX_SAMPLE_BYTES = 2 * MAX_MEMBER_BYTES
+_LONG_NUMBER = re.compile(rb"[0-9]{21}")
 _MAGIC = slice(257, 262)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves such members out
 _EXTENDED_HEADERS = frozenset(
@@ -106,7 +110,7 @@ class TarScan:
         Raises:
             DataError: not a plain tar, damaged, or cut off.
         """
-        header_type = _make_header_type()
+        header_type = make_header_type(_Header)
         try:
             with tarfile.open(
                 fileobj=self._stream, mode="r|", bufsize=_BUFFER_BYTES, tarinfo=header_type
@@ -153,10 +157,25 @@ def describe_rest(source: str, end: int) -> str:
 
 
 def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
-    """Put neighbours of one key together; members that may not be used are left out."""
+    """Put neighbours of one key together; members that may not be used are left out.
+
+    Raises:
+        DataError: one key has more members, or bytes, than can be held.
+    """
     usable = (member for member in members if member.danger is None and member.key)
     for key, group in groupby(usable, key=lambda member: member.key):
-        yield TarSample(key, list(group))
+        sample = TarSample(key, [])
+        num_bytes = 0
+        for member in group:
+            sample.members.append(member)
+            num_bytes += len(member.data or b"")
+            if len(sample.members) > _MAX_SAMPLE_MEMBERS or num_bytes > _MAX_SAMPLE_BYTES:
+                raise DataError(
+                    f"sample {key!r}: its first {len(sample.members)} members have {num_bytes} "
+                    f"bytes; expected at most {_MAX_SAMPLE_MEMBERS} of {_MAX_SAMPLE_BYTES}: give "
+                    "each sample a key of its own"
+                )
+        yield sample
 
 
 def _read_member(
@@ -196,11 +215,62 @@ def _find_member_danger(name: str, info: tarfile.TarInfo) -> str | None:
     return None
 
 
-class _Header(tarfile.TarInfo):
-    """A header that says whether the end mark was seen, and refuses to fill the memory.
+class BoundedHeader(tarfile.TarInfo):
+    """A header that costs no more than its bytes; a class of its own for each archive.
 
-    tarfile takes any damaged header after the first member for the end of the archive, and reads
-    an extended header of any size whole.
+    tarfile reads an extended header of any size whole, looks in it for numbers in quadratic time
+    (Python before 3.11.10 and 3.12.6: hours for a megabyte of digits), and applies the values of
+    global ones to every member.
+    """
+
+    global_bytes = 0
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+        """Read a header block."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        if header.type in _EXTENDED_HEADERS and header.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
+        if header.type == tarfile.XGLTYPE:
+            cls.global_bytes += header.size
+            if cls.global_bytes > _MAX_GLOBAL_BYTES:
+                raise tarfile.ReadError(f"global headers of {cls.global_bytes} bytes")
+        return header
+
+    def _proc_pax(self, tarfile_: Any) -> tarfile.TarInfo:
+        """Look at an extended header before tarfile does."""
+        file = tarfile_.fileobj
+        data = file.read(-(-self.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if _LONG_NUMBER.search(data):
+            raise tarfile.ReadError("an extended header with a number of more than 20 digits")
+        tarfile_.fileobj = _Replay(data, file)
+        try:
+            return super()._proc_pax(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]  # private
+        finally:
+            tarfile_.fileobj = file
+
+
+class _Replay:
+    """A file whose next bytes were read already."""
+
+    def __init__(self, data: bytes, file: Any) -> None:
+        self._data = data
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data, self._data = self._data, b""
+        return data or self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Header(BoundedHeader):
+    """A header that says whether the end mark was seen.
+
+    tarfile takes any damaged header after the first member for the end of the archive.
     """
 
     found_end = False
@@ -211,14 +281,12 @@ class _Header(tarfile.TarInfo):
         cls.found_end = len(buf) == tarfile.BLOCKSIZE and not any(buf)
         if buf and not cls.found_end and buf[_MAGIC] != b"ustar":
             raise tarfile.ReadError("a header without the mark 'ustar'")
-        header = super().frombuf(buf, encoding, errors)
-        if header.size < 0:
-            raise tarfile.ReadError(f"a member of {header.size} bytes")
-        if header.type in _EXTENDED_HEADERS and header.size > _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
-        return header
+        return super().frombuf(buf, encoding, errors)
 
 
-def _make_header_type() -> type[_Header]:
+HeaderT = TypeVar("HeaderT", bound=BoundedHeader)
+
+
+def make_header_type(base: type[HeaderT]) -> type[HeaderT]:
     """Make a class of its own for a scan: tarfile wants a class, and it holds the scan's state."""
-    return type("_Header", (_Header,), {})
+    return type(base.__name__, (base,), {})

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from fqgan_dist.data.index import (
+    MAX_TABLE_BYTES,
     ShardEntry,
     SourceProblem,
     encode_samples,
@@ -29,6 +31,7 @@ from fqgan_dist.sharding.listing import ImageReader
 from fqgan_dist.sharding.plan import PlannedShard
 from fqgan_dist.sharding.plan_files import PlannedRows
 from fqgan_dist.sharding.shard_building import BuiltShard, build_shard
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
@@ -69,7 +72,7 @@ class ShardFolder:
         """
         table_path = table_name(shard.file)
         try:
-            table = self.storage.read_bytes(table_path)
+            table = self.storage.read_limited(table_path, MAX_TABLE_BYTES)
         except FileNotFoundError:
             return None
         count, metadata = self._read_footer(table, table_path)
@@ -78,25 +81,32 @@ class ShardFolder:
                 f"{self.storage.uri(table_path)}: a shard of another source or with other "
                 f"settings is there; {_ADVICE}"
             )
-        problems = [SourceProblem(**values) for values in json.loads(metadata[_PROBLEMS])]
+        try:
+            problems = [SourceProblem(**values) for values in parse_json(metadata[_PROBLEMS])]
+            tar_bytes, tar_sha256 = int(metadata[_TAR_BYTES]), metadata[_TAR_SHA256]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(_describe_damage(self.storage.uri(table_path), error)) from error
         if count == 0:
             return PublishedShard(None, problems)
         try:
             size = self.storage.size(shard.file)
         except FileNotFoundError:
             return None
-        if size != int(metadata[_TAR_BYTES]):
+        if size != tar_bytes:
             raise DataError(
                 f"{self.storage.uri(shard.file)}: damaged: it has {size} bytes, expected "
-                f"{metadata[_TAR_BYTES]}; delete it, and run again to make it anew"
+                f"{tar_bytes}; delete it, and run again to make it anew"
             )
-        entry = ShardEntry(
-            file=shard.file,
-            count=count,
-            bytes=size,
-            sha256=metadata[_TAR_SHA256],
-            samples_sha256=hashlib.sha256(table).hexdigest(),
-        )
+        try:
+            entry = ShardEntry(
+                file=shard.file,
+                count=count,
+                bytes=size,
+                sha256=tar_sha256,
+                samples_sha256=hashlib.sha256(table).hexdigest(),
+            )
+        except ValidationError as error:
+            raise DataError(_describe_damage(self.storage.uri(table_path), error)) from error
         return PublishedShard(entry, problems)
 
     def publish(self, shard: PlannedShard, built: BuiltShard) -> None:
@@ -127,7 +137,7 @@ class ShardFolder:
         published = self.load(shard)
         if published is None or published.entry is None:
             return
-        sha256, _ = hash_object(self.storage, shard.file)
+        sha256, _ = hash_object(self.storage, shard.file, max_bytes=published.entry.bytes)
         if sha256 != published.entry.sha256:
             raise DataError(
                 f"{self.storage.uri(shard.file)}: damaged: its sha256 is {sha256}, expected "
@@ -139,10 +149,7 @@ class ShardFolder:
             footer = pq.read_metadata(io.BytesIO(table))
             values = {key.decode(): value.decode() for key, value in footer.metadata.items()}
         except (pa.ArrowException, OSError, AttributeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{self.storage.uri(path)}: damaged: not a table of samples ({error}); delete it, "
-                "and run again to make it anew"
-            ) from error
+            raise DataError(_describe_damage(self.storage.uri(path), error)) from error
         return footer.num_rows, values
 
     def _create(self, path: str, data: bytes) -> None:
@@ -153,6 +160,13 @@ class ShardFolder:
                 f"{self.storage.uri(path)}: another file is there: it is damaged, or of another "
                 f"source or with other settings; {_ADVICE}"
             ) from error
+
+
+def _describe_damage(uri: str, error: Exception) -> str:
+    return (
+        f"{uri}: damaged: not a table of samples ({error}); delete it, and run again to make it "
+        "anew"
+    )
 
 
 class _WorkOnShards:

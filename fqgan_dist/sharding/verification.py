@@ -38,7 +38,9 @@ from fqgan_dist.sharding.sample_checks import (
 )
 from fqgan_dist.sharding.sample_rules import INDEXED
 from fqgan_dist.sharding.sources.spool import open_spool_folder
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.hashing import hash_object
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import SILENT, Observer
@@ -167,7 +169,7 @@ class _ShardChecks(ProcessLocalCaches):
     def results(self) -> Iterator[ShardFindings]:
         """Yield what was found in every shard, in order."""
         for chunk in self.chunks():
-            values = json.loads(self.scratch.read_bytes(_result_name(chunk)))
+            values = parse_json(self.scratch.read_bytes(_result_name(chunk)))
             damages = [Damage(**damage) for damage in values["damages"]]
             yield ShardFindings(damages, values["num_decoded"])
 
@@ -203,9 +205,13 @@ def _check_hashes(
         reason = None
         for _ in range(_LOOKS):
             try:
-                reason = describe_wrong_file(entry, *hash_object(dataset.folder, entry.file))
+                reason = describe_wrong_file(
+                    entry, *hash_object(dataset.folder, entry.file, max_bytes=entry.bytes)
+                )
             except FileNotFoundError:
                 return "missing"
+            except RefusedObjectError as error:
+                return str(error)
             if reason is None:
                 break
         return reason
@@ -332,6 +338,9 @@ def _check_file(folder: Storage, name: str, sha256: str, report: VerifyReport) -
         found, _ = hash_object(folder, name)
     except FileNotFoundError:
         report.damages.append(Damage(name, "missing"))
+        return
+    except RefusedObjectError as error:
+        report.damages.append(Damage(name, str(error)))
         return
     if not found.startswith(sha256):
         report.damages.append(Damage(name, f"its sha256 is {found}; expected {sha256}"))

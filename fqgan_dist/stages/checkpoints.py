@@ -23,6 +23,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.telemetry.progress import render_text
+from fqgan_dist.terminal import join_lines, printable
 from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
@@ -104,7 +105,7 @@ def _list(store: CheckpointStore) -> ActionResult:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
         size = f"{row['bytes'] / 2**20:,.1f} MiB"
         cells = (str(row["step"]), size, row["written_at"], row["problem"] or "ok", metrics)
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     text = render_text(table, width=120) if rows else f"{store}: all checkpoints were given up"
     return ActionResult({"checkpoints": rows}, text)
 
@@ -133,8 +134,13 @@ def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
     steps = [commit.step for commit in store.list_commits() if step in (None, commit.step)]
     report = {"steps": steps, "problems": problems}
     if problems:
-        lines = "\n  ".join(problems)
-        text = f"{store}: {len(problems)} problem(s)\n  {lines}\nA run steps over damaged ones"
+        text = join_lines(
+            [
+                f"{store}: {len(problems)} problem(s)",
+                *(f"  {problem}" for problem in problems),
+                "A run steps over damaged ones",
+            ]
+        )
         return ActionResult(report, text, is_damaged=True)
     shown = ", ".join(str(each) for each in steps)
     return ActionResult(report, f"{store}: every byte of steps {shown} is as it was written")

@@ -26,6 +26,7 @@ from fqgan_dist.data.config import DataConfig, ViewConfig
 from fqgan_dist.evaluation.config import EvaluationConfig
 from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.stages.catalog import stage_names
+from fqgan_dist.storage.uri import Location
 from fqgan_dist.teachers.config import TeachersConfig
 from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.tokenizer.config import (
@@ -43,7 +44,7 @@ from fqgan_dist.weights.config import InitialWeights
 class StorageConfig(Config):
     """Where everything of a run is kept."""
 
-    root: str
+    root: Location
     """A path or an `s3://bucket/prefix` URI. Credentials come from the usual AWS places only."""
 
 
@@ -116,7 +117,7 @@ class RunConfig(Config):
     """CPU threads of a process; None leaves torch's choice. Results on CPU depend on it."""
     stages: tuple[str, ...] = Field(default_factory=stage_names)
     """Stages to run, whatever their order here; `samples` names `exports` too."""
-    upstream: dict[str, str] = Field(default_factory=dict)
+    upstream: dict[str, Location] = Field(default_factory=dict)
     """Stages that are not run here but taken from another run that has finished them: stage ->
     storage root of that run. Their settings here must be those that they were made from."""
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -33,6 +33,7 @@ from fqgan_dist.stages.id_ranges import IdRanges
 from fqgan_dist.stages.samples import Samples, sample_files
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer import TrainedTokenizer, decode_in_batches, load_tokenizer
+from fqgan_dist.storage.disk_errors import clear_disk_errors
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def _join_npz(work: ExportWork, path: str) -> None:
     storage, config = work.context.storage, work.context.config
     count, side = config.samples.count, config.tokenizer.model.image_size
     labels: list[NDArray[np.int64]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with clear_disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / NPZ_NAME
         with zipfile.ZipFile(local, "w") as archive:
             with archive.open(_npy_member("arr_0"), "w", force_zip64=True) as member:

@@ -10,16 +10,17 @@ from rich.text import Text
 
 from fqgan_dist.stages.model_states import name_engine
 from fqgan_dist.telemetry.progress import render_text
+from fqgan_dist.terminal import Lines, printable
 
 _WIDTH = 100
 
 
-def render_plan(plan: dict[str, Any]) -> str:
+def render_plan(plan: dict[str, Any]) -> Lines:
     """Render what `fqgan_dist.stages.plan.plan_run` returned as plain text tables."""
     return render_text(
         _run_table(plan),
         *(_stage_table(stage, plan[stage]) for stage in plan["stages"] if stage in plan),
-        *(Text(f"- {note}") for note in plan["notes"]),
+        *(Text(printable(f"- {note}")) for note in plan["notes"]),
         width=_WIDTH,
     )
 
@@ -124,14 +125,14 @@ def _describe_ranks(training: dict[str, Any]) -> str:
 
 def _table(title: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(Text(title), no_wrap=True)
+    table.add_column(Text(printable(title)), no_wrap=True)
     table.add_column("")
     return table
 
 
 def _add(table: Table, name: str, value: str) -> None:
     # Text, not str: rich would read [brackets] as markup.
-    table.add_row(Text(name), Text(value))
+    table.add_row(Text(printable(name)), Text(printable(value)))
 
 
 def _states(sizes: dict[str, int]) -> str:

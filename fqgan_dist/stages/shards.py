@@ -20,6 +20,7 @@ from fqgan_dist.sharding.class_files import read_classes
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, check_classes
+from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.sharding.sources.splits import HELD_OUT_WORDS, find_held_out_split
@@ -34,6 +35,7 @@ from fqgan_dist.stages.stage import (
     find_stages,
 )
 from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,8 @@ class ShardsStage(Stage):
         config = self.context.config
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
+        for split in SPLITS:
+            check_settings(self._folder(split), self._configure(split))
         named = config.data.classes
         # Both are listed before one is written, which takes hours; the class list is train's.
         with _open_splits(self.context) as sources:
@@ -131,8 +135,22 @@ class ShardsStage(Stage):
         class_descriptions: Mapping[str, str] | None,
         run_chunks: RunChunks,
     ) -> tuple[DatasetIndex, ShardingReport]:
+        return build_dataset(
+            source,
+            self._folder(split),
+            self._configure(split),
+            classes=classes,
+            class_descriptions=class_descriptions,
+            run_chunks=run_chunks,
+            log_storage=self.context.storage,
+        )
+
+    def _folder(self, split: str) -> Storage:
+        return self.context.storage.child(_split_path(self.context, split))
+
+    def _configure(self, split: str) -> ShardingConfig:
         data = self.context.config.data
-        config = ShardingConfig(
+        return ShardingConfig(
             name=data.name,
             split=split,
             samples_per_shard=data.samples_per_shard,
@@ -140,15 +158,6 @@ class ShardsStage(Stage):
             # Validation keeps its bytes: it is the reference of rFID.
             short_side=data.short_side if split == "train" else None,
             view_short_side=_view_short_side(self.context.config, split),
-        )
-        return build_dataset(
-            source,
-            self.context.storage.child(_split_path(self.context, split)),
-            config,
-            classes=classes,
-            class_descriptions=class_descriptions,
-            run_chunks=run_chunks,
-            log_storage=self.context.storage,
         )
 
 

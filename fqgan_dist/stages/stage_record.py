@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 
 FOLDER = "manifests"
@@ -69,7 +70,7 @@ def load_record(storage: Storage, path: str) -> StageRecord | None:
         DataError: the record is damaged.
     """
     try:
-        data = storage.read_bytes(path)
+        data = read_document(storage, path)
     except FileNotFoundError:
         return None
     try:

@@ -27,6 +27,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.frozen_networks import FrozenNetwork, frozen_networks
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.teachers.teacher import load_hub_weights
+from fqgan_dist.terminal import Lines, join_lines
 from fqgan_dist.tokenizer.config import PerceptualConfig
 from fqgan_dist.tokenizer.perceptual import build_perceptual_loss, copy_backbone_weights
 from fqgan_dist.weights.config import FetchTarget
@@ -70,12 +71,12 @@ class FetchResult:
         return {"networks": [vars(each) for each in self.networks], "overrides": self.overrides}
 
     @property
-    def text(self) -> str:
+    def text(self) -> Lines:
         lines = [_describe(network) for network in self.networks]
         if self.overrides:
             lines += ["", "Settings that use these files:"]
             lines += [f"  {shlex.quote(override)}" for override in self.overrides]
-        return "\n".join(lines)
+        return join_lines(lines)
 
     def check(self) -> None:
         """Raise a DataError that names every network that could not be fetched."""

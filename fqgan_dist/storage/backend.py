@@ -1,14 +1,15 @@
 """What a store must do to stand behind `Storage`.
 
-A new one is a module with a class of this shape, a line in `storage.BACKENDS`, and a line in the
-tests, which applies the promises of `tests/support/storage_contract.py` to it.
+A new one is a module with a class of this shape, a line in `names.STORES`, one in
+`storage.BACKENDS`, and a line in the tests, which applies the promises of
+`tests/support/storage_contract.py` to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Protocol
+from typing import BinaryIO, Protocol
 
 
 class Backend(Protocol):
@@ -69,10 +70,3 @@ class Backend(Protocol):
     def delete(self, uri: str) -> None:
         """Remove an object; one that is not there is no error."""
         ...
-
-
-class RemoteBackend(Backend, Protocol):
-    """A store that is reached by URIs."""
-
-    credentials_advice: ClassVar[str]
-    """Where credentials and address are given instead of in a URI, for the error about them."""

@@ -11,33 +11,58 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import create_target
+from fqgan_dist.storage.links import RefusedObjectError, check_link
 
 _TEMPORARY_MARK = ".writing-"
 _COPY_BYTES = 8 * 2**20
 
 
 class LocalBackend:
-    """Objects as files; names are absolute paths."""
+    """Objects as files; names are absolute paths. What is read is said in `links`."""
 
     num_retries = 0
     """Nothing is repeated on a disk."""
 
+    def __init__(self, root: str, named_file: str | None = None) -> None:
+        """Keep the links of a root.
+
+        Args:
+            root: the folder that the user named; links below it lead to what is below it.
+            named_file: a file that the user named, which may be a link to anywhere.
+        """
+        self._root = root
+        self._named_file = named_file
+        # Looked at once per process: an epoch reads millions of files of few folders.
+        self._folders_within: set[str] = set()
+
     def size(self, uri: str) -> int:
-        entry = os.stat(uri)
+        self._check(uri)
+        try:
+            entry = os.stat(uri)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise RefusedObjectError(f"{uri}: a circle of links; remove them") from error
+            raise
         if stat.S_ISDIR(entry.st_mode):
             raise _no_object(uri)
+        if not stat.S_ISREG(entry.st_mode):
+            raise RefusedObjectError(
+                f"{uri}: a device, pipe or socket; expected a regular file: remove it"
+            )
         return entry.st_size
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
-        with self.open_read(uri) as file:
+        size = self.size(uri)
+        with open(uri, "rb") as file:
             file.seek(offset)
-            return file.read(-1 if length is None else length)
+            # Memory for as many bytes as are there: the length may be a number of a hostile table.
+            return file.read(-1 if length is None else min(length, max(0, size - offset)))
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
         return [
@@ -45,8 +70,7 @@ class LocalBackend:
         ]
 
     def open_read(self, uri: str) -> BinaryIO:
-        if os.path.isdir(uri):
-            raise _no_object(uri)
+        self.size(uri)  # before it is opened: that would wait for the writer of a pipe
         return open(uri, "rb")
 
     def download(
@@ -70,12 +94,14 @@ class LocalBackend:
             self._replace(uri, iter(lambda: file.read(_COPY_BYTES), b""))
 
     def create(self, uri: str, data: bytes) -> None:
+        self._check_folder(os.path.dirname(uri))
         with _temporary_file(uri, [data]) as temporary:
             # Unlike a rename, a link fails where the name is taken, on NFS too.
             os.link(temporary, uri)
         _sync_directory(os.path.dirname(uri))
 
     def names(self, uri: str) -> list[str]:
+        self._check_folder(uri)
         return [name for name in os.listdir(uri) if _TEMPORARY_MARK not in name]
 
     def walk(self, uri: str) -> Iterator[tuple[str, int]]:
@@ -85,9 +111,11 @@ class LocalBackend:
         except (FileNotFoundError, NotADirectoryError):
             return
         if is_folder:
-            yield from _walk(uri, "", ())
+            self._check_folder(uri)
+            yield from self._walk(uri, "", ())
 
     def delete(self, uri: str) -> None:
+        self._check_folder(os.path.dirname(uri))
         try:
             os.unlink(uri)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -95,32 +123,51 @@ class LocalBackend:
         _sync_directory(os.path.dirname(uri))
 
     def _replace(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
+        self._check_folder(os.path.dirname(uri))
         with _temporary_file(uri, chunks) as temporary:
             os.replace(temporary, uri)
         _sync_directory(os.path.dirname(uri))
 
-
-def _walk(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, int]]:
-    """List a folder's files, then those of its folders, in the order of whole names."""
-    entry = os.stat(folder)
-    identity = (entry.st_dev, entry.st_ino)
-    if identity in above:
-        raise DataError(f"{folder}: a link to a folder that it lies in; remove the link")
-    found: list[tuple[bytes, str, os.stat_result]] = []
-    with os.scandir(folder) as entries:
-        for each in entries:
-            with suppress(FileNotFoundError):  # a broken link, or just removed
-                info = each.stat()
+    def _walk(
+        self, folder: str, prefix: str, above: tuple[tuple[int, int], ...]
+    ) -> Iterator[tuple[str, int]]:
+        """List a folder's files, then those of its folders, in the order of whole names."""
+        entry = os.stat(folder)
+        identity = (entry.st_dev, entry.st_ino)
+        if identity in above:
+            raise DataError(f"{folder}: a link to a folder that it lies in; remove the link")
+        found: list[tuple[bytes, str, os.stat_result]] = []
+        with os.scandir(folder) as entries:
+            for each in entries:
+                try:
+                    info = each.stat()
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):
+                        continue  # a broken link, or just removed
+                    raise
+                if each.is_symlink():
+                    check_link(each.path, self._root)
                 # "a-b" comes before "a/x", as in a bucket, so folders sort with their slash.
                 end = "/" if stat.S_ISDIR(info.st_mode) else ""
                 found.append((os.fsencode(each.name + end), each.name, info))
-    for _, name, info in sorted(found):
-        if stat.S_ISDIR(info.st_mode):
-            yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", (*above, identity))
-        elif stat.S_ISREG(info.st_mode) and _TEMPORARY_MARK not in name:
-            yield prefix + name, info.st_size
+        for _, name, info in sorted(found):
+            if stat.S_ISDIR(info.st_mode):
+                yield from self._walk(f"{folder}/{name}", f"{prefix}{name}/", (*above, identity))
+            elif stat.S_ISREG(info.st_mode) and _TEMPORARY_MARK not in name:
+                yield prefix + name, info.st_size
+
+    def _check(self, uri: str) -> None:
+        """Refuse a file that is, or lies behind, a link out of the root."""
+        if uri == self._named_file:
+            return
+        self._check_folder(os.path.dirname(uri))
+        if os.path.islink(uri):
+            check_link(uri, self._root)
+
+    def _check_folder(self, folder: str) -> None:
+        if folder not in self._folders_within:
+            check_link(folder, self._root)
+            self._folders_within.add(folder)
 
 
 def _no_object(uri: str) -> FileNotFoundError:

@@ -1,14 +1,23 @@
 """Names of storage roots and objects, checked before anything is opened.
 
-What can be seen of a URI is asked here, and which schemes there are in `storage.BACKENDS`: no other
-module looks for one. This one imports no store, so that settings can ask it too.
+What can be seen of a URI is asked here: no module outside this package looks for a scheme. This one
+imports no store, so that settings can ask it too.
 """
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+import re
 
 from fqgan_dist.errors import ConfigError
+
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+
+STORES = {
+    "s3": "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws, or an instance "
+    "role) and the server in AWS_ENDPOINT_URL",
+}
+"""By the scheme of its URIs what stands in no URI of a store, and where it is given instead; the
+stores themselves are in `storage.BACKENDS`."""
 
 
 def find_scheme(uri: str) -> str | None:
@@ -20,11 +29,6 @@ def find_scheme(uri: str) -> str | None:
 def is_remote(uri: str) -> bool:
     """Whether a root, file or source is named by a URI of any scheme, not by a path."""
     return find_scheme(uri) is not None
-
-
-def holds_credentials(uri: str) -> bool:
-    """Whether a URI says who is asking; then it must not be repeated in a message."""
-    return "@" in urlsplit(uri).netloc
 
 
 def split_bucket(uri: str) -> tuple[str, str]:
@@ -46,12 +50,11 @@ def check_relative_path(path: str) -> str:
     return path
 
 
-def check_bucket_root(uri: str, *, credentials_advice: str) -> str:
+def check_bucket_root(uri: str) -> str:
     """Return a URI in its one form, `scheme://bucket/prefix` without a slash at its end.
 
     Raises:
-        ConfigError: it names no bucket, or holds credentials (given by `credentials_advice`
-            instead), a port, or what is no prefix.
+        ConfigError: it names no bucket, or holds credentials, a port, or what is no prefix.
     """
     form = f"{find_scheme(uri)}://bucket/prefix"
     bucket, key = split_bucket(uri)
@@ -59,13 +62,18 @@ def check_bucket_root(uri: str, *, credentials_advice: str) -> str:
         # The value is not repeated: it may be a secret.
         raise ConfigError(
             f"storage root {find_scheme(uri)}://...: credentials or a port in the URI; expected "
-            f"{form}, with {credentials_advice}"
+            f"{form}, with {STORES[find_scheme(uri) or '']}"
         )
     if not bucket:
         raise ConfigError(f"storage root {uri!r}: names no bucket; expected {form}")
+    if _BUCKET.fullmatch(bucket) is None:
+        raise ConfigError(
+            f"storage root {uri!r}: {bucket!r} is no name of a bucket (letters, digits, '.', '-', "
+            f"'_'); expected {form}"
+        )
     if "?" in uri or "#" in uri:
-        raise ConfigError(f"storage root {uri!r}: '?' and '#' are not allowed in {form}")
-    if prefix := key.rstrip("/"):
+        raise ConfigError(f"storage root {uri!r}: '?' and '#' are not allowed; expected {form}")
+    if prefix := key.removesuffix("/"):
         try:
             check_relative_path(prefix)
         except ValueError as error:

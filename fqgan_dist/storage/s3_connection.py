@@ -1,18 +1,19 @@
 """The client of an S3 server, and what its exceptions mean; the only module that knows s3fs.
 
 s3fs holds the session and the event loop, on top of aiobotocore. The endpoint comes from
-`AWS_ENDPOINT_URL`, credentials from the places where AWS tools look; their packages are imported at
-the first connection, as local storage needs none of them.
+`AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, credentials from the places where AWS tools look; their
+packages are imported at the first connection, as local storage needs none of them.
 """
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from fqgan_dist.credentials import holds_credentials
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.storage.endpoint import find_endpoint
 from fqgan_dist.storage.s3_errors import RequestError
 
 _CONNECT_TIMEOUT_S = 10
@@ -24,7 +25,7 @@ def connect(*, max_connections: int) -> Any:
     """Make an s3fs file system that repeats and caches nothing by itself.
 
     Raises:
-        ConfigError: AWS_ENDPOINT_URL is no address of a server.
+        ConfigError: the endpoint that the environment names is no address of a server.
     """
     import s3fs
     from aiobotocore.session import AioSession
@@ -33,7 +34,7 @@ def connect(*, max_connections: int) -> Any:
     # The description of S3's interface takes most of the time of a first connection (0.1 s).
     session.register_component("data_loader", _description_loader())
     filesystem = s3fs.S3FileSystem(
-        endpoint_url=_find_endpoint(),
+        endpoint_url=_check_endpoint(),
         session=session,
         use_listings_cache=False,  # other processes write here too
         skip_instance_cache=True,
@@ -55,15 +56,21 @@ def _description_loader() -> Any:
     return AioSession().get_component("data_loader")
 
 
-def _find_endpoint() -> str | None:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint:
+def _check_endpoint() -> str | None:
+    found = find_endpoint()
+    if found is None:
         return None
-    url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
+    variable, endpoint = found
+    try:
+        url = urlsplit(endpoint)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname)
+        is_address = is_address and url.port != 0  # a port that is no number raises
+    except ValueError:
+        is_address = False
+    if not is_address or holds_credentials(endpoint):
         # The value is not repeated: it may hold a secret.
         raise ConfigError(
-            "AWS_ENDPOINT_URL: is no plain address of a server; expected http(s)://host:port "
+            f"{variable}: is no plain address of a server; expected http(s)://host:port "
             "without credentials; correct it, or unset it for AWS itself"
         )
     return endpoint

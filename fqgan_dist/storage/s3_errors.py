@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.endpoint import endpoint_variable
 
 # Tries of a request against a server that throttles or breaks off: up to 25 s of waiting.
 PASSING_ATTEMPTS = 8
@@ -167,8 +168,8 @@ def explain(uri: str, error: RequestError) -> Exception:
         region = repr(error.region) if error.region else "another one"
         return DataError(
             f"{uri}: the bucket is not in the region that was asked ({error}); the server says it "
-            f"is {region}; set AWS_DEFAULT_REGION to the bucket's region (and AWS_ENDPOINT_URL, if "
-            "set, to that region's endpoint)"
+            f"is {region}; set AWS_DEFAULT_REGION to the bucket's region "
+            f"(and {endpoint_variable()}, if set, to that region's endpoint)"
         )
     if error.code in _FAULTS:
         reason, change = _FAULTS[error.code]
@@ -189,7 +190,7 @@ def _explain_failure(uri: str, error: RequestError) -> str:
     if error.kind == "unreachable":
         return (
             f"{uri}: cannot be read or written ({error.code}; {error.tries} attempts); expected an "
-            "S3 server; correct AWS_ENDPOINT_URL, start the server, or mend the network"
+            f"S3 server; correct {endpoint_variable()}, start the server, or mend the network"
         )
     if error.max_attempts > 1:
         return (
@@ -199,7 +200,7 @@ def _explain_failure(uri: str, error: RequestError) -> str:
         )
     return (
         f"{uri}: cannot be read or written ({error}); "
-        "check the name, AWS_ENDPOINT_URL and the server"
+        f"check the name, {endpoint_variable()} and the server"
     )
 
 

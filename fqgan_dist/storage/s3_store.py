@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, ParamSpec, TypeVar, cast
+from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import TargetFile, create_target
@@ -67,11 +67,6 @@ class _Span:
 
 class S3Backend:
     """Objects of buckets, by `s3://` URIs. Safe to use from several threads; one per process."""
-
-    credentials_advice: ClassVar[str] = (
-        "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws, or an instance "
-        "role) and the server in AWS_ENDPOINT_URL"
-    )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

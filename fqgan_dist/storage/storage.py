@@ -4,9 +4,10 @@ All that the system knows of a run lies under one root (design.md section 1). Wh
 written at once: a reader sees the former bytes or the new ones, never a part. `create_bytes` is the
 one primitive that decides races; commits of checkpoints and datasets rest on it.
 
-The endpoint of S3 comes from `AWS_ENDPOINT_URL`, credentials from the places where AWS tools look
-(environment, shared files, instance role); a URI never carries them. Requests that a server
-throttles, breaks off or does not answer are repeated, with growing waits, up to 8 times.
+The endpoint of S3 comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, credentials from the
+places where AWS tools look (environment, shared files, instance role); a URI never carries them.
+Requests that a server throttles, breaks off or does not answer are repeated, with growing waits, up
+to 8 times.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.storage.backend import Backend, RemoteBackend
+from fqgan_dist.storage.backend import Backend
+from fqgan_dist.storage.disk_errors import explain_disk_error
 from fqgan_dist.storage.download_target import TargetFileError
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.local_store import LocalBackend
 from fqgan_dist.storage.names import (
     check_bucket_root,
@@ -31,9 +34,10 @@ from fqgan_dist.storage.names import (
     split_bucket,
 )
 from fqgan_dist.storage.s3_store import S3Backend
+from fqgan_dist.storage.uri import read_location
 
-# The stores that there are beside local disks, by the scheme of their URIs.
-BACKENDS: dict[str, type[RemoteBackend]] = {"s3": S3Backend}
+# The stores that there are beside local disks, by the schemes of `names.STORES`.
+BACKENDS: dict[str, type[Backend]] = {"s3": S3Backend}
 
 
 class Storage:
@@ -43,6 +47,8 @@ class Storage:
         ValueError: the path is absolute, or has an empty, `.` or `..` part.
         FileNotFoundError: an object that is read is missing.
         DataError: access is refused, or the store cannot be reached after bounded retries.
+        RefusedObjectError: on a disk, a link leads out of the root, or it is no regular file; see
+            `links`.
 
     Safe to use from several threads, and picklable (spawned loader workers connect for themselves).
     """
@@ -56,6 +62,9 @@ class Storage:
             ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
         """
         self.root = check_root(str(root))
+        # What links are held to: the root that was named, by children too.
+        self._named_root = self.root
+        self._named_file: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -67,6 +76,7 @@ class Storage:
         if not path:
             return self
         child = Storage(self.uri(path))
+        child._named_root = self._named_root
         child.__dict__["_backend"] = self._backend  # one set of connections for all folders
         return child
 
@@ -84,11 +94,13 @@ class Storage:
         return Path(self.uri(path)) if self.is_local else None
 
     def exists(self, path: str) -> bool:
-        """Tell whether an object is there."""
+        """Tell whether an object is there, also one that its readers will refuse."""
         try:
             self.size(path)
         except FileNotFoundError:
             return False
+        except RefusedObjectError:
+            return True
         return True
 
     def size(self, path: str) -> int:
@@ -111,6 +123,22 @@ class Storage:
             data = self._backend.read(uri, offset, length)
         if length is not None:
             _check_length(uri, data, offset, length)
+        return data
+
+    def read_limited(self, path: str, max_bytes: int) -> bytes:
+        """Read a whole object that must not be longer than it may be.
+
+        Raises:
+            RefusedObjectError: it is; no more than that is read of it.
+        """
+        uri = self.uri(path)
+        with _clear_errors(uri):
+            data = self._backend.read(uri, 0, max_bytes + 1)
+        if len(data) > max_bytes:
+            raise RefusedObjectError(
+                f"{uri}: has more than {max_bytes} bytes, the most that it may have; it is damaged "
+                "or not of this program"
+            )
         return data
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -203,7 +231,8 @@ class Storage:
 
         Names are relative to the folder, sorted by their bytes, and come page by page. They are
         what the store has, so hostile ones too: `uri` and all that reads refuse those. On a disk
-        links are followed; broken ones, devices, pipes and files still being written are left out.
+        links within the root are followed; broken ones, devices, pipes and files still being
+        written are left out.
         """
         uri = self.uri(prefix) if prefix else self.root
         with _clear_errors(uri):
@@ -218,14 +247,16 @@ class Storage:
     @cached_property
     def _backend(self) -> Backend:
         scheme = find_scheme(self.root)
-        return LocalBackend() if scheme is None else BACKENDS[scheme]()
+        if scheme is None:
+            return LocalBackend(self._named_root, self._named_file)
+        return BACKENDS[scheme]()
 
     # Connections, their locks and threads stay behind: another process makes its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root}
+        return {name: value for name, value in vars(self).items() if name != "_backend"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.root = state["root"]
+        self.__dict__.update(state)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Storage) and other.root == self.root
@@ -241,31 +272,39 @@ def check_root(root: str) -> str:
     """Return a root in its one form: an absolute path, or `scheme://bucket/prefix`.
 
     Raises:
-        ConfigError: an unknown scheme, a URI without a bucket, or one with credentials.
+        ConfigError: an unknown scheme, a URI without a bucket, one with credentials, or a mistyped
+            one.
     """
     scheme = find_scheme(root)
     if scheme is None:
-        return os.path.abspath(root)
+        # Else a mistyped URI would be made as a folder.
+        is_absolute = root.startswith("/") and not root.startswith("//")
+        return os.path.abspath(root if is_absolute else read_location(root, what="storage root"))
     if scheme not in BACKENDS:
         expected = " or ".join(f"{known}://bucket/prefix" for known in BACKENDS)
         raise ConfigError(
             f"storage root {scheme}://...: unknown scheme; expected a path or {expected}"
         )
-    return check_bucket_root(root, credentials_advice=BACKENDS[scheme].credentials_advice)
+    return check_bucket_root(root)
 
 
 def locate_file(uri: str) -> tuple[Storage, str]:
     """Give the storage of the folder of a file (a path or URI), and the file's name there.
 
+    The user named the file: it alone may be a link to anywhere.
+
     Raises:
         ConfigError: it names no file, has an unknown scheme, or holds credentials.
     """
+    # What else is wrong comes first: credentials must not be repeated.
+    check_root(uri or ".")
     is_file = bool(split_bucket(uri)[1]) if is_remote(uri) else bool(uri)
     if not is_file or uri.endswith("/"):
-        check_root(uri)  # what else is wrong comes first: credentials must not be repeated
         raise ConfigError(f"{uri!r}: names no file; expected a path or s3://bucket/path")
     folder, _, name = (uri if is_remote(uri) else os.path.abspath(uri)).rpartition("/")
-    return Storage(folder or "/"), name
+    storage = Storage(folder or "/")
+    storage._named_file = storage.uri(name) if storage.is_local else None
+    return storage, name
 
 
 def _check_range(offset: int, length: int) -> None:
@@ -292,11 +331,5 @@ def _clear_errors(uri: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such object", error.filename or uri) from error
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, "the object exists already", uri) from error
-    except PermissionError as error:
-        raise DataError(
-            f"{uri}: access is refused ({error}); check the permissions of the file and its folders"
-        ) from error
     except OSError as error:
-        raise DataError(
-            f"{uri}: cannot be read or written ({error}); check the disk or the file system"
-        ) from error
+        raise explain_disk_error(uri, error) from error

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.storage.documents import parse_json
 
 Record = dict[str, Any]
 """One line; `step` is the optimizer step that it belongs to."""
@@ -30,8 +32,9 @@ class JsonLinesWriter:
         The folder is made when missing, the file by the first record.
         """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _truncate(path, resumed_step)
+        with clear_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _truncate(path, resumed_step)
         self.num_records = len(kept)
         """Records in the file."""
         self._last_step = max(kept, default=0)
@@ -42,6 +45,7 @@ class JsonLinesWriter:
 
         Raises:
             ValueError: the step goes back, or a number is not finite.
+            DataError: the disk is full or cannot be written.
         """
         if record["step"] < self._last_step:
             raise ValueError(
@@ -49,10 +53,11 @@ class JsonLinesWriter:
                 "steps must not decrease"
             )
         line = json.dumps(record, allow_nan=False) + "\n"
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(line)
-        self._file.flush()
+        with clear_disk_errors(self.path):
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(line)
+            self._file.flush()
         self._last_step = record["step"]
         self.num_records += 1
 
@@ -84,7 +89,7 @@ def parse_records(data: bytes, *, name: str, kind: str) -> list[Record]:
 
 def _parse_record(line: bytes, where: str, kind: str) -> Record:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); delete or repair the line") from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):

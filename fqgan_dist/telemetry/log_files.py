@@ -11,13 +11,16 @@ import atexit
 import functools
 import logging
 import secrets
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 from fqgan_dist.errors import FqganError
+from fqgan_dist.storage.disk_errors import clear_disk_errors
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.terminal import clean_text
 
 PUBLISH_INTERVAL_S = 30.0
 LOG_FOLDER = "logs"
@@ -43,8 +46,9 @@ def open_log_file(
     local = storage.local_path(path)
     if local is None:
         return PublishedLogFile(storage, path, interval_s)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    return logging.FileHandler(local, encoding="utf-8")
+    with clear_disk_errors(local):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFile(local)
 
 
 def publish_log() -> None:
@@ -66,19 +70,36 @@ def _publish_at_exit() -> None:
         register(publish_log)
 
 
-class PublishedLogFile(logging.FileHandler):
+class _LogFile(logging.FileHandler):
+    """A log file; one that cannot be written is said once, and fails nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._is_failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+        # logging's own would print a traceback for every line.
+        error = sys.exc_info()[1]
+        if not self._is_failing and sys.stderr is not None:
+            self._is_failing = True
+            text = f"WARNING {self.baseFilename}: lines of the log are lost ({error})"
+            sys.stderr.write(f"{clean_text(text)}\n")
+
+
+class PublishedLogFile(_LogFile):
     """A temporary log file that is published from time to time, and when it is closed."""
 
     def __init__(self, storage: Storage, path: str, interval_s: float) -> None:
         """Open the file and begin to publish it under a path of the storage."""
-        self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
-        self._file = Path(self._folder.name) / "process.log"
-        super().__init__(self._file, encoding="utf-8")
+        with clear_disk_errors(tempfile.gettempdir()):
+            self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
+            self._file = Path(self._folder.name) / "process.log"
+            super().__init__(self._file)
         self._storage = storage
         self._path = path
         self._interval_s = interval_s
         self._published_bytes = 0
-        self._is_failing = False
+        self._is_unpublished = False
         self._publishing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish_regularly, name="logs", daemon=True)
@@ -102,7 +123,7 @@ class PublishedLogFile(logging.FileHandler):
                 self._warn_once(error)
                 return
             self._published_bytes = len(data)
-            self._is_failing = False
+            self._is_unpublished = False
 
     def close(self) -> None:
         """Publish the rest and remove the temporary file; closing twice is harmless."""
@@ -126,8 +147,8 @@ class PublishedLogFile(logging.FileHandler):
             self.publish()
 
     def _warn_once(self, error: Exception) -> None:
-        if not self._is_failing:
-            self._is_failing = True
+        if not self._is_unpublished:
+            self._is_unpublished = True
             logger.warning(
                 "%s cannot be published (%s: %s); it is tried again every %g s",
                 self._path,

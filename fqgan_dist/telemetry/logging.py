@@ -10,6 +10,7 @@ import logging
 import sys
 from typing import TextIO
 
+from fqgan_dist.terminal import CleanFormatter
 from fqgan_dist.world import World
 
 # Packages whose INFO lines are shown; all others show from WARNING.
@@ -44,7 +45,7 @@ def configure_logging(
         _add_handler(root, log_file, "file", formatter)
 
 
-class LabelFormatter(logging.Formatter):
+class LabelFormatter(CleanFormatter):
     """Put `[rank 3/8 node1]` before every line of an error: outputs of processes get mixed."""
 
     def __init__(self, label: str, line_format: str, date_format: str) -> None:

@@ -28,6 +28,7 @@ from fqgan_dist.telemetry.summary import (
     format_seconds,
     parse_summary,
 )
+from fqgan_dist.terminal import Lines, join_lines, printable
 
 LINE_INTERVAL_S = 10.0
 
@@ -203,7 +204,7 @@ def track(
         yield bar
 
 
-def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
+def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> Lines:
     """Render a summary (stage -> state, seconds, metrics) as a plain text table.
 
     Raises:
@@ -215,20 +216,21 @@ def render_summary(summary: Mapping[str, Any], *, width: int = 100) -> str:
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("metrics")
     for stage in parse_summary(summary).values():
-        metrics = "\n".join(f"{name} = {format_number(v)}" for name, v in stage.metrics.items())
+        metrics = join_lines(f"{name} = {format_number(v)}" for name, v in stage.metrics.items())
         # Text, not str: rich would read [brackets] in a name as markup.
-        cells = (stage.name, stage.state, format_seconds(stage.seconds), metrics)
-        table.add_row(*(Text(cell) for cell in cells))
+        cells = (stage.name, stage.state, format_seconds(stage.seconds))
+        table.add_row(*(Text(printable(cell)) for cell in cells), Text(metrics))
     return render_text(table, width=width)
 
 
-def render_text(*parts: Table | Text, width: int) -> str:
-    """Draw what rich draws as plain text, without blanks at the ends."""
+def render_text(*parts: Table | Text, width: int) -> Lines:
+    """Draw what rich draws as plain text, without blanks at the ends; cells must be printable."""
     output = io.StringIO()
     console = Console(file=output, width=width, color_system=None)
     for part in parts:
         console.print(part)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
+    lines = [line.rstrip() for line in output.getvalue().split("\n")]
+    return Lines(join_lines(lines).strip("\n"))
 
 
 class _LoggedBar(ProgressBar):
@@ -262,9 +264,9 @@ def _draw(work: WorkProgress) -> Table:
     )
     # Text, not str: rich would read [brackets] as markup.
     table.add_row(
-        Text(work.description),
+        Text(printable(work.description)),
         BarGraphic(total=work.total, completed=work.done, width=_BAR_WIDTH),
-        Text(work.describe_amounts(), style="dim"),
+        Text(printable(work.describe_amounts()), style="dim"),
     )
     return table
 

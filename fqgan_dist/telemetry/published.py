@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fqgan_dist.storage.disk_errors import clear_disk_errors
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import JsonLinesWriter
 
@@ -23,10 +24,11 @@ class PublishedFolder:
         self._storage = storage
         self._path = path
         local = storage.local_path(path)
-        self._temporary = None if local else tempfile.TemporaryDirectory(prefix="fqgan-files-")
-        self.local = local or Path(self._temporary.name if self._temporary else "")
-        """Where to write."""
-        self.local.mkdir(parents=True, exist_ok=True)
+        with clear_disk_errors(local or tempfile.gettempdir()):
+            self._temporary = None if local else tempfile.TemporaryDirectory(prefix="fqgan-files-")
+            self.local = local or Path(self._temporary.name if self._temporary else "")
+            """Where to write."""
+            self.local.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> None:
         """Bring a file that a former session published."""

@@ -32,6 +32,7 @@ from fqgan_dist.telemetry.progress import (
     format_fields,
 )
 from fqgan_dist.telemetry.summary import Metric, format_seconds
+from fqgan_dist.terminal import printable
 
 StageState = Literal["waiting", "running", "done", "skipped", "failed"]
 
@@ -135,7 +136,9 @@ class RunProgress:
 def render_run(stages: Sequence[StageView], *, title: str) -> Table:
     """Draw the stages as a table."""
     # Text, not str: rich would read [brackets] as markup.
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(
+        title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left"
+    )
     for name in ("stage", "state", "time"):
         table.add_column(name, no_wrap=True)
     for name in ("", "done", "rate", "left", ""):
@@ -143,7 +146,7 @@ def render_run(stages: Sequence[StageView], *, title: str) -> Table:
     for stage in stages:
         state = Text(stage.state, style=_STATE_STYLES[stage.state])
         seconds = "" if stage.seconds is None else format_seconds(stage.seconds)
-        table.add_row(Text(stage.name), state, seconds, *_work_cells(stage))
+        table.add_row(Text(printable(stage.name)), state, seconds, *_work_cells(stage))
     return table
 
 
@@ -246,8 +249,10 @@ def _work_cells(stage: StageView) -> tuple[BarGraphic | Text | str, ...]:
     of_total = "" if work.total is None else f"/{work.total}"
     rate = "" if work.rate is None else f"{work.rate:.1f}/s"
     left = "" if work.left_s is None else format_seconds(work.left_s)
-    detail = Text(f"{work.description}  {format_fields(work.fields)}".rstrip(), style="dim")
-    return (bar, f"{work.done}{of_total} {work.unit}", rate, left, detail)
+    detail = Text(
+        printable(f"{work.description}  {format_fields(work.fields)}".rstrip()), style="dim"
+    )
+    return (bar, printable(f"{work.done}{of_total} {work.unit}"), rate, left, detail)
 
 
 class _LatestTable:

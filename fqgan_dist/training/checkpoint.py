@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.documents import read_document
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_attempt import Attempt
 from fqgan_dist.training.checkpoint_files import Fragment, find_damage, read_tensors
@@ -261,9 +263,11 @@ class CheckpointStore:
         folder = checkpoint_folder(record.step, record.attempt)
         where = self._storage.uri(f"{folder}/{MANIFEST_NAME}")
         try:
-            data = self._storage.read_bytes(f"{folder}/{MANIFEST_NAME}")
+            data = read_document(self._storage, f"{folder}/{MANIFEST_NAME}")
         except FileNotFoundError as error:
             raise CheckpointError(f"{where}: missing") from error
+        except RefusedObjectError as error:
+            raise CheckpointError(str(error)) from error
         if sha256_hex(data) != record.manifest_sha256:
             raise CheckpointError(f"{where}: damaged, its sha256 is not the commit's")
         manifest = parse_manifest(data, where)

@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from fqgan_dist.errors import CheckpointError, FqganError
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_files import (
     FileImage,
@@ -233,7 +234,7 @@ class Attempt:
     def _read_report(self, folder: str, rank: int) -> RankReport:
         path = f"{folder}/{report_name(rank)}"
         where = self._storage.uri(path)
-        content = unseal(self._storage.read_bytes(path), where)
+        content = unseal(read_document(self._storage, path), where)
         try:
             return RankReport.model_validate(content)
         except ValidationError as error:

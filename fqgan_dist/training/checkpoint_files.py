@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.hashing import hash_object
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import FileRecord, TensorRecord, part_file_name
 
@@ -185,9 +186,11 @@ def _read_file(storage: Storage, folder: str, file: FileRecord) -> dict[str, Ten
     path = f"{folder}/{file.file}"
     where = storage.uri(path)
     try:
-        data = storage.read_bytes(path)
+        data = storage.read_limited(path, file.bytes)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: missing; fall back to an older checkpoint") from error
+    except RefusedObjectError as error:
+        raise CheckpointError(f"{error}; fall back to an older checkpoint") from error
     problem = _compare(file, len(data), hashlib.sha256(data).hexdigest())
     if problem:
         raise CheckpointError(f"{where}: {problem}; fall back to an older checkpoint")
@@ -204,9 +207,11 @@ def _read_file(storage: Storage, folder: str, file: FileRecord) -> dict[str, Ten
 def _find_file_damage(storage: Storage, folder: str, file: FileRecord) -> str | None:
     path = f"{folder}/{file.file}"
     try:
-        digest, size = hash_object(storage, path)
+        digest, size = hash_object(storage, path, max_bytes=file.bytes)
     except FileNotFoundError:
         return f"{storage.uri(path)}: missing"
+    except RefusedObjectError as error:
+        return str(error)
     problem = _compare(file, size, digest)
     return f"{storage.uri(path)}: {problem}" if problem else None
 

@@ -12,7 +12,6 @@ fragments of a tensor, and a reader merges them, so the number of ranks that wro
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.training.commit_log import AttemptId, Sha256
 
 MANIFEST_NAME = "manifest.json"
@@ -111,7 +111,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         CheckpointError: it is no manifest of this format, or its parts are not whole.
     """
     try:
-        manifest = Manifest.model_validate(json.loads(data))
+        manifest = Manifest.model_validate(parse_json(data))
     except (ValueError, ValidationError) as error:
         raise CheckpointError(f"{where}: not a checkpoint manifest of format 1: {error}") from error
     check_parts(manifest.files, where)

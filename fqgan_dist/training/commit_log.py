@@ -20,6 +20,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.storage.documents import parse_json, read_document
+from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def unseal(data: bytes, where: str) -> Any:
         CheckpointError: it is not JSON, or the checksum is another.
     """
     try:
-        sealed = json.loads(data)
+        sealed = parse_json(data)
         content, digest = sealed["content"], sealed["sha256"]
         is_whole = sha256_hex(canonical_json(content)) == digest
     except (ValueError, KeyError, TypeError) as error:
@@ -144,7 +146,11 @@ class CommitLog:
             FileNotFoundError: there is none.
         """
         if number not in self._cache:
-            content = unseal(self._storage.read_bytes(_path(number)), self.uri(number))
+            try:
+                data = read_document(self._storage, _path(number))
+            except RefusedObjectError as error:
+                raise CheckpointError(str(error)) from error
+            content = unseal(data, self.uri(number))
             try:
                 record = _RECORD.validate_python(content)
             except ValidationError as error:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from fqgan_dist.config import Config
+from fqgan_dist.storage.uri import Location
 from fqgan_dist.world import World
 
 
@@ -134,7 +135,7 @@ class TrainingConfig(Config):
 class CheckpointTarget(Config):
     """What an action works on, beside the run's own settings."""
 
-    to: str | None = None
+    to: Location | None = None
     """File to export to, a path or `s3://` URI; None outside `export`."""
     format: Literal["ours", "published"] = "ours"
     """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the

@@ -20,6 +20,7 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import all_stages
 from fqgan_dist.stages.train import join_ranks, train_stage
 from fqgan_dist.stages.training_stage import TrainingStage
+from fqgan_dist.storage.uri import parse_path
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver
 from fqgan_dist.world import World
@@ -61,7 +62,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     known = [stage.name for stage in all_stages() if issubclass(stage, TrainingStage)]
     if len(stages) != 1 or stages[0] not in known:
         raise ConfigError(f"stage: {stages!r}: exactly one must be named; {USAGE}")
-    config = load_config(rest[0], rest[1:], RunConfig)
+    try:
+        path = parse_path(rest[0])
+    except ValueError as error:
+        raise ConfigError(f"CONFIG: {error}") from error
+    config = load_config(path, rest[1:], RunConfig)
     return config.model_copy(update={"stages": (stages[0],)}), stages[0]
 
 

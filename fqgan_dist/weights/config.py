@@ -14,7 +14,8 @@ from pydantic import AfterValidator, Field, field_validator
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.storage.names import holds_credentials, is_remote
+from fqgan_dist.storage.names import is_remote
+from fqgan_dist.storage.uri import Location, check_no_credentials, parse_location
 
 _HUB = "hub"
 _RANDOM = "random"
@@ -35,17 +36,14 @@ class WeightsConfig(Config):
     def _check_source(cls, source: str) -> str:
         if source in (_HUB, _RANDOM):
             return source
+        check_no_credentials(source)
         if not source.endswith(".safetensors"):
             raise ValueError(
                 f"{source!r} is no weights source - expected 'hub', 'random' or a path or URI that "
                 "ends in .safetensors - `fqgan weights fetch CONFIG to=DIR` makes such files of a "
                 "hub's weights"
             )
-        if holds_credentials(source):
-            raise ValueError(
-                "the URI holds credentials - expected none - give them in the environment instead"
-            )
-        return source
+        return parse_location(source)
 
     def find_problems(self) -> Iterator[str]:
         if self.is_random and self.sha256 is not None:
@@ -104,5 +102,5 @@ InitialWeights = Annotated[WeightsConfig, AfterValidator(_check_is_file)]
 class FetchTarget(Config):
     """Where the weights shall go."""
 
-    to: str = Field(min_length=1)
+    to: Location
     """A directory or `s3://bucket/prefix`; made if it is missing."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.disk_errors import clear_disk_errors
 
 
 def load_safetensors_checked(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -80,7 +81,8 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     data = safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )
-    path.write_bytes(data)
+    with clear_disk_errors(path):
+        path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 

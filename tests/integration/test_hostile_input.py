@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.source_files import png, special_member
+from support.source_files import png, special_member, tar_bytes
 from support.synthetic_shards import pack
 
 from data_tools.cli import main
@@ -182,6 +182,42 @@ def test_a_header_that_would_fill_the_memory_is_refused(
     (shards / "0.tar").write_bytes(header + bytes(10_000))
     assert index(shards) == 1
     assert "an extended header of 8589934592 bytes" in capsys.readouterr().err
+
+
+def pax_header(kind: bytes, data: bytes) -> bytes:
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+@pytest.mark.parametrize("command", ["shard", "index"])
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (pax_header(tarfile.XHDTYPE, b"9" * 2**20), "a number of more than 20 digits"),
+        (pax_header(tarfile.XGLTYPE, b"9" * 2**12), "a number of more than 20 digits"),
+        (pax_header(tarfile.XGLTYPE, b"20 comment=12345678\n" * 1000), "global headers of"),
+    ],
+)
+def test_a_header_that_would_take_hours_is_refused(
+    shards: Path, command: str, header: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / "0.tar").write_bytes(header + tar_bytes(good("a")))
+    if command == "index":
+        assert index(shards) == 1
+    else:
+        options = ["name=x", "split=train", "format=tar"]
+        assert main(["shard", str(shards / "0.tar"), str(shards / "out"), *options]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_a_sample_of_thousands_of_members_is_refused(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(f"a.{number}", b"") for number in range(2000)]
+    (shards / "0.tar").write_bytes(tar_bytes(members))
+    assert index(shards) == 1
+    assert "give each sample a key of its own" in capsys.readouterr().err
 
 
 def test_a_member_of_negative_size_is_refused(shards: Path) -> None:

@@ -16,13 +16,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO
 
 import pytest
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import create_target
-from fqgan_dist.storage.names import split_bucket
+from fqgan_dist.storage.names import STORES, split_bucket
 from fqgan_dist.storage.storage import BACKENDS
 
 SCHEME = "memory"
@@ -46,6 +46,7 @@ _NUMBERS = itertools.count()
 def open_memory_bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryBucket:
     """Make an empty bucket; the scheme is known to the library until the end of the test."""
     monkeypatch.setitem(BACKENDS, SCHEME, MemoryBackend)
+    monkeypatch.setitem(STORES, SCHEME, "none at all")
     name = f"bucket-{next(_NUMBERS)}"
     bucket = MemoryBucket(f"{SCHEME}://{name}")
     monkeypatch.setitem(_BUCKETS, name, bucket)
@@ -55,7 +56,6 @@ def open_memory_bucket(monkeypatch: pytest.MonkeyPatch) -> MemoryBucket:
 class MemoryBackend:
     """Objects of buckets by `memory://` URIs."""
 
-    credentials_advice: ClassVar[str] = "none at all"
     num_retries = 0
 
     def size(self, uri: str) -> int:

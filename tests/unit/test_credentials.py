@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from fqgan_dist.credentials import scrub
+from fqgan_dist.credentials import is_secret_name, redact, scrub
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,40 @@ def test_rays_token_file_is_known(home: Path) -> None:
         ("GET /x?X-Amz-Signature=abc&y=1", "GET /x?X-Amz-Signature=[removed]&y=1"),
         ("Authorization: Bearer abc.def", "Authorization: Bearer [removed]"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("http://host:8080/a@b", "http://host:8080/a@b"),
+        ("https://user:a/b@host", "https://[removed]host"),
+        ("https:/user:word@host/x", "https:/[removed]host/x"),
+        ("x?%74oken=abc&a=1", "x?%74oken=[removed]&a=1"),
+        ("x?a=b;sig=abc", "x?a=b;sig=[removed]"),
+        ("x?AWSAccessKeyId=AK#access_token=b", "x?AWSAccessKeyId=[removed]#access_token=[removed]"),
+        ("git@host:x/y file.py:12: a@b", "git@host:x/y file.py:12: a@b"),
+        ("tokenizer.model=a x?tokenizer=b", "tokenizer.model=a x?tokenizer=b"),
     ],
 )
 def test_credentials_in_urls_and_headers_are_removed(text: str, expected: str) -> None:
     assert scrub(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (name, True)
+            for name in ("HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD", "AWS_ACCESS_KEY_ID")
+        ),
+        *((name, True) for name in ("X-Goog-Signature", "sig", "pwd", "key", "DB_PWD")),
+        *((name, False) for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "class_key")),
+        *((name, False) for name in ("AWS_ENDPOINT_URL", "HTTPS_PROXY", "signal")),
+    ],
+)
+def test_names_of_secrets(name: str, expected: bool) -> None:
+    assert is_secret_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["://" * 1300, "a:" * 2000, "://" + ":" * 4000, "?a=" * 1300, ";a=b" * 1000]
+)
+def test_a_hostile_line_costs_little(text: str) -> None:
+    started = time.process_time()
+    redact(text)
+    assert time.process_time() - started < 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, find_danger, is_image_name
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.telemetry.progress import ProgressBar
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
@@ -298,7 +298,7 @@ def _read_json_lines(lines: Iterable[str], uri: str) -> Iterator[Fields]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{uri}: line {number} is no JSON ({error})") from error
         if not isinstance(row, dict):

@@ -14,6 +14,7 @@ from fqgan_dist.sharding.listing import (
     is_folder_of_images,
 )
 from fqgan_dist.sharding.sources.readers import FileReader
+from fqgan_dist.storage.links import find_fault_of_link
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
@@ -34,9 +35,9 @@ def list_folder(
         if not storage.is_local:
             _list_bucket(storage, builder, bar)
         elif builder.lists_all_depths:
-            _list_tree(storage.root, builder.start, (), builder, bar)
+            _list_tree(builder.start, (), storage.root, Storage(uri).root, builder, bar)
         else:
-            _list_directory(storage.root, builder, bar)
+            _list_directory(storage.root, Storage(uri).root, builder, bar)
     is_shared = options.is_shared or not storage.is_local
     return builder.build("folder", FileReader(storage), is_shared_by_nodes=is_shared)
 
@@ -52,18 +53,24 @@ def _list_bucket(storage: Storage, builder: ListingBuilder, bar: ProgressBar) ->
 
 
 def _list_tree(
-    root: str, folder: str, above: tuple[str, ...], builder: ListingBuilder, bar: ProgressBar
+    folder: str,
+    above: tuple[str, ...],
+    top: str,
+    root: str,
+    builder: ListingBuilder,
+    bar: ProgressBar,
 ) -> None:
-    """List all files below a folder of a root.
+    """List all files below a folder.
 
     Args:
-        root: the folder that names are relative to.
-        folder: the folder's name there; "" is the root itself.
+        folder: its name below `top`; "" is that itself.
         above: the real paths of the folders that led here, as links may lead back to them.
+        top: the folder that names are relative to.
+        root: the folder that links must not leave.
         builder: takes the files.
         bar: counts them.
     """
-    path = os.path.join(root, folder)
+    path = os.path.join(top, folder)
     real_path = os.path.realpath(path)
     if real_path in above:
         builder.refuse(folder, "a link to a folder that holds it")
@@ -72,17 +79,19 @@ def _list_tree(
         name = f"{folder}/{entry.name}" if folder else entry.name
         if builder.skip_dropping(name):
             continue
-        if entry.is_dir():
-            _list_tree(root, name, (*above, real_path), builder, bar)
-        else:
-            _add_file(name, entry, builder)
+        if entry.is_dir() and not _is_refused(name, entry, root, builder):
+            _list_tree(name, (*above, real_path), top, root, builder, bar)
+        elif not entry.is_dir():
+            _add_file(name, entry, root, builder)
             bar.advance()
 
 
-def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> None:
+def _list_directory(folder: str, root: str, builder: ListingBuilder, bar: ProgressBar) -> None:
     # Not `Storage.walk`, which gives files only: here empty folders and broken links are reported.
     for entry in _scan(folder):
         if builder.skip_dropping(entry.name):
+            continue
+        if _is_refused(entry.name, entry, root, builder):
             continue
         if not entry.is_dir():
             # Not in a class folder: reported by name.
@@ -92,10 +101,11 @@ def _list_directory(folder: str, builder: ListingBuilder, bar: ProgressBar) -> N
         for file in files:
             name = f"{entry.name}/{file.name}"
             if is_folder_of_images(name) and file.is_dir():
-                for image in _scan(file.path):
-                    _add_file(f"{name}/{image.name}", image, builder)
+                if not _is_refused(name, file, root, builder):
+                    for image in _scan(file.path):
+                        _add_file(f"{name}/{image.name}", image, root, builder)
             else:
-                _add_file(name, file, builder)
+                _add_file(name, file, root, builder)
         if not files:
             builder.skip(entry.name, "an empty class folder")
         bar.advance(len(files))
@@ -111,12 +121,21 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _add_file(name: str, entry: os.DirEntry[str], builder: ListingBuilder) -> None:
-    # Links are followed: the folder is the user's own, and subsets are often made of links.
+def _add_file(name: str, entry: os.DirEntry[str], root: str, builder: ListingBuilder) -> None:
+    if _is_refused(name, entry, root, builder):
+        return
     if entry.is_file():
         builder.add(name, Place(name, 0, entry.stat().st_size))
     elif entry.is_dir():
         if not builder.skip_dropping(name):
             builder.skip(name, "a folder inside a class folder")
     else:
-        builder.refuse(name, "not a file: a broken link, device or pipe")
+        builder.refuse(name, "not a file: a device, pipe or socket")
+
+
+def _is_refused(name: str, entry: os.DirEntry[str], root: str, builder: ListingBuilder) -> bool:
+    # Links within the source are followed: subsets are often made of links.
+    fault = find_fault_of_link(entry.path, root) if entry.is_symlink() else None
+    if fault is not None:
+        builder.refuse(name, fault)
+    return fault is not None

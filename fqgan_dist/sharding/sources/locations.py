@@ -5,31 +5,12 @@ from __future__ import annotations
 import os
 import re
 
-from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern, match_pattern
-from fqgan_dist.storage.names import find_scheme
-from fqgan_dist.storage.storage import BACKENDS, Storage, check_root, locate_file
+from fqgan_dist.storage.storage import Storage, locate_file
 
 _SHOWN_NAMES = 3
 _THROUGH_ARCHIVE = r"\.(zip|tar|tgz|tar\.[a-z0-9]+)/"
-
-
-def check_source_uri(uri: str) -> None:
-    """Refuse sources that are neither paths nor in a store.
-
-    Raises:
-        ConfigError: a URL of an unknown scheme, such as webdataset's `pipe:`, or one with
-            credentials.
-    """
-    if find_scheme(uri) in BACKENDS:
-        check_root(uri)
-        return
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", uri)
-    if scheme is not None and not os.path.lexists(uri):
-        raise ConfigError(
-            f"source {scheme[0]}...: unknown scheme, and nothing is run; expected a path or "
-            "s3://bucket/path: copy the source there first"
-        )
 
 
 def source_exists(uri: str) -> bool:

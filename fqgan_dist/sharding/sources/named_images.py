@@ -46,6 +46,12 @@ class NamedImagesBuilder(ListingBuilder):
         self._list = images
         self._root = uri
         self._places: dict[str, Place] = {}
+        self._refused: dict[str, str] = {}
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note a file or folder that must not be read."""
+        self._refused[name] = reason
+        super().refuse(name, reason)
 
     def take(self, name: str, place: Place) -> None:
         """Note where an image lies; other files are none of the list's."""
@@ -89,6 +95,11 @@ class NamedImagesBuilder(ListingBuilder):
             return None
         if row.path in self._places:
             return row.path
+        if row.path in self._refused:
+            return None
+        if fault := self._find_fault_above(row.path):
+            self.refuse(row.path, fault)
+            return None
         has_ending = is_image_name(row.path)
         found = self._by_name[has_ending].get(row.path, ())
         if len(found) == 1:
@@ -99,6 +110,12 @@ class NamedImagesBuilder(ListingBuilder):
             reason = "no such file" if has_ending else f"{NO_IMAGE_NAME}, nor the stem of an image"
         self.skip(row.path, reason)
         return None
+
+    def _find_fault_above(self, path: str) -> str | None:
+        """Say why a folder that leads to a path was refused; None if none was."""
+        parts = path.split("/")
+        folders = ("/".join(parts[:count]) for count in range(1, len(parts)))
+        return next((self._refused[name] for name in folders if name in self._refused), None)
 
     @cached_property
     def _by_name(self) -> dict[bool, dict[str, Sequence[str]]]:

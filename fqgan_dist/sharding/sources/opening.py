@@ -38,7 +38,6 @@ from fqgan_dist.sharding.sources.file_kinds import (
 from fqgan_dist.sharding.sources.file_list import LIST_SUFFIXES, read_image_list
 from fqgan_dist.sharding.sources.folder import list_folder
 from fqgan_dist.sharding.sources.locations import (
-    check_source_uri,
     find_archive,
     folder_exists,
     locate_existing_file,
@@ -58,6 +57,7 @@ from fqgan_dist.sharding.sources.tar_archive import (
 from fqgan_dist.sharding.sources.webdataset_shards import SHARD_SUFFIX, list_shards
 from fqgan_dist.sharding.sources.zip_archive import ZIP_SUFFIX, list_zip
 from fqgan_dist.storage.storage import Storage, locate_file
+from fqgan_dist.storage.uri import read_location
 from fqgan_dist.telemetry.observer import SILENT, Observer
 
 _EXAMINED_MEMBERS = 32
@@ -96,7 +96,7 @@ def open_source(
         return
     if photographs is not None:
         raise ConfigError(f"image_size and crops_per_photograph have no effect on {uri!r}")
-    check_source_uri(uri)
+    uri = read_location(uri, what="source")
     kind = find_format(uri, chosen) if chosen.format == "auto" else chosen.format
     check_effect(uri, chosen, kind)
     # Read first: listing may take hours.
@@ -164,7 +164,6 @@ def _open_named_images(
             inner = uri[len(archive) + 1 :].rpartition("/")[0]
             subfolder = "/".join(part for part in (inner, options.subfolder) if part)
         if options.root is not None:
-            check_source_uri(options.root)
             root, subfolder = options.root.rstrip("/"), options.subfolder
         kind = _find_container(root)
         with observer.track(None, "reading rows", "rows") as bar:

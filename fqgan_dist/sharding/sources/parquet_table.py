@@ -6,7 +6,6 @@ Nothing of Arrow's extension types is loaded: only plain columns are read.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,16 +28,18 @@ from fqgan_dist.sharding.listing import (
     find_danger,
     find_fault_of_class,
     is_image_name,
-    printable,
 )
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
 from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
+from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
+from fqgan_dist.terminal import printable
 
 PARQUET_SUFFIX = ".parquet"
 
@@ -214,7 +215,7 @@ def _read_class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None,
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+        names = parse_json(metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return None, {}
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
@@ -233,19 +234,23 @@ def _iterate_images(
     wanted = [column for column in (columns.image, columns.label, columns.key) if column]
     offset = number = 0
     with _open_file(storage, name) as file:
-        _check_row_groups(file.metadata, storage.uri(name))
+        uri, num_bytes = storage.uri(name), storage.size(name)
+        _check_row_groups(file.metadata, num_bytes, uri)
         if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
-            raise DataError(f"{storage.uri(name)}: has no columns {missing}, unlike the first file")
-        limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * storage.size(name))
+            raise DataError(f"{uri}: has no columns {missing}, unlike the first file")
+        limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
             values = {column: batch.column(column)[0].as_py() for column in batch.schema.names}
             data = _take_row(values, columns, name, number, offset, rows)
             number += 1
+            if data is None:
+                latest = f"{rows.odd[-1][0]}: {rows.odd[-1][1]}"
+                check_problem_count(uri, len(rows.odd), len(rows.files), latest=latest)
             if data:
                 offset += len(data)
                 if offset > limit:
                     raise DataError(
-                        f"{storage.uri(name)}: a decompression bomb: its first {number} images "
+                        f"{uri}: a decompression bomb: its first {number} images "
                         f"have {offset} bytes, expected at most {limit} for a file of its size: do "
                         "not use it"
                     )
@@ -253,17 +258,14 @@ def _iterate_images(
             bar.advance()
 
 
-def _check_row_groups(metadata: pq.FileMetaData, uri: str) -> None:
+def _check_row_groups(metadata: pq.FileMetaData, num_bytes: int, uri: str) -> None:
+    limit = min(_MAX_ROW_GROUP_BYTES, max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes))
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size = group.total_byte_size
-        packed_size = sum(
-            group.column(column).total_compressed_size for column in range(group.num_columns)
-        )
-        limit = min(_MAX_ROW_GROUP_BYTES, max(_HARMLESS_BYTES, _MAX_EXPANSION * packed_size))
+        # Not its columns' sizes: to ask a damaged footer for a column can abort the process.
+        size = metadata.row_group(number).total_byte_size
         if size > limit:
             raise DataError(
-                f"{uri}: row group {number} expands from {packed_size} to {size} bytes; expected "
+                f"{uri}: row group {number} expands from {num_bytes} to {size} bytes; expected "
                 f"at most {limit}: a decompression bomb, or write it with smaller groups"
             )
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.disk_errors import clear_disk_errors
 
 _PREFIX = "fqgan-data-"
 _LOCK_NAME = "lock"
@@ -29,7 +30,8 @@ def open_spool_folder() -> Iterator[Path]:
     # Only a lock tells: a process that was killed by SIGKILL removes nothing, and its id may be
     # another's by now.
     _remove_leftovers(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    with clear_disk_errors(tempfile.gettempdir()):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
         with (folder / _LOCK_NAME).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -45,7 +47,9 @@ def write_spool_file(path: Path, blocks: Iterable[bytes], *, uri: str) -> None:
         DataError: the disk is full, or the folder cannot be written.
     """
     iterator = iter(blocks)
-    with path.open("wb") as file:
+    with clear_disk_errors(path):
+        file = path.open("wb")
+    with file:
         # What reads the source has errors of its own, which are no errors of this disk.
         while (block := next(iterator, None)) is not None:
             try:

@@ -37,7 +37,7 @@ from fqgan_dist.sharding.sources.file_kinds import (
 from fqgan_dist.sharding.sources.locations import locate_existing_file
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
-from fqgan_dist.sharding.tar_scanning import describe_rest
+from fqgan_dist.sharding.tar_scanning import BoundedHeader, describe_rest, make_header_type
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
@@ -51,6 +51,7 @@ _BLOCK_BYTES = 4 * 2**20
 # Images do not become smaller: a real dataset of this size expands by less than two.
 _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**30
+_MAX_CLASS_TARS = 100_000
 # Names and extended headers are read whole; no honest one is as long.
 _MAX_HEADER_BYTES = 2**20
 
@@ -149,6 +150,10 @@ def _add_member(
     if reason is not None:
         builder.refuse(member.name, reason)
     elif class_name := _class_of_tar(member.name, builder.subfolder):
+        if len(inner) == _MAX_CLASS_TARS:
+            raise DataError(
+                f"{builder.uri}: holds more than {_MAX_CLASS_TARS} tars; expected one per class"
+            )
         inner.append(_ClassTar(class_name, member.offset_data, member.size))
     elif not member.isdir():
         builder.add(member.name, Place(file, member.offset_data, member.size))
@@ -219,7 +224,8 @@ def _iterate_members(section: _Section, source: str) -> Iterator[tarfile.TarInfo
         DataError: the tar is damaged or ends early.
     """
     try:
-        with tarfile.open(fileobj=cast(BinaryIO, section), mode="r:") as tar:
+        header_type = make_header_type(BoundedHeader)
+        with tarfile.open(fileobj=cast(BinaryIO, section), mode="r:", tarinfo=header_type) as tar:
             while (member := tar.next()) is not None:
                 # The members of a tar of a million images would take gigabytes.
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs

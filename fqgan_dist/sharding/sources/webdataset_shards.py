@@ -23,12 +23,14 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
+from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
 from fqgan_dist.sharding.sources.concurrency import map_in_order
 from fqgan_dist.sharding.sources.locations import locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.splits import choose_files
 from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
@@ -120,7 +122,7 @@ def _open_dataset_of(storage: Storage, shards: Sequence[str], *, is_folder: bool
         DataError: shards of the index are missing.
     """
     try:
-        data = storage.read_bytes(INDEX_NAME)
+        data = read_document(storage, INDEX_NAME)
     except FileNotFoundError:
         return None
     if _FORMAT_MARK not in data:
@@ -247,7 +249,7 @@ def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardConte
     with storage.open_read(shard) as file:
         scan = TarScan(file, source=storage.uri(shard))
         members = scan.members(lambda name: name.lower().endswith(ending))
-        for sample in group_samples(_note_dangers(members, content)):
+        for sample in group_samples(_note_dangers(members, shard, content)):
             content.suffixes.update(member.suffix for member in sample.members)
             try:
                 image, label = rules.find_image(sample), rules.find_label(sample)
@@ -260,8 +262,12 @@ def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardConte
     return content
 
 
-def _note_dangers(members: Iterable[TarMember], content: _ShardContent) -> Iterator[TarMember]:
+def _note_dangers(
+    members: Iterable[TarMember], shard: str, content: _ShardContent
+) -> Iterator[TarMember]:
     for member in members:
+        latest = f"{content.odd[-1][0]!r}: {content.odd[-1][1]}" if content.odd else ""
+        check_problem_count(shard, len(content.odd), len(content.samples), latest=latest)
         if member.danger is not None:
             content.odd.append((member.name, member.danger, True))
         elif not member.key:

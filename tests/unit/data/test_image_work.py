@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import decode_image, read_jpeg_header, read_size
@@ -112,6 +113,44 @@ def test_what_is_kept_of_a_png_decodes_to_the_same(image: Image.Image) -> None:
     assert decode_image(data, name="x").size == image.size[::-1]  # the orientation is kept
 
 
+ORIENTATION = "<x:xmpmeta><rdf tiff:Orientation='6'/>".replace("'", '"')
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+RAW = EXIF.tobytes()
+PROFILE = f"\nexif\n{len(RAW):8d}\n{RAW.hex()}\n"
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("kind", ["XMP", "profile"])
+def test_an_orientation_in_a_text_of_a_png_is_applied(kind: str, *, is_packed: bool) -> None:
+    texts = PngInfo()
+    if kind == "XMP":
+        texts.add_itxt("XML:com.adobe.xmp", ORIENTATION, zip=is_packed)
+    else:
+        texts.add_text("Raw profile type exif", PROFILE, zip=is_packed)
+    data = encode(picture(), "PNG", pnginfo=texts)
+    assert read_size(data, name="x") == (40, 48)
+    turned = picture().transpose(Image.Transpose.ROTATE_270)
+    assert decode_image(data, name="x").tobytes() == turned.tobytes()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"zTXt", b"Raw profile type exif\0\1" + zlib.compress(b"")),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + ORIENTATION.encode(), flaw=1),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + bytes(900_000)) * 80,
+        chunk(b"zTXt", b"Raw profile type exif"),
+    ],
+    ids=["bomb", "method", "XMP bomb", "checksum", "many", "cut"],
+)
+def test_a_text_with_an_orientation_that_is_large_or_damaged_does_not_matter(extra: bytes) -> None:
+    data = with_chunk(PNG, extra)
+    assert decode_image(data, name="x").tobytes() == picture().tobytes()
+
+
 def test_a_cut_or_continued_png_is_given_to_the_decoder_as_it_is() -> None:
     for end in (20, 33, 40, len(PNG) - 20, len(PNG) - 5):
         assert keep_pixels(PNG[:end]) == PNG[:end]
@@ -147,9 +186,33 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(mode: Any) ->
         read_jpeg_header(small, name="x")
 
 
+@pytest.mark.parametrize("kind", [0x01, 0x02, 0xBF])
+def test_scans_behind_a_marker_that_libjpeg_steps_over_are_counted(kind: int) -> None:
+    start, end = PROGRESSIVE.rfind(b"\xff\xda"), PROGRESSIVE.rfind(b"\xff\xd9")
+    length = struct.unpack(">H", PROGRESSIVE[start + 2 : start + 4])[0]
+    scan = PROGRESSIVE[start : start + 2 + length]
+    # Restarts are announced and do not come: libjpeg looks for them in what follows.
+    restart = segment(0xDD, struct.pack(">H", 1))
+    hidden = segment(kind, scan * 100)
+    data = PROGRESSIVE[:start] + restart + scan + hidden + PROGRESSIVE[end:]
+    assert decode_image(data, name="x").size == (48, 40)
+    assert count_scans(data) == 110
+
+
 def test_a_progressive_jpeg_with_many_scans_that_are_little_work_is_taken() -> None:
     data = repeat_last_scan(PROGRESSIVE, 50)
     assert decode_image(data, name="x").size == (48, 40)
+
+
+def test_a_jpeg_of_very_many_segments_is_refused_before_pillow_joins_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(Image, "open", opened.append)
+    odd = JPEG[:2] + segment(0xE1, b"Exif\0\0") * (MAX_EXIF_SEGMENTS + 1) + JPEG[2:]
+    with pytest.raises(DataError, match="segments"):
+        read_size(odd, name="x")
+    assert not opened
 
 
 @pytest.mark.parametrize(

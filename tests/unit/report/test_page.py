@@ -154,3 +154,10 @@ def test_records_of_other_settings_are_listed_with_what_differs() -> None:
     assert "samples / gfid  7.250" in text
     del stages["samples"]["others"]
     assert "Other records" not in build_report(build_inputs(summary=stages))
+
+
+def test_names_show_as_what_they_are() -> None:
+    """No mark of direction or control character of a name turns the text around it."""
+    page = build_report(build_inputs(run_name="a\u202eb\x1bc\udc80d"))
+    assert "a\\u202eb\\x1bc\\udc80d" in page
+    page.encode()

@@ -18,10 +18,10 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import SourceProblem, image_digest, load_samples
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.building import build_dataset
-from fqgan_dist.sharding.listing import printable
 from fqgan_dist.sharding.plan import ShardingConfig
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.terminal import printable
 
 _CLEAN = [
     "cat",

@@ -25,6 +25,7 @@ from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.plan import ShardingConfig, make_keys, plan_dataset
+from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.problems import load_problems
 from fqgan_dist.sharding.sources.opening import open_source
 from fqgan_dist.storage.storage import Storage
@@ -586,3 +587,17 @@ def test_real_class_folders_of_two_splits_get_the_same_labels(test_data_dir: Pat
     with open_source(str(folder / "train.tar.gz")) as source:
         assert val.classes == source.class_names()
     assert (val.num_samples, val.num_classes, report.problems) == (1000, 20, [])
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_the_setting_that_differs_is_named(folder: Path, tmp_path: Path, is_finished: bool):
+    destination = tmp_path / "out"
+    build(folder, destination, make_config(samples_per_shard=3))
+    if not is_finished:
+        (destination / "index.json").unlink()
+    other = make_config(samples_per_shard=4)
+    with pytest.raises(DataError, match=r"samples_per_shard: 3 there, 4 here"):
+        build(folder, destination, other)
+    # And before a source is opened, which may have to be unpacked.
+    with pytest.raises(DataError, match=r"samples_per_shard: 3 there, 4 here"):
+        check_settings(Storage(destination), other)

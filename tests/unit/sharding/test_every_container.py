@@ -27,6 +27,7 @@ from support.source_files import png, tar_bytes, write_files, write_tar
 
 from fqgan_dist.data.index import image_digest
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding import problems
 from fqgan_dist.sharding.droppings import REASON
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.listing import SourceListing, class_of
@@ -61,6 +62,19 @@ def test_classes_and_labels_are_the_same(
             (expected.index(name), image_digest(data)) for name, data in images
         }
         assert source.problems == []
+
+
+@pytest.mark.parametrize("kind", sorted(CONTAINERS))
+def test_a_source_of_hardly_anything_but_problems_is_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problems, "_MAX_PROBLEMS", 20)
+    images = [("a", png(1)), *((f"b{number}", b"") for number in range(40))]
+    with (
+        pytest.raises(DataError, match=r"[0-9]+ members that are no usable images beside"),
+        open_source(str(CONTAINERS[kind](tmp_path / "x", images))),
+    ):
+        pass
 
 
 @in_every_container

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.containers import CONTAINERS
 from support.observers import RecordingObserver
 from support.source_files import png, special_member, tar_bytes, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.links import LEADS_OUT
 
 TWO_IMAGES = [("b/2.png", png(2)), ("a/1.JPEG", png(1))]
 
@@ -61,6 +64,54 @@ def test_a_folder_is_listed_like_a_tar(tmp_path: Path):
             "a/lost.png": "refused",
             "empty": "skipped",
         }
+
+
+def test_links_of_a_folder_stay_within_it_or_are_refused_by_name(tmp_path: Path):
+    outside = write_files(tmp_path / "outside", [("c/9.png", png(9))])
+    root = write_files(tmp_path / "set", [("train/a/1.png", png(1)), ("pool/2.png", png(2))])
+    train = root / "train"
+    (train / "b").symlink_to("../pool")
+    (train / "a" / "2.png").symlink_to("../../pool/2.png")
+    (train / "a" / "secret.png").symlink_to(outside / "c" / "9.png")
+    (train / "a" / "round.png").symlink_to("round.png")
+    (train / "c").symlink_to(outside / "c")
+    (train / "d").symlink_to("d")
+    os.mkfifo(train / "a" / "pipe.png")
+    with open_source(str(root), subfolder="train") as source:
+        assert source.names == ["a/1.png", "a/2.png", "b/2.png"]
+        assert [source.read(row) for row in range(3)] == [png(1), png(2), png(2)]
+        broken = "not a file: a broken link, or a circle of links"
+        assert {problem.name: problem.reason for problem in source.problems} == {
+            "a/secret.png": LEADS_OUT,
+            "a/round.png": broken,
+            "a/pipe.png": "not a file: a device, pipe or socket",
+            "c": LEADS_OUT,
+            "d": broken,
+        }
+        assert {problem.action for problem in source.problems} == {"refused"}
+    with open_source(str(train)) as source:
+        assert source.names == ["a/1.png"]
+        assert {"a/2.png", "b"} < {problem.name for problem in source.problems}
+
+
+def test_a_listed_file_that_becomes_a_link_is_not_followed(tmp_path: Path):
+    write_files(tmp_path, [("set/a/1.png", png(1)), ("outside.png", png(2))])
+    with open_source(str(tmp_path / "set")) as source:
+        (tmp_path / "set" / "a" / "1.png").unlink()
+        (tmp_path / "set" / "a" / "1.png").symlink_to(tmp_path / "outside.png")
+        with pytest.raises(DataError, match="leads out"):
+            source.read(0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "packed tar", "zip", "parquet", "manifest"])
+def test_a_source_that_is_named_may_be_a_link(tmp_path: Path, kind: str):
+    path = CONTAINERS[kind](tmp_path / "blobs", [("a", png(1)), ("b", png(2))])
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / f"train{''.join(path.suffixes)}"
+    link.symlink_to(path)
+    options = {"root": str(path.parent)} if kind == "manifest" else {}
+    with open_source(str(link), **options) as source:
+        assert [source.read(row) for row in range(2)] == [png(1), png(2)]
 
 
 def test_a_subfolder_holds_the_classes(tmp_path: Path):
@@ -268,8 +319,8 @@ def test_unpacking_is_reported_to_its_end(tmp_path: Path):
     [
         ("pipe:touch canary", "unknown scheme, and nothing is run"),
         ("http://host/x.tar", "unknown scheme"),
-        ("s3://key:secret@bucket/x.tar", "credentials or a port in the URI"),
-        ("s3://key:secret@bucket/", "credentials or a port in the URI"),
+        ("s3://key:secret@bucket/x.tar", "source: holds credentials"),
+        ("s3://key:secret@bucket/", "source: holds credentials"),
     ],
 )
 def test_other_urls_are_refused(tmp_path: Path, monkeypatch, uri: str, message: str):

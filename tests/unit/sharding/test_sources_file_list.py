@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ from support.layouts import write_zip
 from support.source_files import png, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.sharding.class_files import read_classes
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.storage.links import LEADS_OUT
 
 FILES = [("a/1.png", png(1)), ("deep/down/2.png", png(2))]
 TABLES = {
@@ -37,6 +40,28 @@ def test_a_manifest_may_lie_elsewhere_than_its_files(tmp_path: Path):
     with open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "files")) as source:
         assert source.names == ["3/a/1.png"]
         assert source.class_names() == ["0", "1", "2", "3"]
+
+
+def test_rows_lead_to_no_file_outside_and_to_no_pipe(tmp_path: Path):
+    write_files(tmp_path / "files", FILES)
+    (tmp_path / "secret.png").write_bytes(png(9))
+    (tmp_path / "files" / "a" / "out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "files" / "up").symlink_to(tmp_path)
+    (tmp_path / "files" / "in.png").symlink_to("a/1.png")
+    os.mkfifo(tmp_path / "files" / "pipe.png")
+    rows = ["a/1.png", "a/out.png", "up/secret.png", "in.png", "pipe.png"]
+    (tmp_path / "files" / "m.csv").write_text(
+        "path,class\n" + "".join(f"{row},x\n" for row in rows)
+    )
+    with open_source(str(tmp_path / "files" / "m.csv")) as source:
+        assert source.names == ["x/a/1.png", "x/in.png"]
+        assert {problem.name: problem.reason for problem in source.problems} == {
+            "a/out.png": LEADS_OUT,
+            "up": LEADS_OUT,
+            "up/secret.png": LEADS_OUT,
+            "m.csv": "1 images are in no row: deep/down/2.png",
+            "pipe.png": "not a file: a device, pipe or socket",
+        }
 
 
 def test_keys_are_kept(tmp_path: Path):
@@ -237,3 +262,24 @@ def test_a_root_is_a_folder_tar_or_zip(tmp_path: Path):
         open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "gone")).__enter__()
     with pytest.raises(ConfigError, match=r"root: .*m\.csv: not a folder, tar or zip"):
         open_source(str(tmp_path / "m.csv"), root=str(tmp_path / "m.csv")).__enter__()
+
+
+@pytest.mark.parametrize("url", ["https://u:s3cr3t@h/a.jpg", "a.jpg?X-Amz-Signature=s3cr3t&b=.jpg"])
+def test_rows_with_credentials_are_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    rows = f"path,class\na.jpg,n01\n{url},n01\nb.jpg,{url.replace('/', '|')}\n"
+    (tmp_path / "m.csv").write_text(rows, encoding="utf-8")
+    (tmp_path / "b.jpg").write_bytes(b"x")
+    with open_source(str(tmp_path / "m.csv")) as source:
+        assert source.names == ["n01/a.jpg"]
+        assert len(source.problems) == 2
+        assert "s3cr3t" not in repr(source.problems)
+        assert "s3cr3t" not in repr(source.class_names())
+
+
+def test_a_list_of_classes_holds_no_credentials(tmp_path: Path) -> None:
+    file = tmp_path / "classes.txt"
+    file.write_text("n01\thttps://u:s3cr3t@h/fish\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds credentials") as caught:
+        read_classes(str(file))
+    assert "s3cr3t" not in str(caught.value)

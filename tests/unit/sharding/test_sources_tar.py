@@ -72,7 +72,10 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path):
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**30
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
-    with pytest.raises(DataError, match="a header of 8589934592 bytes"), open_source(str(path)):
+    with (
+        pytest.raises(DataError, match="an extended header of 8589934592 bytes"),
+        open_source(str(path)),
+    ):
         pass
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +90,24 @@ def publish(storage: Storage, index: DatasetIndex) -> None:
 
 
 @pytest.mark.parametrize("is_deep", [False, True])
+def test_what_never_ends_or_lies_elsewhere_is_damage(dataset: Storage, is_deep: bool) -> None:
+    shards = entries(dataset)
+    names = [shards[0].file, shards[1].samples_file, shards[2].file, "plan.parquet"]
+    root = Path(dataset.root)
+    for name in names:
+        (root / name).rename(root.parent / name)
+    (root / names[0]).symlink_to("/dev/zero")
+    (root / names[1]).symlink_to(root.parent / names[1])
+    os.mkfifo(root / names[2])
+    (root / names[3]).symlink_to("/dev/zero")
+    reasons = found(verify(dataset, is_deep=is_deep))
+    for name, words in zip(
+        names, ("leads out", "leads out", "a device, pipe", "leads out"), strict=True
+    ):
+        assert words in reasons[name]
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
 def test_a_whole_dataset_is_whole(dataset: Storage, is_deep: bool) -> None:
     report = verify(dataset, is_deep=is_deep)
     assert (report.damages, report.unlisted_files, report.num_shards) == ([], [], 3)
@@ -113,8 +132,8 @@ class _NoisyWay(Storage):
     def open_read(self, path: str) -> BinaryIO:
         return io.BytesIO(self._spoil(path, super().read_bytes(path)))
 
-    def read_bytes(self, path: str, **part: int | None) -> bytes:
-        data = super().read_bytes(path, **part)  # pyright: ignore[reportArgumentType]
+    def read_limited(self, path: str, max_bytes: int) -> bytes:
+        data = super().read_limited(path, max_bytes)
         return self._spoil(path, data) if path.endswith(".samples.parquet") else data
 
     def _spoil(self, path: str, data: bytes) -> bytes:

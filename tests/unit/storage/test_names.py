@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fqgan_dist.storage.names import find_scheme, holds_credentials, is_remote, split_bucket
+from fqgan_dist.storage.names import find_scheme, is_remote, split_bucket
 
 
 @pytest.mark.parametrize(
@@ -33,16 +33,3 @@ def test_what_has_a_scheme_is_remote(uri: str, scheme: str | None) -> None:
 )
 def test_a_bucket_is_split_from_its_key(uri: str, parts: tuple[str, str]) -> None:
     assert split_bucket(uri) == parts
-
-
-@pytest.mark.parametrize(
-    ("uri", "expected"),
-    [
-        ("s3://key:secret@bucket/a", True),
-        ("https://user@host/a", True),
-        ("s3://bucket/a@b", False),
-        ("/home/a@b/c", False),
-    ],
-)
-def test_credentials_in_a_uri_are_seen(uri: str, expected: bool) -> None:
-    assert holds_credentials(uri) == expected

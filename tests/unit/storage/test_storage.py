@@ -46,16 +46,18 @@ def test_walk_gives_what_a_bucket_would(storage: Storage, tmp_path: Path) -> Non
     names = ["a-b", "a/x", "a/y/z", "a.b", "b", "\u00e4", "\U0001f600", "\uff5e"]
     for name in names:
         storage.write_bytes(name, name.encode())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "linked").write_bytes(b"12")
     root = Path(storage.root)
-    (root / "a" / "link").symlink_to(other)
+    (root / "a" / "link").symlink_to(root / "c")
+    (root / "c").mkdir()
+    (root / "c" / "linked").write_bytes(b"12")
     (root / "broken").symlink_to(tmp_path / "nothing")
     os.mkfifo(root / "pipe")
     (root / "empty").mkdir()
     (root / "a" / ".x.writing-0123").write_bytes(b"of a killed writer")
-    expected = [(name, len(name.encode())) for name in names] + [("a/link/linked", 2)]
+    expected = [(name, len(name.encode())) for name in names] + [
+        ("a/link/linked", 2),
+        ("c/linked", 2),
+    ]
     assert list(storage.walk()) == sorted(expected, key=lambda entry: os.fsencode(entry[0]))
     assert list(storage.walk("a")) == [("link/linked", 2), ("x", 3), ("y/z", 5)]
     assert list(storage.walk("none")) == list(storage.walk("b")) == []

@@ -13,6 +13,7 @@ import pytest
 from support.small_s3 import ErrorAnswer, SmallS3, run_small_s3, set_credentials
 
 from fqgan_dist.errors import ConfigError, DataError
+from fqgan_dist.storage.endpoint import find_endpoint
 from fqgan_dist.storage.storage import Storage
 
 CALLS: dict[str, Callable[[Storage], object]] = {
@@ -102,6 +103,18 @@ def test_absent_credentials_are_said(
     for call in CALLS.values():
         with pytest.raises(DataError, match=r"Unable to locate credentials.*AWS_ACCESS_KEY_ID"):
             call(storage)
+
+
+def test_the_endpoint_of_s3_goes_before_that_of_all_services(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_credentials(monkeypatch, "http://elsewhere")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "ftp://host")
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL_S3: is no plain address"):
+        storage.read_bytes("x")
+    assert find_endpoint() == ("AWS_ENDPOINT_URL_S3", "ftp://host")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")  # as if it were not set
+    assert find_endpoint() == ("AWS_ENDPOINT_URL", "http://elsewhere")
 
 
 @pytest.mark.parametrize(

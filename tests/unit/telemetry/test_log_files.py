@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import subprocess
@@ -133,3 +134,21 @@ logging.getLogger("fqgan_dist").info("the last line")
     )
     assert done.returncode == 0, done.stderr
     assert "the last line" in (tmp_path / "log").read_text()
+
+
+def test_a_full_disk_is_said_once_and_fails_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = open_log_file(Storage(tmp_path), "driver")
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(handler, "flush", refuse)
+    for _ in range(3):
+        handler.handle(logging.makeLogRecord({"msg": "lost"}))
+    shown = capsys.readouterr().err
+    assert shown.count("lines of the log are lost ([Errno 28] No space left on device)") == 1
+    assert "Traceback" not in shown
+    monkeypatch.undo()
+    handler.close()

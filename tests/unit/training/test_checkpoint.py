@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,32 @@ def test_a_damaged_commit_record_is_named_and_stepped_over(
         assert _is_step(fresh.load_latest(), 1)
     assert str(path) in caplog.text
     assert any(str(path) in problem for problem in fresh.verify())
+
+
+@pytest.mark.parametrize("kind", ["brackets", "device", "pipe", "endless", "other", "NaN"])
+def test_one_hostile_object_among_the_commits_is_named_and_stepped_over(
+    store: CheckpointStore, tmp_path: Path, kind: str
+) -> None:
+    _save_all(store, 1, 2)
+    path = tmp_path / PREFIX / "commits" / "0000000009.json"
+    match kind:
+        case "brackets":
+            path.write_text("[" * 100_000)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "pipe":
+            os.mkfifo(path)
+        case "endless":
+            path.write_bytes(b"{")
+            os.truncate(path, 2**42)
+        case "NaN":
+            path.write_text('{"content": NaN, "sha256": 5}')
+        case _:
+            path.write_text('{"content": {"kind": "\\u001b[2J"}, "sha256": {}}')
+    fresh = CheckpointStore(Storage(tmp_path), PREFIX)
+    assert [commit.step for commit in fresh.list_commits()] == [1, 2]
+    assert _is_step(fresh.load_latest(), 2)
+    assert [str(path) in problem for problem in fresh.verify()] == [True]
 
 
 def test_training_goes_on_after_a_damaged_commit_record(

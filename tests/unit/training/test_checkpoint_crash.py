@@ -61,6 +61,9 @@ class FaultyStorage(Storage):
         read = super().read_bytes
         return self._fault.run(lambda: read(path, offset=offset, length=length))
 
+    def read_limited(self, path: str, max_bytes: int) -> bytes:
+        return self._fault.run(lambda: super(FaultyStorage, self).read_limited(path, max_bytes))
+
     def open_read(self, path: str) -> BinaryIO:
         return self._fault.run(lambda: super(FaultyStorage, self).open_read(path))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,31 @@ def test_every_damage_is_reported_by_file(tmp_path: Path) -> None:
     ):
         assert str(paths[part]) in problem
         assert words in problem
+
+
+def test_a_part_that_leads_elsewhere_or_never_ends_is_damage(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "run")
+    parts = {name: {"x": torch.ones(8)} for name in ("device", "pipe", "outside", "endless")}
+    files = write_images(storage, "step", HostStaging(0).copy(parts))
+    paths = {file.part: tmp_path / "run" / "step" / file.file for file in files}
+    paths["outside"].rename(tmp_path / "x")
+    paths["outside"].symlink_to(tmp_path / "x")
+    for part in ("device", "pipe"):
+        paths[part].unlink()
+    paths["device"].symlink_to("/dev/zero")
+    os.mkfifo(paths["pipe"])
+    os.truncate(paths["endless"], 2**42)
+    problems = find_damage(storage, "step", files)
+    for problem, file, words in zip(
+        problems,
+        files,
+        ("leads out", "a device, pipe", "leads out", f"{2**42} bytes where"),
+        strict=True,
+    ):
+        assert str(paths[file.part]) in problem
+        assert words in problem
+        with pytest.raises(CheckpointError, match=r"leads out|a device, pipe|more than"):
+            read_tensors(storage, "step", [file], None)
 
 
 def test_a_dtype_that_cannot_be_stored_is_refused() -> None:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fqgan_dist.errors import ConfigError
+from fqgan_dist.orchestration.socket_paths import (
+    FOLDER_VARIABLES,
+    check_socket_paths,
+    max_folder_bytes,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FOLDER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_default_has_room() -> None:
+    check_socket_paths()
+
+
+@pytest.mark.parametrize("name", FOLDER_VARIABLES)
+def test_a_folder_with_a_long_path_is_refused_with_the_length(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "/" + "x" * (max_folder_bytes() - 1) + "/")
+    check_socket_paths()
+    # Two bytes each: what counts is bytes.
+    monkeypatch.setenv(name, "/" + "é" * (max_folder_bytes() // 2 + 1))
+    with pytest.raises(ConfigError, match=f"{name}: .*expected {max_folder_bytes()} at most"):
+        check_socket_paths()
+
+
+def test_rays_own_variable_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 200)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    check_socket_paths()
+
+
+def test_a_relative_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "tmp")
+    with pytest.raises(ConfigError, match="no absolute path"):
+        check_socket_paths()
+
+
+def test_ray_allows_what_is_allowed_here() -> None:
+    utils = pytest.importorskip("ray._private.utils")
+    folder = "/" + "x" * (max_folder_bytes() - 1)
+    session = f"session_2026-11-28_21-06-04_123456_{os.getpid()}"
+    utils.validate_socket_filepath(f"{folder}/ray/{session}/sockets/plasma_store")
+    with pytest.raises(OSError, match="AF_UNIX"):
+        utils.validate_socket_filepath(f"{folder}x/ray/{session}/sockets/plasma_store")
