@@ -110,10 +110,12 @@ def _write_out(column: pa.ChunkedArray, kind: pa.DataType, limit: int) -> pa.Chu
     if not pa.types.is_dictionary(column.type):
         return column.cast(kind)
     column.validate(full=True)  # no place beyond the dictionary
-    num_bytes = sum(
-        pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
-        for chunk in column.chunks
-    )
+    num_bytes = sum(map(_count_text_bytes, column.chunks))
     if num_bytes > limit:
         raise ValueError(f"texts of {num_bytes} bytes; expected at most {limit}")
     return column.cast(kind)
+
+
+def _count_text_bytes(chunk: pa.DictionaryArray) -> int:
+    lengths = pc.call_function("binary_length", [chunk.dictionary]).take(chunk.indices)
+    return pc.call_function("sum", [lengths]).as_py() or 0

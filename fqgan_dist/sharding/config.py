@@ -23,6 +23,10 @@ class SourceOptions(Config):
     """What the source is: `folder` (class folders), `tar` (holding class folders, or a tar of each
     class), `zip`, `webdataset` (shards), `parquet`, `manifest` (a list of images and their classes:
     CSV, TSV, JSONL, or text with a line per image); `auto` tells by its name and content."""
+    files: str | None = None
+    """Which files of the source are read: names with `*`, `?`, `[...]`, `{a,b}` or `{000..146}`. Of
+    a folder of archives, shards, tables or lists these are its files, else the images, by
+    `class/name`; None: all of the split."""
     subfolder: str = ""
     """Folder inside a folder, tar or zip that holds the class folders, or the images of a manifest;
     the rest is ignored."""

@@ -8,7 +8,6 @@ interrupted leaves the folder as it was, or with tables that the next one finds 
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,20 +35,20 @@ from fqgan_dist.data.index import (
 from fqgan_dist.data.prefetch import load_in_threads
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS
-from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.file_names import COMPRESSED_SUFFIXES, TAR_SUFFIX
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.images import describe_view_short_side
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, sort_problems
 from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
 from fqgan_dist.sharding.repeats import RepeatFinder
 from fqgan_dist.sharding.sample_rules import INDEXED, Labelling, SampleRules, parse_number
+from fqgan_dist.sharding.sources.shard_pattern import match_pattern
 from fqgan_dist.sharding.sources.spool import open_spool_folder
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import SILENT, Observer
 from fqgan_dist.world import World
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAX_CLASSES = 1_000_000
 _MAX_NAMED_CLASSES = 100_000
 _SHOWN_NAMES = 5
@@ -186,13 +185,9 @@ def _find_shards(folder: Storage, pattern: str) -> dict[str, int]:
         DataError: there are none, or their names or kinds are not usable.
     """
     found = folder.list()
-    names = [
-        name
-        for name in found
-        if name.endswith(".tar") and fnmatch.fnmatchcase(name, pattern) and not is_dropping(name)
-    ]
+    names = [name for name in match_pattern(pattern, found)[0] if name.endswith(TAR_SUFFIX)]
     if not names:
-        compressed = [name for name in found if name.endswith(_COMPRESSED)]
+        compressed = [name for name in found if name.endswith(COMPRESSED_SUFFIXES)]
         what = f"only compressed ones ({compressed[0]} ...)" if compressed else "none"
         raise DataError(
             f"{folder.root}: expected shards {pattern!r} directly in this folder, found {what}; "

@@ -16,13 +16,11 @@ from fqgan_dist.data.index import SourceProblem, is_safe_key
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import REASON, find_dropping
+from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES, is_image_name
 from fqgan_dist.sharding.labels import is_no_label, order_classes
 from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.splits import is_split
 from fqgan_dist.terminal import printable
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Endings of image names, in small letters."""
 
 MAX_IMAGE_BYTES = 2**28
 """Largest image; ImageNet's largest has 16 MB, and a larger one would be read into memory whole."""
@@ -117,6 +115,8 @@ class SourceListing:
     """The source's own classes in the order of their labels; None: it has no such order."""
     class_descriptions: Mapping[str, str] = field(default_factory=dict)
     """Readable names of classes that the source brings."""
+    other_splits: frozenset[str] = frozenset()
+    """Usual names of the splits of which the source has images that are not listed here."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -430,11 +430,6 @@ def is_folder_of_images(folder: str) -> bool:
     """
     class_name, _, rest = folder.partition("/")
     return rest == _IMAGES_FOLDER and not is_split(class_name)
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a name ends as those of images do."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def find_danger(name: str) -> str | None:

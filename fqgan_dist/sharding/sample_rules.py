@@ -13,8 +13,9 @@ from pydantic import field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES
 from fqgan_dist.sharding.labels import class_from_value, is_no_label
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, show_name
+from fqgan_dist.sharding.listing import show_name
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
 from fqgan_dist.storage.documents import parse_json
 

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from webdataset.tariterators import base_plus_ext
 
@@ -289,4 +289,4 @@ HeaderT = TypeVar("HeaderT", bound=BoundedHeader)
 
 def make_header_type(base: type[HeaderT]) -> type[HeaderT]:
     """Make a class of its own for a scan: tarfile wants a class, and it holds the scan's state."""
-    return type(base.__name__, (base,), {})
+    return cast("type[HeaderT]", type(base.__name__, (base,), {}))

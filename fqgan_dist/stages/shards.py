@@ -23,7 +23,7 @@ from fqgan_dist.sharding.plan import ShardingConfig, check_classes
 from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
-from fqgan_dist.sharding.sources.splits import HELD_OUT_WORDS, find_held_out_split
+from fqgan_dist.sharding.sources.splits import find_sources_beside, find_split_folder
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.data_checks import check_sizes
 from fqgan_dist.stages.stage import (
@@ -202,8 +202,10 @@ def _open_splits(context: RunContext) -> Iterator[dict[str, SourceListing]]:
         train_uri, val_uri = _locate_splits(data.source, data.validation_source)
         options = data.source_options.model_dump(exclude_defaults=True)
         train = stack.enter_context(open_source(train_uri, split="train", **options))
-        own = find_held_out_split(train_uri) if val_uri is None else None
-        if val_uri is None and own is None:
+        own = next((name for name in ("val", "test") if name in train.other_splits), None)
+        if val_uri is not None:
+            own = None
+        elif own is None:
             yield _hold_out(train, data.validation_fraction, data.seed)
             return
         if data.validation_source is not None:
@@ -230,15 +232,11 @@ def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str
         ConfigError: there are several beside the training images.
     """
     source = source.rstrip("/")  # `DIR/train/` is called `train` too
-    train = f"{source}/train" if folder_exists(f"{source}/train") else source
+    chosen = find_split_folder(source, "train")[0] if folder_exists(source) else None
+    train = source if chosen is None else f"{source}/{chosen}"
     if validation_source is not None:
         return train, validation_source
-    head, _, name = train.rpartition("/")
-    if not name.startswith("train"):
-        return train, None
-    rest = name.removeprefix("train")
-    names = [f"{head}/{word}{rest}" if head else f"{word}{rest}" for word in HELD_OUT_WORDS]
-    found = [val for val in names if source_exists(val)]
+    found = find_sources_beside(train)
     if len(found) > 1:
         raise ConfigError(
             f"data.validation_source: beside {train!r} are {', '.join(map(repr, found))}; name the "

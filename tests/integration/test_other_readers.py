@@ -21,7 +21,7 @@ from data_tools.cli import main
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.tar_iteration import iterate_shard
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES
+from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES
 from fqgan_dist.sharding.problems import load_problems
 from fqgan_dist.storage.storage import Storage
 

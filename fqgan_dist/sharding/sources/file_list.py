@@ -23,12 +23,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
+from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES, is_image_name
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
-from fqgan_dist.sharding.listing import IMAGE_SUFFIXES, find_danger, is_image_name
+from fqgan_dist.sharding.listing import find_danger
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.telemetry.progress import ProgressBar
-
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 
 _TEXT_SUFFIX = ".txt"
 _JSON_SUFFIXES = (".jsonl", ".ndjson")

@@ -15,10 +15,34 @@ _THROUGH_ARCHIVE = r"\.(zip|tar|tgz|tar\.[a-z0-9]+)/"
 
 def source_exists(uri: str) -> bool:
     """Whether a file, a folder, or one file of a pattern is there."""
+    return any(map(_source_exists, expand_folders(uri)))
+
+
+def _source_exists(uri: str) -> bool:
     storage, name = locate_file(uri.rstrip("/"))
     if is_pattern(uri):
         return bool(match_pattern(name, storage.list())[0])
     return storage.exists(name) or folder_exists(uri) or find_archive(uri) is not None
+
+
+def expand_folders(uri: str) -> list[str]:
+    """Give the URIs that a URI with patterns in its folders stands for: `{a,b}/x-*.tar`.
+
+    Raises:
+        DataError: there are no such folders.
+    """
+    head, slash, last = uri.rstrip("/").rpartition("/")
+    folders = head.split("/")
+    first = next((at for at, name in enumerate(folders) if is_pattern(name)), None)
+    if first is None or folder_exists(head):
+        return [uri]
+    start = "/".join(folders[:first])
+    names, _ = match_pattern(folders[first], Storage(start or slash).list() if first else ())
+    rest = "/".join([*folders[first + 1 :], last])
+    found = [f"{start}/{name}/{rest}" for name in names]
+    if not found:
+        raise DataError(f"{uri}: no folder is called {folders[first]!r} there; correct the pattern")
+    return [each for name in found for each in expand_folders(name)]
 
 
 def find_archive(uri: str) -> str | None:

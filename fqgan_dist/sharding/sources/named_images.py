@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.file_names import is_image_name
 from fqgan_dist.sharding.listing import (
     NO_IMAGE_NAME,
     ImageReader,
@@ -14,7 +15,6 @@ from fqgan_dist.sharding.listing import (
     Place,
     SourceKind,
     SourceListing,
-    is_image_name,
 )
 from fqgan_dist.sharding.sources.file_list import ImageList, ImageRow
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.file_names import PARQUET_SUFFIX, is_image_name
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import (
     MAX_IMAGE_BYTES,
@@ -27,21 +28,18 @@ from fqgan_dist.sharding.listing import (
     SourceListing,
     find_danger,
     find_fault_of_class,
-    is_image_name,
 )
 from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
-from fqgan_dist.sharding.sources.splits import choose_files
+from fqgan_dist.sharding.sources.splits import ChosenFiles, choose_files
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
 from fqgan_dist.terminal import printable
-
-PARQUET_SUFFIX = ".parquet"
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 _CLASS_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
@@ -69,7 +67,7 @@ def open_parquet(
         ConfigError: the columns cannot be told.
         DataError: a file is missing or damaged, or there is no image.
     """
-    storage, files = _find_files(uri, split)
+    storage, (files, other_splits) = _find_files(uri, split)
     columns = _choose_columns(uri, _read_schema(storage, files[0]), options)
     rows = _Rows()
     with open_spool_folder() as folder:
@@ -79,13 +77,14 @@ def open_parquet(
                 write_spool_file(folder / _spool_name(file), images, uri=uri)
         builder = ListingBuilder(uri, expected="rows with an image and a class")
         _add_rows(rows, builder, has_keys=columns.key is not None)
-        yield builder.build(
+        listing = builder.build(
             "parquet",
             RangeReader(Storage(folder)),
             is_shared_by_nodes=False,
             classes=columns.class_names,
             class_descriptions=columns.class_descriptions,
         )
+        yield replace(listing, other_splits=frozenset(other_splits))
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,13 @@ class _Rows:
     odd: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _find_files(uri: str, split: str) -> tuple[Storage, list[str]]:
+def _find_files(uri: str, split: str) -> tuple[Storage, ChosenFiles]:
     if is_pattern(uri):
-        return locate_files(uri)
+        storage, names = locate_files(uri)
+        return storage, choose_files(uri, names, split)
     if uri.endswith(PARQUET_SUFFIX):
         storage, name, _ = locate_existing_file(uri)
-        return storage, [name]
+        return storage, ChosenFiles([name], ())
     storage = Storage(uri)
     names = [
         name for name in storage.list() if name.endswith(PARQUET_SUFFIX) and not is_dropping(name)

@@ -1,4 +1,4 @@
-"""Patterns that stand for many files, such as `shard-{000000..000146}.tar` or `train-*.parquet`."""
+"""Patterns of many files: `shard-{000000..000146}.tar`, `train-*.parquet`, `{a,b}.zip`."""
 
 from __future__ import annotations
 
@@ -9,57 +9,74 @@ from collections.abc import Collection
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.sharding.droppings import is_dropping
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MAX_SHARDS = 1_000_000
 
 
 def is_pattern(uri: str) -> bool:
     """Whether the last part of a URI stands for several files."""
     name = uri.rpartition("/")[2]
-    return _RANGE.search(name) is not None or _is_glob(name)
+    return _BRACES.search(name) is not None or is_glob(name)
 
 
 def match_pattern(pattern: str, present: Collection[str]) -> tuple[list[str], list[str]]:
     """Find the files that a pattern stands for.
 
     Args:
-        pattern: a name with ranges, `*`, `?` or `[...]`; a file of that very name comes first.
+        pattern: a name with `{0..9}`, `{a,b}`, `*`, `?` or `[...]`; a file of that very name comes
+            first.
         present: the files that are there.
 
     Returns:
         The files, sorted, and what is missing: names of ranges, and globs that nothing matches.
     """
+    if pattern in present:
+        return [pattern], []
     found: set[str] = set()
     missing: list[str] = []
-    for name in [pattern] if pattern in present else expand_pattern(pattern):
-        matching = {name} & set(present) if not _is_glob(name) else fnmatch.filter(present, name)
+    for name in expand_pattern(pattern):
+        matching = {name} & set(present) if not is_glob(name) else fnmatch.filter(present, name)
         found.update(file for file in matching if not is_dropping(file))
         missing += [] if matching else [name]
     return sorted(found), missing
 
 
-def _is_glob(name: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Whether a pattern stands for a name; `*` stands for slashes too."""
+    return any(fnmatch.fnmatchcase(name, each) for each in expand_pattern(pattern))
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name stands for what happens to be there, not for certain names."""
     return any(character in name for character in "*?[")
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Give the names that a pattern with `{000..146}` stands for, as many digits each.
+    """Give the names that braces stand for: `{000..146}`, of as many digits each, or `{a,b}`.
 
     Raises:
         ConfigError: a range is backwards, or the pattern stands for too many names.
     """
-    found = _RANGE.search(pattern)
+    found = _BRACES.search(pattern)
     if found is None:
         return [pattern]
+    head, tail = pattern[: found.start()], expand_pattern(pattern[found.end() :])
+    if found[3] is None:
+        values = _expand_range(pattern, found)
+    else:
+        values = [value.strip() for value in found[3].split(",")]
+    names = [head + value for value in values]
+    if len(names) * len(tail) > _MAX_SHARDS:
+        raise ConfigError(f"source {pattern!r}: stands for more than {_MAX_SHARDS} shards")
+    return [name + rest for name in names for rest in tail]
+
+
+def _expand_range(pattern: str, found: re.Match[str]) -> list[str]:
     first, last = int(found[1]), int(found[2])
     if not 0 <= last - first < _MAX_SHARDS:
         raise ConfigError(
             f"source {pattern!r}: {found[0]} stands for {last - first + 1} shards; expected "
             f"1 to {_MAX_SHARDS}"
         )
-    head, tail = pattern[: found.start()], expand_pattern(pattern[found.end() :])
     width = len(found[1])
-    names = [f"{head}{number:0{width}d}" for number in range(first, last + 1)]
-    if len(names) * len(tail) > _MAX_SHARDS:
-        raise ConfigError(f"source {pattern!r}: stands for more than {_MAX_SHARDS} shards")
-    return [name + rest for name in names for rest in tail]
+    return [f"{number:0{width}d}" for number in range(first, last + 1)]

@@ -1,18 +1,18 @@
-"""Which split the files of a source belong to, where their names say so."""
+"""Which split the files and folders of a source belong to, where their names say so."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
-from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.sharding.sources.locations import folder_exists
-from fqgan_dist.storage.storage import Storage
-
-HELD_OUT_WORDS = ("val", "valid", "validation", "test")
-"""What folders and files of held-out images are called."""
+from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.file_names import ARCHIVE_SUFFIXES, LIST_SUFFIXES, is_image_name
+from fqgan_dist.sharding.sources.shard_pattern import is_glob, is_pattern
+from fqgan_dist.storage.storage import Storage, locate_file
 
 _NAMES = {
     "train": "train",
@@ -23,7 +23,10 @@ _NAMES = {
     "dev": "val",
     "test": "test",
 }
-_SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(_NAMES)})(?=$|[-_.\d])", re.IGNORECASE)
+_SPLIT = re.compile(rf"(?:^|(?<=[-_.]))({'|'.join(_NAMES)})(?=$|[-_.{{*?\d])", re.IGNORECASE)
+_ENDINGS = (*ARCHIVE_SUFFIXES, *LIST_SUFFIXES)
+_COUNT = re.compile(r"\{\d+\.\.\d+\}|[*?\d]+")
+_EXAMINED_NAMES = 20
 _SHOWN_NAMES = 3
 
 logger = logging.getLogger(__name__)
@@ -45,46 +48,148 @@ def split_of(file: str) -> str | None:
     return name_split(found[1]) if found else None
 
 
-def choose_files(uri: str, files: Sequence[str], split: str) -> list[str]:
+class ChosenFiles(NamedTuple):
+    """The files of one split."""
+
+    files: list[str]
+    """Their names."""
+    other_splits: Collection[str]
+    """The usual names of the splits whose files lie beside them."""
+
+
+def choose_files(uri: str, files: Sequence[str], split: str) -> ChosenFiles:
     """Keep the files of a split, where there are files of several.
 
     Args:
-        uri: the folder, for messages.
-        files: names of the files in it.
+        uri: the folder, or a pattern; where it names each file, all are meant.
+        files: names of the files.
         split: the split that is asked for.
 
     Raises:
         ConfigError: none is of this split, or some do not say what they are of.
     """
+    found = group_by_split(files)
+    are_named = is_pattern(uri) and not is_glob(uri.rpartition("/")[2])
+    if len(found) <= 1 or are_named:
+        return ChosenFiles(list(files), ())
+    chosen = found.get(name_split(split))
+    if chosen is None or None in found:
+        raise ConfigError(
+            f"{uri}: holds files of several splits ({describe_splits(found)}), asked for is "
+            f"{split!r}; name the files with a pattern such as train-*.parquet or "
+            "train-{0000..0146}.tar"
+        )
+    others = sorted(str(name) for name in found if name != name_split(split))
+    logger.info(
+        "%s: %d files of %s are read; those of %s are not",
+        uri,
+        len(chosen),
+        split,
+        ", ".join(others),
+    )
+    return ChosenFiles(chosen, others)
+
+
+def group_by_split(files: Iterable[str]) -> dict[str | None, list[str]]:
+    """Give the files of each split; None: those that do not say what they are of."""
     found: dict[str | None, list[str]] = {}
     for file in files:
         found.setdefault(split_of(file), []).append(file)
-    if len(found) <= 1:
-        return list(files)
-    chosen = found.get(name_split(split))
-    if chosen is None or None in found:
-        shown = "; ".join(
-            f"{name or 'no split'}: {len(names)} ({', '.join(names[:_SHOWN_NAMES])} ...)"
-            for name, names in sorted(found.items(), key=lambda item: str(item[0]))
-        )
-        raise ConfigError(
-            f"{uri}: holds files of several splits ({shown}), asked for is {split!r}; name the "
-            "files with a pattern such as train-*.parquet or train-{0000..0146}.tar"
-        )
-    others = ", ".join(sorted(str(name) for name in found if name != name_split(split)))
-    logger.info("%s: %d files of %s are read; those of %s are not", uri, len(chosen), split, others)
-    return chosen
+    return found
 
 
-def find_held_out_split(uri: str) -> str | None:
-    """Say which files of a folder of shards or tables are held out beside those for training.
+def describe_splits(found: dict[str | None, list[str]]) -> str:
+    """Name the splits that were found, with examples, for an error."""
+    return "; ".join(
+        f"{name or 'no split'}: {len(names)} ({', '.join(names[:_SHOWN_NAMES])} ...)"
+        for name, names in sorted(found.items(), key=lambda item: str(item[0]))
+    )
+
+
+def find_sources_beside(uri: str) -> list[str]:
+    """Find what is called like a training set, but held out: `x-val-*.tar` beside `x-train-*.tar`.
+
+    Args:
+        uri: a folder, an archive, a list, or a pattern of several files.
 
     Returns:
-        `val`, or `test` where there is no `val`; None where all are of one split, and where an
-        index says that all belong together.
+        The sources, as patterns where there are several files of one; none if the name does not say
+        that it is of training images.
     """
-    files = Storage(uri).list() if folder_exists(uri) else []
-    if INDEX_NAME in files:
-        return None
-    splits = {split_of(file) for file in files if file.endswith((".tar", ".parquet"))}
-    return next((name for name in ("val", "test") if {"train", name} <= splits), None)
+    uri = uri.rstrip("/")
+    storage, name = locate_file(uri)
+    if split_of(name) != "train":
+        return []
+    start = uri[: len(uri) - len(name)]
+    shape = _Shape.of(name)
+    found: dict[_Shape, dict[str, list[str]]] = {}
+    for other in storage.list():
+        if split_of(other) not in ("val", "test") or is_dropping(other):
+            continue
+        other_shape = _Shape.of(other)
+        if (other_shape.stem, other_shape.is_list) == (shape.stem, shape.is_list):
+            files = found.setdefault(other_shape, {})
+            files.setdefault(_COUNT.sub("*", other), []).append(other)
+    # A set and its archive may lie side by side: one of the same kind goes first.
+    chosen = {shape: found[shape]} if shape in found else found
+    return sorted(
+        start + (pattern if len(names) > 1 else names[0])
+        for files in chosen.values()
+        for pattern, names in files.items()
+    )
+
+
+class _Shape(NamedTuple):
+    """What names of the same data of several splits have in common."""
+
+    stem: str
+    ending: str
+    is_list: bool
+
+    @staticmethod
+    def of(name: str) -> _Shape:
+        ending = next((end for end in _ENDINGS if name.lower().endswith(end)), "")
+        stem = name[: len(name) - len(ending)]
+        stem = _COUNT.sub("#", _SPLIT.sub("#", stem, count=1)).lower()
+        return _Shape(stem, ending, ending in LIST_SUFFIXES)
+
+
+def find_split_folder(uri: str, split: str) -> tuple[str | None, list[str]]:
+    """Find the folder of a split below a folder that has some of several.
+
+    Returns:
+        Its name, None if the folder has none, or if what is called so are classes; and the usual
+        names of the splits beside it.
+
+    Raises:
+        ConfigError: there is none of this split but others, or several, or they hold images and no
+            classes.
+    """
+    storage = Storage(uri)
+    names = [name for name in storage.list() if not is_dropping(name)]
+    folders = [name for name in names if is_split(name) and not storage.exists(name)]
+    if not folders:
+        return None, []
+    splits: dict[str, list[str]] = {}
+    for folder in folders:
+        splits.setdefault(name_split(folder), []).append(folder)
+    are_all = all(is_split(name) or "." in name or storage.exists(name) for name in names)
+    chosen = splits.get(name_split(split), [])
+    if not are_all and (len(splits) == 1 or not chosen):
+        return None, []
+    shown = ", ".join(folders)
+    child = storage.child(chosen[0]) if chosen else storage
+    if chosen and any(map(is_image_name, itertools.islice(child.list(), _EXAMINED_NAMES))):
+        if len(splits) == 1:
+            return None, []
+        raise ConfigError(
+            f"{uri}: holds folders that are called as splits are ({shown}), but hold images and no "
+            "classes; name the list of their classes as the source, or one of the folders with "
+            "class_key=none; if they are classes, say so with format=folder"
+        )
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"{uri}: holds folders of the splits {shown}, asked for is {split!r}; name one of them "
+            "as the source"
+        )
+    return chosen[0], sorted(splits.keys() - {name_split(split)})

@@ -17,6 +17,7 @@ from typing import BinaryIO, cast
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.config import SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.file_names import TAR_SUFFIX
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
     NewBuilder,
@@ -41,11 +42,6 @@ from fqgan_dist.sharding.tar_scanning import BoundedHeader, describe_rest, make_
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
-
-PLAIN_SUFFIX = ".tar"
-COMPRESSED_SUFFIXES = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
-)
 
 _BLOCK_BYTES = 4 * 2**20
 # Images do not become smaller: a real dataset of this size expands by less than two.
@@ -176,7 +172,7 @@ def _class_of_tar(name: str, subfolder: str) -> str | None:
         head, _, name = name.rpartition("/")
         if head != subfolder:
             return None
-    stem = name.removesuffix(PLAIN_SUFFIX)
+    stem = name.removesuffix(TAR_SUFFIX)
     # Of a dropping, `._n01440764.tar`, the builder takes care.
     is_class = stem and stem != name and "/" not in stem and not is_dropping(name)
     return stem if is_class else None
@@ -193,7 +189,7 @@ def _scan_class_tars(
 
 
 def _scan_class_tar(uri: str, storage: Storage, name: str, class_tar: _ClassTar) -> None:
-    source = f"{uri}: {class_tar.class_name}{PLAIN_SUFFIX}"
+    source = f"{uri}: {class_tar.class_name}{TAR_SUFFIX}"
     with storage.open_read(name) as file:
         for member in _iterate_members(_Section(file, class_tar.offset, class_tar.size), source):
             reason = _find_odd_kind(member)

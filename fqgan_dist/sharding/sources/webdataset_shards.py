@@ -6,8 +6,8 @@ Shards are hostile input: nothing in them is unpickled, unpacked or run (see `ta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fqgan_dist.config import parse_config
@@ -22,6 +22,7 @@ from fqgan_dist.data.index import (
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
+from fqgan_dist.sharding.file_names import TAR_SUFFIX
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
@@ -33,8 +34,6 @@ from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
-
-SHARD_SUFFIX = ".tar"
 
 _EXPECTED = "samples with an image and a class"
 _DEFAULT_CLASS_KEY = "cls"
@@ -63,6 +62,7 @@ def list_shards(
     rescan = options.class_key is not None or options.image_key is not None
     is_folder = not _names_tars(uri)
     dataset = None if rescan else _open_dataset_of(storage, shards, is_folder=is_folder)
+    other_splits: Collection[str] = ()
     if dataset is not None:
         # What lies beside a dataset, as the shards of an interrupted extension, is not part of it.
         strays = sorted(set(shards) - {entry.file for entry in dataset.index.shards})
@@ -72,21 +72,21 @@ def list_shards(
     else:
         strays = []
         builder = ListingBuilder(uri, expected=_EXPECTED)
-        if is_folder:
-            shards = choose_files(uri, shards, split)
+        shards, other_splits = choose_files(uri, shards, split)
         _list_by_scans(storage, shards, builder, options, observer)
         classes = None
     for name in odd:
         builder.skip(name, "not a shard: a plain .tar")
     for name in strays:
         builder.skip(name, f"{INDEX_NAME} beside it does not name this shard")
-    return builder.build(
+    listing = builder.build(
         "webdataset",
         RangeReader(storage),
         is_shared_by_nodes=options.is_shared or not storage.is_local,
         classes=classes,
         class_descriptions=None if dataset is None else dataset.index.class_descriptions,
     )
+    return replace(listing, other_splits=frozenset(other_splits))
 
 
 def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
@@ -95,7 +95,7 @@ def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
         return *locate_files(uri), []
     storage = Storage(uri)
     names = storage.list()
-    shards = [name for name in names if name.endswith(SHARD_SUFFIX) and not is_dropping(name)]
+    shards = [name for name in names if name.endswith(TAR_SUFFIX) and not is_dropping(name)]
     if not shards:
         raise DataError(f"{uri}: no shards; expected a folder of .tar files, or another format")
     odd = [name for name in names if name not in shards and not _COMPANIONS.fullmatch(name)]
@@ -104,7 +104,7 @@ def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
 
 def _names_tars(uri: str) -> bool:
     """Whether a URI names a shard or several by a pattern; else it names their folder."""
-    return uri.endswith(SHARD_SUFFIX)
+    return uri.endswith(TAR_SUFFIX)
 
 
 def _open_dataset_of(storage: Storage, shards: Sequence[str], *, is_folder: bool) -> Dataset | None:
@@ -188,9 +188,7 @@ def _add_sample(
     # The name is the same with and without an index, whose tables do not say what kind of image
     # a sample is.
     given_key = key if options.keep_keys else None
-    name = (
-        f"{key}.image" if options.keep_keys else f"{shard.removesuffix(SHARD_SUFFIX)}/{key}.image"
-    )
+    name = f"{key}.image" if options.keep_keys else f"{shard.removesuffix(TAR_SUFFIX)}/{key}.image"
     builder.add_labelled(class_name, name, place, key=given_key, shown_name=f"{shard}/{key}")
 
 

@@ -22,8 +22,6 @@ from fqgan_dist.sharding.sources.zip_directory import (
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 
-ZIP_SUFFIX = ".zip"
-
 # Images do not become smaller; what expands so much is no image, or a single colour.
 _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**20

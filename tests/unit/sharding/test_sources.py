@@ -351,7 +351,7 @@ def test_options_of_other_kinds_of_sources_are_errors(tmp_path: Path, option: st
 def test_a_folder_of_classes_and_tars_has_to_be_named(tmp_path: Path):
     write_files(tmp_path, TWO_IMAGES)
     write_tar(tmp_path / "left.tar", TWO_IMAGES)
-    with pytest.raises(ConfigError, match="format=folder, format=webdataset"):
+    with pytest.raises(ConfigError, match="format=folder or format=webdataset"):
         open_source(str(tmp_path)).__enter__()
     with open_source(str(tmp_path), format="folder") as source:
         assert source.names == ["a/1.JPEG", "b/2.png"]

@@ -12,7 +12,7 @@ from support.source_files import png, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
-from fqgan_dist.sharding.sources.splits import find_held_out_split, split_of
+from fqgan_dist.sharding.sources.splits import split_of
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,8 @@ def test_the_split_that_is_asked_for_is_read(
     assert "2 files of train are read; those of test, val are not" in caplog.text
     assert read(folder, "val") == read(folder, "validation") == {png(2)}
     assert read(folder, "test") == {png(3)}
-    assert find_held_out_split(str(folder)) == "val"
+    with open_source(str(folder)) as source:
+        assert source.other_splits == {"val", "test"}
 
 
 def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(folder: Path) -> None:
@@ -99,7 +100,8 @@ def test_files_of_one_split_are_all_read(
     write(tmp_path, "val-0", 0)
     write(tmp_path, "val-1", 1)
     assert read(tmp_path, "train") == {png(0), png(1)}
-    assert find_held_out_split(str(tmp_path)) is None
+    with open_source(str(tmp_path)) as source:
+        assert source.other_splits == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -110,8 +112,14 @@ def test_patterns_name_files_of_every_kind(folder: Path, pattern: str) -> None:
     assert read(folder / f"{pattern}{suffix}") == {png(0), png(1)}
 
 
-@pytest.mark.parametrize("pattern", ["y-*", "x-train-{00..02}-of-02"])
-def test_what_a_pattern_does_not_find_is_an_error(folder: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("y-*", r"no file is called 'y-\*\.\w+'; correct the pattern"),
+        ("x-train-{00..02}-of-02", r"1 of 3 files are missing: \['x-train-02-of-02\.\w+'\]"),
+    ],
+)
+def test_what_a_pattern_does_not_find_is_an_error(folder: Path, pattern: str, message: str) -> None:
     suffix = next(folder.iterdir()).suffix
-    with pytest.raises(DataError, match=r"1 of \d files are missing"):
+    with pytest.raises(DataError, match=message):
         read(folder / f"{pattern}{suffix}")

@@ -67,7 +67,7 @@ def test_validation_images_are_found_by_any_usual_name(tmp_path: Path, name: str
 def test_several_that_may_be_the_validation_images_are_asked_about(tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match=r"data\.validation_source: beside .*/val', '.*/test'"):
+    with pytest.raises(ConfigError, match=r"data\.validation_source: beside .*/test', '.*/val'"):
         _locate_splits(str(tmp_path), None)
 
 
