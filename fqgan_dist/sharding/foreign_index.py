@@ -39,7 +39,12 @@ from fqgan_dist.sharding.file_names import COMPRESSED_SUFFIXES, TAR_SUFFIX
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.images import describe_view_short_side
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, sort_problems
-from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, write_problems
+from fqgan_dist.sharding.problems import (
+    NUM_INDEXED_PROBLEMS,
+    describe_kinds,
+    find_kinds,
+    write_problems,
+)
 from fqgan_dist.sharding.repeats import RepeatFinder
 from fqgan_dist.sharding.sample_rules import INDEXED, Labelling, SampleRules, parse_number
 from fqgan_dist.sharding.sources.shard_pattern import match_pattern
@@ -262,15 +267,13 @@ def _survey(folder: Storage, work: _ScanWork) -> set[str]:
     for _, scan in work.results():
         finder.add(sample.key for sample in scan.samples)
         texts.update(scan.labels)
-        problems += scan.problems[: not problems]
+        if not texts:
+            problems = find_kinds([*problems, *scan.problems])
     if finder.has_suspects:
         _refuse_repeats(folder, work, finder)
     if not texts:
-        first = f"{problems[0].name}: {problems[0].reason}" if problems else "they are empty"
-        raise DataError(
-            f"{folder.root}: no shard holds a usable sample; the first problem: {first}; "
-            "say where classes and images are with class_key= and image_key="
-        )
+        found = describe_kinds(problems) if problems else "they are empty"
+        raise DataError(f"{folder.root}: no shard holds a sample that can be used: {found}")
     return texts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from fqgan_dist.data.index import SampleTable, SourceProblem, image_digest, stac
 from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
-from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules
-from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
+from fqgan_dist.sharding.sample_scanning import OddMember, ReadSample, SampleReader
+from fqgan_dist.sharding.tar_scanning import TarScan
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 
@@ -139,17 +138,19 @@ def scan_shard(
     try:
         with storage.open_read(file) as stream:
             scan = TarScan(stream, source=source)
-            members = _note_dangers(scan.members(rules.is_wanted), file, problems, samples)
-            for sample in group_samples(members):
-                if sample.key in samples:
-                    raise DataError(f"{source}: {describe_repeat(sample.key, file, file)}")
+            for found in SampleReader(scan, rules, shard=file).read(with_images=True):
+                if isinstance(found, OddMember):
+                    problems.append(_describe_problem(file, found))
+                    continue
+                if found.key in samples:
+                    raise DataError(f"{source}: {describe_repeat(found.key, file, file)}")
                 try:
-                    samples[sample.key] = _find_sample(
-                        sample, rules, is_deep=is_deep, view_short_side=view_short_side
+                    samples[found.key] = _examine(
+                        found, is_deep=is_deep, view_short_side=view_short_side
                     )
                 except DataError as error:
-                    name = show_name(f"{file}/{sample.key}")
-                    problems.append(SourceProblem(name=name, reason=str(error), action="skipped"))
+                    odd = OddMember(found.key, str(error), "skipped")
+                    problems.append(_describe_problem(file, odd))
             sha256, num_bytes = scan.finish()
     except FileNotFoundError as error:
         raise DataError(f"{source}: no such file; it was there a moment ago") from error
@@ -165,29 +166,16 @@ def describe_repeat(key: str, file: str, other: str) -> str:
     )
 
 
-def _note_dangers(
-    members: Iterable[TarMember],
-    file: str,
-    problems: list[SourceProblem],
-    samples: Collection[str],
-) -> Iterator[TarMember]:
-    for member in members:
-        latest = f"{problems[-1].name!r}: {problems[-1].reason}" if problems else ""
-        check_problem_count(file, len(problems), len(samples), latest=latest)
-        if member.danger is not None:
-            name = show_name(f"{file}/{member.name}")
-            problems.append(SourceProblem(name=name, reason=member.danger, action="refused"))
-        yield member
+def _describe_problem(file: str, odd: OddMember) -> SourceProblem:
+    name = show_name(f"{file}/{odd.name}")
+    return SourceProblem(name=name, reason=odd.reason, action=odd.action)
 
 
-def _find_sample(
-    sample: TarSample, rules: SampleRules, *, is_deep: bool, view_short_side: int
-) -> FoundSample:
+def _examine(sample: ReadSample, *, is_deep: bool, view_short_side: int) -> FoundSample:
     """Check a sample; DataError says why it is not usable."""
     if holds_credentials(sample.key):
         raise DataError(f"its key: {HOLDS_CREDENTIALS}")
-    image = rules.find_image(sample)
-    label = rules.find_label(sample)
+    image = sample.image
     assert image.data is not None, "an image's bytes were asked for"
     if is_deep:
         width, height = decode_image(image.data, name=image.name).size
@@ -196,4 +184,4 @@ def _find_sample(
     if fault := find_fault_of_shape(width, height, view_short_side):
         raise DataError(fault)
     digest = image_digest(image.data)
-    return FoundSample(sample.key, label, image.offset, image.size, width, height, digest)
+    return FoundSample(sample.key, sample.label, image.offset, image.size, width, height, digest)

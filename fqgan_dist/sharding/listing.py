@@ -18,7 +18,7 @@ from fqgan_dist.sharding.config import THE_ONLY_CLASS
 from fqgan_dist.sharding.droppings import REASON, find_dropping
 from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES, is_image_name
 from fqgan_dist.sharding.labels import is_no_label, order_classes
-from fqgan_dist.sharding.problems import check_problem_count
+from fqgan_dist.sharding.problems import check_problem_count, describe_kinds
 from fqgan_dist.sharding.sources.splits import is_split
 from fqgan_dist.terminal import printable
 
@@ -43,7 +43,6 @@ HOLDS_CREDENTIALS = "a URL with credentials; a dataset keeps names, and would sp
 """Why a name, key or class is not taken."""
 
 _MAX_NAME_LENGTH = 1000
-_SHOWN_NAMES = 3
 
 
 class Place(NamedTuple):
@@ -375,10 +374,9 @@ class ListingBuilder:
             expected += f" below {self.subfolder!r}"
         if not self._problems:
             return f"no files; {expected}"
-        first = "; ".join(
-            f"{problem.name!r}: {problem.reason}" for problem in self._problems[:_SHOWN_NAMES]
-        )
-        text = f"no images; {expected}, found {len(self._problems)} other members ({first} ...)"
+        first = describe_kinds(self._problems)
+        count = len(self._problems)
+        text = f"no images; {expected}, found {count} other member{'s' * (count > 1)} ({first})"
         if self.expected != IN_CLASS_FOLDERS:
             return text
         if any(
@@ -438,8 +436,10 @@ def find_danger(name: str) -> str | None:
         return "an absolute name"
     if ".." in name.split("/"):
         return "the name leaves the source's folder"
-    if not name or "\\" in name or not name.isprintable():
-        return "a name with a backslash, control character or byte that is not UTF-8"
+    if "\\" in name:
+        return "a backslash in the name, where / separates folders"
+    if not name or not name.isprintable():
+        return "a name with a control character or a byte that is not UTF-8"
     if len(name) > _MAX_NAME_LENGTH:
         return f"a name of {len(name)} characters; at most {_MAX_NAME_LENGTH} are allowed"
     return HOLDS_CREDENTIALS if holds_credentials(name) else None

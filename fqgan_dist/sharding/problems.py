@@ -23,6 +23,7 @@ NUM_INDEXED_PROBLEMS = 100
 
 _NUM_LOGGED_PROBLEMS = 20
 _MAX_TABLE_BYTES = 2**30
+_SHOWN_KINDS = 3
 _MAX_PROBLEMS = 300_000
 _MAX_PROBLEMS_PER_IMAGE = 4  # a text, a label and other companions of each
 
@@ -48,6 +49,23 @@ def check_problem_count(source: str, num_problems: int, num_images: int, *, late
             f"{source}: {num_problems} members that are no usable images beside {num_images} that "
             f"are (the last: {latest}); name the folder that holds the images, or remove the others"
         )
+
+
+def find_kinds(problems: Sequence[SourceProblem]) -> list[SourceProblem]:
+    """Give the first problem of each of a few kinds, and of one more if there are more."""
+    kinds: dict[str, SourceProblem] = {}
+    for problem in problems:
+        kinds.setdefault(problem.reason, problem)
+        if len(kinds) > _SHOWN_KINDS:
+            break
+    return list(kinds.values())
+
+
+def describe_kinds(problems: Sequence[SourceProblem]) -> str:
+    """Name the first problem of each of a few kinds, for an error where nothing can be used."""
+    kinds = find_kinds(problems)
+    shown = [f"{problem.name!r}: {problem.reason}" for problem in kinds[:_SHOWN_KINDS]]
+    return "; ".join(shown) + (" ..." if len(kinds) > _SHOWN_KINDS else "")
 
 
 def write_problems(

@@ -15,6 +15,7 @@ from fqgan_dist.data.index import (
 )
 from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.droppings import find_dropping
 from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.sample_rules import Labelling, SampleRules
 from fqgan_dist.sharding.tar_scanning import TarMember, TarSample, TarScan, group_samples
@@ -132,7 +133,8 @@ class _ShardCheck:
 
     def _is_left_out(self, sample: TarSample) -> bool:
         is_noted = f"{self._file}/{sample.key}" in self._left_out
-        return is_noted and sample.key not in self._rows
+        is_known = is_noted or find_dropping(sample.key) is not None
+        return is_known and sample.key not in self._rows
 
     def _find_fault(self, sample: TarSample) -> str | None:
         if self._is_left_out(sample):

@@ -13,6 +13,7 @@ from pydantic import field_validator
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.config import NO_CLASSES
 from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES
 from fqgan_dist.sharding.labels import class_from_value, is_no_label
 from fqgan_dist.sharding.listing import show_name
@@ -20,7 +21,7 @@ from fqgan_dist.sharding.tar_scanning import TarMember, TarSample
 from fqgan_dist.storage.documents import parse_json
 
 _IMAGE_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
-_CLASS_KEYS = ("cls", "txt", "none")
+_CLASS_KEYS = ("cls", "txt", NO_CLASSES)
 _MAX_LABEL_BYTES = 2**20
 _MAX_LABEL_CHARACTERS = 200
 _SHOWN_CHARACTERS = 40
@@ -65,9 +66,12 @@ class SampleRules(Config):
         return self.model_dump(exclude_none=True)
 
     def is_wanted(self, name: str) -> bool:
-        """Whether a member of this name is read."""
-        suffix = TarMember(name, 0, 0, None, None).suffix
-        return suffix in (*self._image_suffixes, self.labels)
+        """Whether a member of this name is read, for its image or its label."""
+        return _suffix_of(name) in (*self._image_suffixes, self.labels)
+
+    def is_label(self, name: str) -> bool:
+        """Whether a member of this name holds labels."""
+        return _suffix_of(name) == self.labels
 
     def find_image(self, sample: TarSample) -> TarMember:
         """Give the member that is a sample's image.
@@ -78,12 +82,39 @@ class SampleRules(Config):
         images = sample.find(*self._image_suffixes)
         if len(images) == 1:
             return images[0]
-        shown = [f".{show_name(member.suffix)}" for member in sample.members[:_SHOWN_MEMBERS]]
-        found = ", ".join(shown + ["..."] * (len(sample.members) > _SHOWN_MEMBERS))
+        found = _describe_members(sample)
+        if len(images) > 1:
+            raise DataError(
+                f"{len(images)} images of one kind: it has {found}; give each sample one, or a key "
+                "of its own"
+                if len({member.suffix for member in images}) == 1
+                else f"{len(images)} images: it has {found}; name the one that is meant with "
+                f"image_key={images[0].suffix}"
+            )
+        if self.image_key is None:
+            self._look_behind_dots(sample, found)
         expected = " or ".join(f".{suffix}" for suffix in self._image_suffixes)
-        if not images:
-            raise DataError(f"no image: it has {found}; expected one {expected}")
-        raise DataError(f"{len(images)} images: it has {found}; name the one with image_key=...")
+        raise DataError(f"no image: it has {found}; expected one {expected}")
+
+    def _look_behind_dots(self, sample: TarSample, found: str) -> None:
+        """Tell images whose names have several dots; `x.rgb.png` has the ending `rgb.png`.
+
+        Raises:
+            DataError: there are some.
+        """
+        ends = tuple(f".{suffix}" for suffix in _IMAGE_SUFFIXES)
+        images = [member for member in sample.members if member.suffix.endswith(ends)]
+        if any(member.suffix.endswith(f".{self.labels}") for member in sample.members):
+            raise DataError(
+                f"no image: it has {found}, as a sample's key ends at the first dot of the names; "
+                "replace the dots in its key by another character"
+            )
+        if images:
+            count = f"{len(images)} images" if len(images) > 1 else "an image of a longer ending"
+            raise DataError(
+                f"{count}: it has {found}; name the one that is meant with "
+                f"image_key={images[0].suffix}"
+            )
 
     def find_label(self, sample: TarSample) -> str:
         """Give the text of a sample's label; "" where there are no labels.
@@ -91,11 +122,19 @@ class SampleRules(Config):
         Raises:
             DataError: the sample has none, or one that cannot be read.
         """
-        if self.labels == "none":
+        if self.labels == NO_CLASSES:
             return ""
         members = sample.find(self.labels)
-        if len(members) != 1:
+        if len(members) > 1:
             raise DataError(f"{len(members)} members .{self.labels}; expected one, with the label")
+        if not members:
+            others = {"txt": "txt", "json": "json.FIELD"}
+            keys = [key for suffix, key in others.items() if sample.find(suffix)]
+            remedies = " or ".join(f"class_key={key}" for key in [*keys, NO_CLASSES])
+            raise DataError(
+                f"no member .{self.labels} with its label: it has {_describe_members(sample)}; "
+                f"say where the label is with {remedies}"
+            )
         member = members[0]
         if member.data is None or member.size > _MAX_LABEL_BYTES:
             raise DataError(f".{self.labels}: {member.size} bytes are no label")
@@ -153,6 +192,15 @@ class Labelling:
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.classes)}
+
+
+def _describe_members(sample: TarSample) -> str:
+    shown = [f".{show_name(member.suffix)}" for member in sample.members[:_SHOWN_MEMBERS]]
+    return ", ".join(shown + ["..."] * (len(sample.members) > _SHOWN_MEMBERS))
+
+
+def _suffix_of(name: str) -> str:
+    return TarMember(name, 0, 0, None, None).suffix
 
 
 def parse_number(text: str) -> int | None:

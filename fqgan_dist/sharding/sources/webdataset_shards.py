@@ -6,7 +6,7 @@ Shards are hostile input: nothing in them is unpickled, unpacked or run (see `ta
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,13 +24,13 @@ from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.file_names import TAR_SUFFIX
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
-from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
+from fqgan_dist.sharding.sample_scanning import OddMember, SampleReader
 from fqgan_dist.sharding.sources.concurrency import map_in_order
 from fqgan_dist.sharding.sources.locations import locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.splits import choose_files
-from fqgan_dist.sharding.tar_scanning import TarMember, TarScan, group_samples
+from fqgan_dist.sharding.tar_scanning import TarScan
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
@@ -196,10 +196,8 @@ def _add_sample(
 class _ShardContent:
     samples: list[tuple[str, str, int, int]] = field(default_factory=list)
     """Class, key, offset and size."""
-    odd: list[tuple[str, str, bool]] = field(default_factory=list)
-    """Name, what is wrong, and whether it is dangerous."""
-    suffixes: set[str] = field(default_factory=set)
-    """Endings of the samples' members."""
+    odd: list[OddMember] = field(default_factory=list)
+    """What is not used."""
 
 
 def _list_by_scans(
@@ -210,22 +208,14 @@ def _list_by_scans(
     observer: Observer,
 ) -> None:
     rules = _make_rules(options)
-    suffixes: set[str] = set()
     with observer.track(len(shards), "reading shards", "shards") as bar:
         contents = map_in_order(storage, partial(_scan_shard, storage, rules), shards, bar)
         for shard, content in zip(shards, contents, strict=True):
-            suffixes |= content.suffixes
             for class_name, key, offset, size in content.samples:
                 _add_sample(builder, class_name, shard, key, Place(shard, offset, size), options)
-            for name, reason, is_dangerous in content.odd:
-                note = builder.refuse if is_dangerous else builder.skip
-                note(f"{shard}/{name}", reason)
-    if not len(builder) and suffixes and options.class_key is None:
-        raise DataError(
-            f"{builder.uri}: no sample has an image and a .cls member; the members are "
-            f"{', '.join(sorted(suffixes))}: say where the class stands with class_key=txt, "
-            f"class_key=json.FIELD or class_key={NO_CLASSES}"
-        )
+            for odd in content.odd:
+                note = builder.refuse if odd.action == "refused" else builder.skip
+                note(f"{shard}/{odd.name}", odd.reason)
 
 
 def _make_rules(options: SourceOptions) -> SampleRules:
@@ -243,38 +233,20 @@ def _make_rules(options: SourceOptions) -> SampleRules:
 
 def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardContent:
     content = _ShardContent()
-    ending = f".{rules.labels}"
     with storage.open_read(shard) as file:
         scan = TarScan(file, source=storage.uri(shard))
-        members = scan.members(lambda name: name.lower().endswith(ending))
-        for sample in group_samples(_note_dangers(members, shard, content)):
-            content.suffixes.update(member.suffix for member in sample.members)
-            try:
-                image, label = rules.find_image(sample), rules.find_label(sample)
-            except DataError as error:
-                content.odd.append((sample.key, str(error), False))
-                continue
-            class_name = _name_class(label, rules)
-            content.samples.append((class_name, sample.key, image.offset, image.size))
+        for found in SampleReader(scan, rules, shard=shard).read(with_images=False):
+            if isinstance(found, OddMember):
+                content.odd.append(found)
+            else:
+                place = found.image.offset, found.image.size
+                content.samples.append((_name_class(found.label, rules), found.key, *place))
         scan.finish()
     return content
 
 
-def _note_dangers(
-    members: Iterable[TarMember], shard: str, content: _ShardContent
-) -> Iterator[TarMember]:
-    for member in members:
-        latest = f"{content.odd[-1][0]!r}: {content.odd[-1][1]}" if content.odd else ""
-        check_problem_count(shard, len(content.odd), len(content.samples), latest=latest)
-        if member.danger is not None:
-            content.odd.append((member.name, member.danger, True))
-        elif not member.key:
-            content.odd.append((member.name, "no key and extension, as samples have", False))
-        yield member
-
-
 def _name_class(label: str, rules: SampleRules) -> str:
-    if rules.labels == "none":
+    if rules.labels == NO_CLASSES:
         return THE_ONLY_CLASS
     number = parse_number(label)
     return label if number is None else str(number)  # without leading zeros

@@ -185,7 +185,7 @@ def test_unlabelled_images_are_of_one_class(tmp_path: Path) -> None:
         ([b"999999999"], {}, "expected numbers from 0 to 999999"),
         ([b"a/b"], {}, "'a/b' is not a class name"),
         ([b"cat"], {"label_kind": "numbers"}, "no label is a number"),
-        ([b""], {}, "no shard holds a usable sample"),
+        ([b""], {}, "no shard holds a sample that can be used"),
     ],
 )
 def test_wrong_labels_are_named(tmp_path: Path, labels: Sequence[bytes], settings, message) -> None:
@@ -221,7 +221,11 @@ def test_what_is_no_sample_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", members)
     report = make(tmp_path, deep=True)
     assert set(problems(report)) == {
-        f"a.tar/{key}" for key in ("unlabelled", "no_image", "text", "two", "cut", "empty")
+        f"a.tar/{name}"
+        for name in (
+            *("README", "__meta__/x.jpg"),
+            *("unlabelled", "no_image", "text", "two", "cut", "empty"),
+        )
     }
     assert "2 images: it has .jpg, .cls, .png" in problems(report)["a.tar/two"][1]
     assert list(read_all(tmp_path)) == ["good"]
@@ -267,7 +271,10 @@ def test_a_key_that_occurs_twice_is_refused_with_advice(tmp_path: Path, names) -
 def test_a_shard_without_samples_is_named_and_left_out(shards: Path) -> None:
     write_tar(shards / "zero.tar", [("README", b"hello")])
     report = make(shards)
-    assert problems(report) == {"zero.tar": ("skipped", "the shard holds no usable sample")}
+    assert problems(report) == {
+        "zero.tar": ("skipped", "the shard holds no usable sample"),
+        "zero.tar/README": ("skipped", "no key and extension, as samples have"),
+    }
     assert make(shards).was_complete
 
 
