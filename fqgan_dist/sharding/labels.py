@@ -41,12 +41,14 @@ def class_from_value(value: Any) -> str | None:
         return None
     name = str(value).strip()
     if re.fullmatch(r"[0-9]+\.0", name):
-        name = name.removesuffix(
-            ".0"
-        )  # pandas writes whole numbers so where one of them is missing
+        # pandas writes whole numbers so where one of them is missing.
+        name = name.removesuffix(".0")
     return None if not name or is_no_label(name) else name
 
 
 def describe_missing_class(value: Any) -> str:
     """Say that a value names no class."""
+    is_missing = value is None or is_no_label(str(value)) or not str(value).strip()
+    if is_missing:
+        return f"no label: {value!r}"
     return f"{str(value)[:_SHOWN_CHARACTERS]!a} is no class: a number or a name"

@@ -213,6 +213,7 @@ class ListingBuilder:
         self._problems: list[SourceProblem] = []
         self._droppings: set[str] = set()
         self._class_folders: set[str] = set()
+        self._deeper_image: str | None = None
 
     def __len__(self) -> int:
         return len(self._names)
@@ -241,6 +242,7 @@ class ListingBuilder:
         if "/" in file_name and is_folder_of_images(name.rpartition("/")[0]):
             file_name = file_name.rpartition("/")[2]
         if not class_name or not file_name or "/" in file_name:
+            self.note_deeper_image(name)
             self.skip(name, "not class/name.ext")
         elif not is_image_name(name):
             self.skip(name, NO_IMAGE_NAME)
@@ -248,6 +250,11 @@ class ListingBuilder:
             self.skip(name, reason)
         else:
             self._take(f"{class_name}/{file_name}", place)
+
+    def note_deeper_image(self, name: str) -> None:
+        """Remember the first image of folders that lie too deep, for the error where all do."""
+        if self._deeper_image is None and name.count("/") > 1 and is_image_name(name):
+            self._deeper_image = name
 
     def skip_dropping(self, name: str) -> bool:
         """Note a file or folder that is none of the data, once; whether it is such a one."""
@@ -379,11 +386,16 @@ class ListingBuilder:
         text = f"no images; {expected}, found {count} other member{'s' * (count > 1)} ({first})"
         if self.expected != IN_CLASS_FOLDERS:
             return text
+        if self._deeper_image is not None:
+            inner = self._deeper_image.rsplit("/", 2)[0]
+            if self.subfolder:
+                inner = f"{self.subfolder}/{inner}"
+            return f"{text}; the class folders lie deeper: name their folder with subfolder={inner}"
         if any(
             "/" not in problem.name and is_image_name(problem.name) for problem in self._problems
         ):
             return f"{text}; the images lie in no folder: {_ADVICE_WITHOUT_FOLDERS}"
-        return f"{text}; if the class folders lie deeper, name their folder with subfolder=..."
+        return text
 
 
 class UnlabelledBuilder(ListingBuilder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,16 +13,18 @@ from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS, USUAL_VIEW_SHORT_SIDE, DataConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
-from fqgan_dist.errors import ConfigError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.randomness import numpy_generator
 from fqgan_dist.sharding.building import ShardingReport, build_dataset
 from fqgan_dist.sharding.class_files import read_classes
+from fqgan_dist.sharding.config import NO_CLASSES, SourceOptions
 from fqgan_dist.sharding.listing import SourceListing
 from fqgan_dist.sharding.photographs import PhotographsConfig
 from fqgan_dist.sharding.plan import ShardingConfig, check_classes
 from fqgan_dist.sharding.plan_files import check_settings
 from fqgan_dist.sharding.sources.locations import folder_exists, source_exists
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.sharding.sources.options import name_options
 from fqgan_dist.sharding.sources.splits import find_sources_beside, find_split_folder
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.data_checks import check_sizes
@@ -199,19 +201,42 @@ def _open_splits(context: RunContext) -> Iterator[dict[str, SourceListing]]:
         if data.source == BUILTIN_PHOTOGRAPHS:
             yield {split: stack.enter_context(_open_photographs(data, split)) for split in SPLITS}
             return
-        train_uri, val_uri = _locate_splits(data.source, data.validation_source)
-        options = data.source_options.model_dump(exclude_defaults=True)
-        train = stack.enter_context(open_source(train_uri, split="train", **options))
+        train_uri, val_uri = _locate_splits(
+            data.source,
+            data.validation_source,
+            has_classes=data.source_options.class_key != NO_CLASSES,
+        )
+        train = stack.enter_context(_open(train_uri, "train", data, "source_options"))
         own = next((name for name in ("val", "test") if name in train.other_splits), None)
         if val_uri is not None:
             own = None
         elif own is None:
             yield _hold_out(train, data.validation_fraction, data.seed)
             return
-        if data.validation_source is not None:
-            options = data.validation_options.model_dump(exclude_defaults=True)
-        opened = open_source(val_uri or train_uri, split=own or "val", **options)
-        yield {"train": train, "val": stack.enter_context(opened)}
+        field = "source_options" if data.validation_source is None else "validation_options"
+        val = stack.enter_context(_open(val_uri or train_uri, own or "val", data, field))
+        yield {"train": train, "val": val}
+
+
+@contextmanager
+def _open(
+    uri: str,
+    split: str,
+    data: DataConfig,
+    field: Literal["source_options", "validation_options"],
+    *,
+    photographs: PhotographsConfig | None = None,
+) -> Iterator[SourceListing]:
+    """Open a source; what is wrong is said by the names that the options have in a run."""
+    options: SourceOptions = getattr(data, field)
+    given = options.model_dump(exclude_defaults=True)
+    with ExitStack() as stack:
+        opened = open_source(uri, split=split, photographs=photographs, **given)
+        try:
+            listing = stack.enter_context(opened)
+        except (ConfigError, DataError) as error:
+            raise type(error)(name_options(str(error), f"data.{field}.")) from error
+        yield listing
 
 
 def _open_photographs(data: DataConfig, split: str) -> AbstractContextManager[SourceListing]:
@@ -221,18 +246,21 @@ def _open_photographs(data: DataConfig, split: str) -> AbstractContextManager[So
         crops_per_photograph=crops if split == "train" else max(1, crops // PHOTOGRAPHS_VAL_SHARE),
         seed=data.seed,
     )
-    options = data.source_options.model_dump(exclude_defaults=True)
-    return open_source(data.source, split=split, photographs=photographs, **options)
+    return _open(data.source, split, data, "source_options", photographs=photographs)
 
 
-def _locate_splits(source: str, validation_source: str | None) -> tuple[str, str | None]:
+def _locate_splits(
+    source: str, validation_source: str | None, *, has_classes: bool = True
+) -> tuple[str, str | None]:
     """Find the training and validation images of a source; None: there is no validation source.
 
     Raises:
         ConfigError: there are several beside the training images.
     """
     source = source.rstrip("/")  # `DIR/train/` is called `train` too
-    chosen = find_split_folder(source, "train")[0] if folder_exists(source) else None
+    chosen = None
+    if folder_exists(source):
+        chosen, _ = find_split_folder(source, "train", has_classes=has_classes)
     train = source if chosen is None else f"{source}/{chosen}"
     if validation_source is not None:
         return train, validation_source

@@ -135,7 +135,7 @@ class RunContext:
         if output is None:
             raise StageNotFinishedError(
                 f"{self.storage_of(kind.stage).uri(FOLDER)}: stage {kind.stage!r} has not "
-                f"finished; run it first (stages=[{kind.stage}] or all stages)"
+                f"finished; run it first: `fqgan run CONFIG stages=[{kind.stage}]`"
             )
         return output
 

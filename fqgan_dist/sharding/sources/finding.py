@@ -64,6 +64,8 @@ class FoundSource:
     """What it is."""
     uris: list[str]
     """What is opened; several are joined."""
+    subfolder: str = ""
+    """Folder of each that holds the class folders, or the images of a list."""
     images: str | None = None
     """Pattern of the names of the images that are meant; None: all."""
     other_splits: Collection[str] = ()
@@ -87,8 +89,14 @@ def find_source(uri: str, options: SourceOptions, split: str) -> FoundSource:
         uri, images = f"{uri.rstrip('/')}/{images}", None
     uris = expand_folders(uri)
     other_splits: set[str] = set()
-    if options.format == "auto" and not options.subfolder:
-        found = [_descend(each, split) for each in uris]
+    subfolder = options.subfolder.strip("/")
+    if options.format == "auto" and subfolder and len(uris) == 1:
+        # Below the source, not a source of its own: links may lead to all that it holds.
+        inner, others = _descend(f"{uris[0].rstrip('/')}/{subfolder}", options, split)
+        subfolder = inner[len(uris[0].rstrip("/")) + 1 :]
+        other_splits |= others
+    elif options.format == "auto":
+        found = [_descend(each, options, split) for each in uris]
         uris = [each for each, _ in found]
         other_splits.update(*(others for _, others in found))
     kind = find_format(uris[0], options) if options.format == "auto" else options.format
@@ -97,7 +105,7 @@ def find_source(uri: str, options: SourceOptions, split: str) -> FoundSource:
         chosen, others = _list_files(each, kind, split)
         files += chosen
         other_splits.update(others)
-    return FoundSource(kind, files, images, other_splits)
+    return FoundSource(kind, files, subfolder, images, other_splits)
 
 
 def find_format(uri: str, options: SourceOptions) -> SourceFormat:
@@ -175,7 +183,7 @@ def _names_files(folder: str, pattern: str) -> bool:
     return any(name.endswith((*ARCHIVE_SUFFIXES, *LIST_SUFFIXES)) for name in found)
 
 
-def _descend(uri: str, split: str) -> tuple[str, set[str]]:
+def _descend(uri: str, options: SourceOptions, split: str) -> tuple[str, set[str]]:
     """Go down to the folder of a split, or to the only one that holds data, as on the Hub.
 
     Returns:
@@ -190,7 +198,7 @@ def _descend(uri: str, split: str) -> tuple[str, set[str]]:
         names = [name for name in storage.list() if not is_dropping(name)]
         if any(name.endswith(ARCHIVE_SUFFIXES) for name in names):
             break
-        chosen, beside = find_split_folder(uri, split)
+        chosen, beside = find_split_folder(uri, split, has_classes=options.class_key != NO_CLASSES)
         if chosen is None:
             folders = _find_folders(storage, names)
             files = storage.child(folders[0]).list() if len(folders) == 1 else []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import SourceOptions
+from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
     NewBuilder,
@@ -18,6 +20,8 @@ from fqgan_dist.storage.links import find_fault_of_link
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.progress import ProgressBar
+
+_SEARCHED_FOLDERS = 1000
 
 
 def list_folder(
@@ -38,6 +42,8 @@ def list_folder(
             _list_tree(builder.start, (), storage.root, Storage(uri).root, builder, bar)
         else:
             _list_directory(storage.root, Storage(uri).root, builder, bar)
+            if not len(builder):
+                _look_deeper(storage.root, builder)
     is_shared = options.is_shared or not storage.is_local
     return builder.build("folder", FileReader(storage), is_shared_by_nodes=is_shared)
 
@@ -109,6 +115,15 @@ def _list_directory(folder: str, root: str, builder: ListingBuilder, bar: Progre
         if not files:
             builder.skip(entry.name, "an empty class folder")
         bar.advance(len(files))
+
+
+def _look_deeper(top: str, builder: ListingBuilder) -> None:
+    """Look for an image in folders that were not listed, for the error that says where it is."""
+    for folder, folders, files in itertools.islice(os.walk(top), _SEARCHED_FOLDERS):
+        folders[:] = sorted(name for name in folders if not is_dropping(name))
+        inner = os.path.relpath(folder, top)
+        for name in sorted(files):
+            builder.note_deeper_image(f"{inner}/{name}")
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:

@@ -79,7 +79,8 @@ def _check_unique(uri: str, what: str, values: Sequence[str]) -> None:
     repeated = sorted(value for value, count in counts.items() if count > 1)
     raise DataError(
         f"{uri}: {len(repeated)} {what} occur in more than one source: "
-        f"{repeated[:_SHOWN_NAMES]!r}; expected sources without a common image: remove it from one"
+        f"{repeated[:_SHOWN_NAMES]!r}; expected sources without a common image: "
+        "remove it from one, or rename one of the files"
     )
 
 

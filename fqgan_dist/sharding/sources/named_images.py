@@ -83,7 +83,7 @@ class NamedImagesBuilder(ListingBuilder):
             raise DataError(
                 f"{self.uri}: {len(rows)} lines with a class each, but {len(self._places)} images "
                 f"in {self._root}; expected a line for every image, in the order of their sorted "
-                "names: correct root, or take a list that names the images"
+                "names: correct root=, or take a list that names the images"
             )
         return [*sorted(self._places)]
 

@@ -19,7 +19,7 @@ from fqgan_dist.config import parse_config
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.class_files import read_class_map, rename_classes
-from fqgan_dist.sharding.config import NO_CLASSES, SourceFormat, SourceOptions
+from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceFormat, SourceOptions
 from fqgan_dist.sharding.listing import (
     ListingBuilder,
     NewBuilder,
@@ -37,6 +37,7 @@ from fqgan_dist.sharding.sources.options import check_effect
 from fqgan_dist.sharding.sources.parquet_table import open_parquet
 from fqgan_dist.sharding.sources.photograph_crops import list_photographs
 from fqgan_dist.sharding.sources.shard_pattern import matches_pattern
+from fqgan_dist.sharding.sources.splits import is_split
 from fqgan_dist.sharding.sources.tar_archive import open_tar
 from fqgan_dist.sharding.sources.webdataset_shards import list_shards
 from fqgan_dist.sharding.sources.zip_archive import list_zip
@@ -76,6 +77,7 @@ def open_source(
     uri = read_location(uri, what="source")
     found = find_source(uri, chosen, split)
     check_effect(uri, chosen, found.kind)
+    chosen = chosen.model_copy(update={"subfolder": found.subfolder})
     # Read first: listing may take hours.
     class_map = None if chosen.class_map is None else read_class_map(chosen.class_map)
     with ExitStack() as stack:
@@ -93,11 +95,14 @@ def open_source(
 
 
 def _select_images(listing: SourceListing, pattern: str) -> SourceListing:
-    rows = [row for row, name in enumerate(listing.names) if matches_pattern(name, pattern)]
+    names = listing.names
+    if not listing.has_classes:
+        names = [name.removeprefix(f"{THE_ONLY_CLASS}/") for name in names]
+    rows = [row for row, name in enumerate(names) if matches_pattern(name, pattern)]
     if not rows:
         raise DataError(
             f"{listing.uri}: files={pattern!r} is the name of none of its {len(listing)} images, "
-            f"such as {listing.names[0]!r}; correct it"
+            f"such as {names[0]!r}; correct it"
         )
     return listing.select(np.array(rows, np.int64))
 
@@ -118,7 +123,21 @@ def _open_kind(
         case _:
             builder = UnlabelledBuilder if options.class_key == NO_CLASSES else ListingBuilder
             with _open_images(kind, uri, options, observer, builder) as listing:
+                if options.format == "auto":
+                    _check_no_splits(listing)
                 yield listing
+
+
+def _check_no_splits(listing: SourceListing) -> None:
+    """Refuse folders that are called as splits are, but hold images and no classes."""
+    names = listing.class_names()
+    if len(names) > 1 and all(map(is_split, names)):
+        raise ConfigError(
+            f"{listing.uri}: its folders are called as splits are ({', '.join(names)}), but hold "
+            "images and no classes; name the list of their classes as the source, or give "
+            "class_key=none and files=train/* or the like; if they are classes, say so with "
+            f"format={listing.kind}"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fqgan_dist.errors import ConfigError
@@ -34,12 +35,13 @@ def check_effect(uri: str, options: SourceOptions, kind: SourceFormat | None) ->
         if kind is None or kind not in _EFFECTS.get(name, FORMATS):
             raise ConfigError(
                 f"{name}: {value!r} has no effect on {uri!r} (read as {kind or 'built-in'}); "
-                "leave it out, or correct format"
+                "leave it out, or correct format="
             )
     if kind in _KINDS_WITH_CLASS_FOLDERS and options.class_key not in (None, NO_CLASSES):
         raise ConfigError(
             f"class_key: {options.class_key!r} has no effect on {uri!r} (read as {kind}), where "
-            f"the class is the folder; leave it out, give {NO_CLASSES}, or correct format"
+            f"the class is the folder; leave it out, give class_key={NO_CLASSES}, or "
+            "correct format="
         )
     if options.id_key is not None and not options.keep_keys:
         raise ConfigError(
@@ -54,6 +56,12 @@ def check_effect(uri: str, options: SourceOptions, kind: SourceFormat | None) ->
         raise ConfigError(
             f"is_shared: has no effect on {uri!r}, which all nodes read; leave it out"
         )
+
+
+def name_options(message: str, prefix: str) -> str:
+    """Give the options of sources that an error names, `subfolder=`, their names elsewhere."""
+    names = "|".join(SourceOptions.model_fields)
+    return re.sub(rf"(?<![\w.])({names})(?==)|^({names})(?=:)", rf"{prefix}\g<0>", message)
 
 
 def _given(options: SourceOptions) -> dict[str, Any]:

@@ -7,11 +7,11 @@ Nothing of Arrow's extension types is loaded: only plain columns are read.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from fqgan_dist.sharding.listing import (
     SourceListing,
     find_danger,
     find_fault_of_class,
+    show_name,
 )
 from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
@@ -43,6 +44,15 @@ from fqgan_dist.terminal import printable
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "pixel_values")
 _CLASS_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
+_EXPECTED = {
+    "image_key": "the bytes of images: binary, or a struct with a field `bytes`",
+    "class_key": "classes: whole numbers or texts",
+}
+_WITHOUT_COLUMN = {
+    "image_key": "where one names files, write it and the classes as CSV or JSONL, and name that "
+    "as the source",
+    "class_key": f"give class_key={NO_CLASSES} if the images have none",
+}
 # More at once would be faster by a tenth, but a value that stands in a dictionary once, so that a
 # file of 2 kB expands to one page of 64 MiB, would be in memory as often as it is in a batch.
 _BATCH_ROWS = 1
@@ -161,12 +171,10 @@ def _choose_columns(uri: str, schema: pa.Schema, options: SourceOptions) -> _Col
     Raises:
         ConfigError: it cannot be told, or a named column is not there.
     """
-    images = [field.name for field in schema if _holds_bytes(field.type)]
-    image = _choose(uri, "image_key", options.image_key, _IMAGE_COLUMNS, images)
+    image = _choose(uri, "image_key", options.image_key, _IMAGE_COLUMNS, schema, _holds_bytes)
     label = None
     if options.class_key != NO_CLASSES:
-        others = [field.name for field in schema if _holds_classes(field.type)]
-        label = _choose(uri, "class_key", options.class_key, _CLASS_COLUMNS, others)
+        label = _choose(uri, "class_key", options.class_key, _CLASS_COLUMNS, schema, _holds_classes)
     if options.id_key is not None and options.id_key not in schema.names:
         raise ConfigError(f"id_key: {uri} has no column {options.id_key!r}, only {schema.names}")
     names, descriptions = (None, {}) if label is None else _read_class_names(schema, label)
@@ -174,16 +182,37 @@ def _choose_columns(uri: str, schema: pa.Schema, options: SourceOptions) -> _Col
 
 
 def _choose(
-    uri: str, option: str, given: str | None, usual: Sequence[str], possible: Sequence[str]
+    uri: str,
+    option: Literal["image_key", "class_key"],
+    given: str | None,
+    usual: Sequence[str],
+    schema: pa.Schema,
+    can_be: Callable[[pa.DataType], bool],
 ) -> str:
-    found = [given] if given is not None else [name for name in possible if name in usual]
-    if not found and len(possible) == 1:
-        found = list(possible)
-    if len(found) == 1 and found[0] in possible:
+    """Give the column that is named, or the only one that can be it, by its usual name if several.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    possible = [field.name for field in schema if can_be(field.type)]
+    if given is not None:
+        if given in possible:
+            return given
+        found = "holds something else" if given in schema.names else "is no column"
+        raise ConfigError(
+            f"{option}: {given!r} {found} of {uri} ({columns}); expected {_EXPECTED[option]}"
+        )
+    found = [name for name in possible if name in usual] or possible
+    if len(found) == 1:
         return found[0]
+    if found:
+        raise ConfigError(
+            f"{uri}: the columns {', '.join(map(repr, found))} could each be meant; name one with "
+            f"{option}={found[0]}"
+        )
     raise ConfigError(
-        f"{option}: {given!r}: {uri} has the columns {list(possible)} that could be it; "
-        f"name one with {option}=..."
+        f"{uri}: no column with {_EXPECTED[option]} ({columns}); {_WITHOUT_COLUMN[option]}"
     )
 
 
@@ -295,6 +324,8 @@ def _take_row(
     extension = _find_extension(data) if isinstance(data, bytes) else None
     if not isinstance(data, bytes) or extension is None or len(data) > MAX_IMAGE_BYTES:
         what = f"{len(data)} bytes that are no JPEG, PNG or WebP" if data else "no bytes"
+        if not data and path:
+            what = f"only the path {show_name(str(path))!r}, which is not followed"
         rows.odd.append((row_name, f"{what}; expected an image in the column {columns.image!r}"))
         return None
     if key is None:

@@ -154,8 +154,15 @@ class _Shape(NamedTuple):
         return _Shape(stem, ending, ending in LIST_SUFFIXES)
 
 
-def find_split_folder(uri: str, split: str) -> tuple[str | None, list[str]]:
+def find_split_folder(
+    uri: str, split: str, *, has_classes: bool = True
+) -> tuple[str | None, list[str]]:
     """Find the folder of a split below a folder that has some of several.
+
+    Args:
+        uri: the folder.
+        split: the split that is asked for.
+        has_classes: whether the images have classes, and so lie in folders of these.
 
     Returns:
         Its name, None if the folder has none, or if what is called so are classes; and the usual
@@ -179,7 +186,11 @@ def find_split_folder(uri: str, split: str) -> tuple[str | None, list[str]]:
         return None, []
     shown = ", ".join(folders)
     child = storage.child(chosen[0]) if chosen else storage
-    if chosen and any(map(is_image_name, itertools.islice(child.list(), _EXAMINED_NAMES))):
+    if (
+        chosen
+        and has_classes
+        and any(map(is_image_name, itertools.islice(child.list(), _EXAMINED_NAMES)))
+    ):
         if len(splits) == 1:
             return None, []
         raise ConfigError(
@@ -193,3 +204,7 @@ def find_split_folder(uri: str, split: str) -> tuple[str | None, list[str]]:
             "as the source"
         )
     return chosen[0], sorted(splits.keys() - {name_split(split)})
+
+
+def _holds_images(folder: Storage) -> bool:
+    return any(map(is_image_name, itertools.islice(folder.list(), _EXAMINED_NAMES)))

@@ -110,7 +110,7 @@ def test_paths_outside_of_the_root_are_refused_by_name(tmp_path: Path, path: str
     [
         ("gone.png,a", "no such file"),
         ("a,a", "not named as an image"),
-        ("a/1.png,", "'' is no class"),
+        ("a/1.png,", "no label: ''"),
         ("a/1.png,x/y", "not a class name"),
         ("a/1.png,..", "not a class name"),
         (",a", "no path"),

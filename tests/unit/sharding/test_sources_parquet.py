@@ -103,12 +103,12 @@ def test_numbers_without_names_keep_their_order(tmp_path: Path):
 @pytest.mark.parametrize(
     ("image", "label", "reason"),
     [
-        ({"bytes": None, "path": "x.png"}, 0, "no bytes"),
+        ({"bytes": None, "path": "x.png"}, 0, "only the path 'x.png'"),
         (None, 0, "no bytes"),
         ({"bytes": b"GIF89a", "path": "x.gif"}, 0, "no JPEG, PNG or WebP"),
-        ({"bytes": png(), "path": "x.png"}, -1, "'-1' is no class"),
+        ({"bytes": png(), "path": "x.png"}, -1, "no label: -1"),
         ({"bytes": png(), "path": "x.png"}, 2, "'2' is no class"),
-        ({"bytes": png(), "path": "x.png"}, None, "'None' is no class"),
+        ({"bytes": png(), "path": "x.png"}, None, "no label: None"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path: Path, image: Any, label: int | None, reason: str):
@@ -124,9 +124,11 @@ def test_unusable_rows_are_named(tmp_path: Path, image: Any, label: int | None, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"class_key: None: .*columns \['caption', 'title'\]"),
-        ({"class_key": "nothing"}, "class_key: 'nothing'"),
-        ({"class_key": "title", "image_key": "picture"}, "image_key: 'picture'"),
+        ({}, r"'caption', 'title' could each be meant; name one with class_key="),
+        ({"class_key": "nothing"}, r"class_key: 'nothing' is no column .*title: string"),
+        ({"class_key": "image"}, "class_key: 'image' holds something else .*expected classes"),
+        ({"class_key": "title", "image_key": "picture"}, "image_key: 'picture' is no column"),
+        ({"class_key": "title", "image_key": "title"}, "'title' holds something else .*the bytes"),
         ({"class_key": "title", "id_key": "number"}, "no column 'number'"),
     ],
 )
@@ -137,6 +139,17 @@ def test_columns_that_cannot_be_told_are_errors(
     path = write_table(tmp_path / "x.parquet", columns)
     with pytest.raises(ConfigError, match=message), open_source(str(path), **options):
         pass
+
+
+def test_a_table_of_paths_is_named_as_what_it_is(tmp_path: Path):
+    texts = write_table(tmp_path / "texts.parquet", {"path": ["0.png"], "label": [1]})
+    with pytest.raises(ConfigError, match=r"no column with the bytes .*as CSV or JSONL"):
+        open_source(str(texts)).__enter__()
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    column = pa.array([{"bytes": None, "path": "0.png"}], kind)
+    paths = write_table(tmp_path / "paths.parquet", {"image": column, "label": [1]})
+    with pytest.raises(DataError, match=r"only the path '0\.png', which is not followed"):
+        open_source(str(paths)).__enter__()
 
 
 def test_files_of_other_columns_are_named(tmp_path: Path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.source_files import png, write_tar
+from support.containers import CONTAINERS, Images
+from support.source_files import png, write_files, write_tar
 
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.sources.opening import open_source
@@ -45,6 +47,20 @@ def write_shard(folder: Path, name: str, color: int) -> None:
     write_tar(folder / f"{name}.tar", [(f"k{color}.cls", b"0"), (f"k{color}.png", png(color))])
 
 
+def write_folders_tar(folder: Path, name: str, color: int) -> None:
+    write_tar(folder / f"{name}.tar", [(f"a/{color}.png", png(color))])
+
+
+def write_folders_zip(folder: Path, name: str, color: int) -> None:
+    with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+        archive.writestr(f"a/{color}.png", png(color))
+
+
+def write_list(folder: Path, name: str, color: int) -> None:
+    write_files(folder, [(f"images/{color}.png", png(color))])
+    (folder / f"{name}.csv").write_text(f"path,class\nimages/{color}.png,a\n")
+
+
 TRAIN, VALIDATION, TEST = (
     ["x-train-00-of-02", "x-train-01-of-02"],
     ["x-validation-00-of-01"],
@@ -52,9 +68,14 @@ TRAIN, VALIDATION, TEST = (
 )
 
 
-@pytest.fixture(params=[write_table, write_shard])
+@pytest.fixture(params=[write_table, write_shard, write_folders_tar, write_folders_zip])
 def write(request: pytest.FixtureRequest) -> Callable[[Path, str, int], None]:
     return request.param
+
+
+all_kinds = pytest.mark.parametrize(
+    "write", [write_table, write_shard, write_folders_tar, write_folders_zip, write_list]
+)
 
 
 @pytest.fixture
@@ -62,6 +83,15 @@ def folder(tmp_path: Path, write: Callable[[Path, str, int], None]) -> Path:
     for color, name in enumerate([*TRAIN, *VALIDATION, *TEST]):
         write(tmp_path, name, color)
     return tmp_path
+
+
+def suffix_of(folder: Path) -> str:
+    return next(path.suffix for path in folder.iterdir() if path.is_file())
+
+
+def read_files(folder: Path, files: str) -> set[bytes]:
+    with open_source(str(folder), files=files) as source:
+        return {source.read(row) for row in range(len(source))}
 
 
 def read(uri: str | Path, split: str = "train") -> set[bytes]:
@@ -104,22 +134,117 @@ def test_files_of_one_split_are_all_read(
         assert source.other_splits == frozenset()
 
 
+@all_kinds
 @pytest.mark.parametrize(
-    "pattern", ["x-train-*", "x-train-{00..01}-of-02", "x-tr???-0[01]-of-02", "x-train-*-of-02"]
+    "pattern",
+    [
+        "x-train-*",
+        "x-train-{00,01}-of-02",
+        "x-train-{00..01}-of-02",
+        "x-tr???-0[01]-of-02",
+        "x-train-*-of-02",
+    ],
 )
 def test_patterns_name_files_of_every_kind(folder: Path, pattern: str) -> None:
-    suffix = next(folder.iterdir()).suffix
+    suffix = suffix_of(folder)
     assert read(folder / f"{pattern}{suffix}") == {png(0), png(1)}
+    assert read_files(folder, f"{pattern}{suffix}") == {png(0), png(1)}
 
 
+@all_kinds
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("y-*", r"no file is called 'y-\*\.\w+'; correct the pattern"),
+        ("y-*", r"'y-\*\.\w+'\]?; correct the pattern"),
         ("x-train-{00..02}-of-02", r"1 of 3 files are missing: \['x-train-02-of-02\.\w+'\]"),
     ],
 )
 def test_what_a_pattern_does_not_find_is_an_error(folder: Path, pattern: str, message: str) -> None:
-    suffix = next(folder.iterdir()).suffix
+    suffix = suffix_of(folder)
     with pytest.raises(DataError, match=message):
         read(folder / f"{pattern}{suffix}")
+
+
+@all_kinds
+def test_patterns_may_stand_for_folders(
+    tmp_path: Path, write: Callable[[Path, str, int], None]
+) -> None:
+    for color, part in enumerate(["part-0", "part-1", "other"]):
+        (tmp_path / part).mkdir()
+        write(tmp_path / part, f"x{color}", color)
+    suffix = suffix_of(tmp_path / "other")
+    assert read(f"{tmp_path}/part-*/x*{suffix}") == {png(0), png(1)}
+    assert read(f"{tmp_path}/{{part-1,other}}/x?{suffix}") == {png(1), png(2)}
+    with pytest.raises(DataError, match=r"no folder is called 'none-\*'"):
+        read(f"{tmp_path}/none-*/x{suffix}")
+
+
+def test_patterns_of_class_folders_are_joined(tmp_path: Path) -> None:
+    for color in range(3):
+        write_files(tmp_path / f"part-{color}", [(f"a/{color}.png", png(color))])
+    assert read(f"{tmp_path}/part-{{0,2}}") == {png(0), png(2)}
+    assert read(f"{tmp_path}/part-[01]") == {png(0), png(1)}
+    write_files(tmp_path / "part-3", [("a/0.png", png(9))])
+    with pytest.raises(DataError, match=r"a/0\.png"):
+        read(f"{tmp_path}/part-*")
+
+
+IMAGES = [("a", png(0)), ("a", png(1)), ("b", png(2))]
+
+
+@pytest.mark.parametrize("write", CONTAINERS.values(), ids=CONTAINERS)
+def test_files_chooses_images_of_every_kind_of_source(
+    tmp_path: Path, write: Callable[[Path, Images], Path]
+) -> None:
+    uri = str(write(tmp_path / "x", IMAGES))
+    assert read_files(Path(uri), "a/*") == {png(0), png(1)}
+    with pytest.raises(DataError, match=r"files='c/\*' is the name of none of its 3 images"):
+        read_files(Path(uri), "c/*")
+
+
+def write_tree(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    return write_files(path, files)
+
+
+def write_tree_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    return write_tar(path.with_suffix(".tar"), files)
+
+
+def write_tree_zip(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        for name, data in files:
+            archive.writestr(name, data)
+    return path.with_suffix(".zip")
+
+
+trees = pytest.mark.parametrize("write", [write_tree, write_tree_tar, write_tree_zip])
+WriteTree = Callable[[Path, list[tuple[str, bytes]]], Path]
+
+
+@trees
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path, write: WriteTree) -> None:
+    uri = write(tmp_path / "x", [("train/0.png", png(0)), ("val/1.png", png(1))])
+    with pytest.raises(ConfigError, match=r"called as splits are .*but hold images and no classes"):
+        read(uri)
+    with open_source(
+        str(uri), class_key="none", files="val/*", format=uri.suffix[1:] or "folder"
+    ) as source:
+        assert [source.read(row) for row in range(len(source))] == [png(1)]
+
+
+@trees
+def test_class_folders_that_lie_deeper_are_found(tmp_path: Path, write: WriteTree) -> None:
+    members = [("data/CLS/train/n1/0.png", png(0)), ("data/CLS/val/n1/1.png", png(1))]
+    uri = write(tmp_path / "x", members)
+    with pytest.raises(DataError, match=r"subfolder=data/CLS/train$"):
+        read(uri)
+    with open_source(str(uri), subfolder="data/CLS/train") as source:
+        assert source.names == ["n1/0.png"]
+
+
+def test_a_subfolder_may_hold_the_folders_of_splits(tmp_path: Path) -> None:
+    write_tree(tmp_path, [("data/train/n1/0.png", png(0)), ("data/val/n1/1.png", png(1))])
+    for split, color in (("train", 0), ("val", 1)):
+        with open_source(str(tmp_path), subfolder="data", split=split) as source:
+            assert source.read(0) == png(color)
+            assert source.other_splits == {"train", "val"} - {split}

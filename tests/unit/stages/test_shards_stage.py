@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.source_files import png, write_tar
+from support.source_files import png, write_files, write_tar
 
 from fqgan_dist.config import load_config
-from fqgan_dist.errors import ConfigError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.stages.config import RunConfig
@@ -144,3 +145,42 @@ def test_images_must_be_good_for_the_views_in_use(size: int, side: int) -> None:
     config = load_config(TINY, [f"tokenizer.model.image_size={size}"], RunConfig)
     assert _view_short_side(config, "train") == side
     assert _view_short_side(config, "val") == max(size, 320)
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "message"),
+    [
+        (
+            [("data/CLS/train/n1/0.png", png())],
+            [],
+            r"subfolder=data/CLS",
+        ),
+        ([("x.tar", b""), ("a/0.png", png())], [], r"format=folder or \S*format=webdataset"),
+        (
+            [("a/0.png", png())],
+            ["data.{field}.image_key=x"],
+            r"image_key: .*correct \S*format=",
+        ),
+    ],
+)
+@pytest.mark.parametrize("field", ["source_options", "validation_options"])
+def test_options_are_named_as_a_run_takes_them(
+    tmp_path: Path, files: list[tuple[str, bytes]], settings: list[str], message: str, field: str
+) -> None:
+    good = write_files(tmp_path / "good", [("a/0.png", png())])
+    odd = write_files(tmp_path / "odd", files)
+    source, validation = (odd, good) if field == "source_options" else (good, odd)
+    overrides = [
+        f"data.source={source}",
+        f"data.validation_source={validation}",
+        *(setting.format(field=field) for setting in settings),
+    ]
+    config = load_config(TINY, [f"storage.root={tmp_path}", *overrides], RunConfig)
+    storage = Storage(tmp_path)
+    context = RunContext(config=config, storage=storage, world=World(), device=torch.device("cpu"))
+    with pytest.raises((ConfigError, DataError)) as caught, _open_splits(context):
+        pass
+    options = r"(?<![\w.])(format|subfolder|image_key)[=:]"
+    assert re.search(f"data\\.{field}\\.(format|subfolder|image_key)", str(caught.value))
+    assert re.search(message, str(caught.value))
+    assert not re.search(options, str(caught.value))
