@@ -18,7 +18,7 @@ from fqgan_dist.orchestration.authentication import (
 )
 from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.orchestration.nodes import list_nodes
-from fqgan_dist.orchestration.socket_paths import check_socket_paths
+from fqgan_dist.orchestration.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,10 @@ def connected_cluster(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        if address := os.environ.get(ADDRESS_VARIABLE):
-            _attach(address)
-        else:
-            _start_here(config)
+    address = os.environ.get(ADDRESS_VARIABLE)
+    with _attached(address) if address else _started_here(config):
         logger.info("Ray: %s", _describe_cluster())
         yield
-    finally:
-        ray.shutdown()
 
 
 def is_attached() -> bool:
@@ -52,7 +47,8 @@ def is_attached() -> bool:
     return bool(os.environ.get(ADDRESS_VARIABLE))
 
 
-def _attach(address: str) -> None:
+@contextmanager
+def _attached(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
     # What Ray raises here is documented nowhere: ConnectionError, RuntimeError, its own errors.
@@ -63,17 +59,29 @@ def _attach(address: str) -> None:
             f"look at `ray status`, and set {MODE_VARIABLE}=token and the cluster's token "
             f"({TOKEN_VARIABLE} or {TOKEN_PATH_VARIABLE}) if it uses one"
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def _start_here(config: RayConfig) -> None:
-    check_socket_paths()
-    ray.init(
-        address="local",
-        num_cpus=config.local_cpus,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-    )
+@contextmanager
+def _started_here(config: RayConfig) -> Iterator[None]:
+    with private_folder() as folder:
+        try:
+            # Ray gives a node the address of an interface even where it is told 127.0.0.1, so its
+            # ports are open to other machines; what asks there needs the token.
+            ray.init(
+                address="local",
+                num_cpus=config.local_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=True,
+                _temp_dir=folder,
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _describe_cluster() -> str:

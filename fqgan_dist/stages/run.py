@@ -153,6 +153,7 @@ def wait_for_ranks(world: World) -> None:
 
 def write_run_files(context: RunContext) -> None:
     storage = context.storage
+    storage.make_private()
     storage.write_bytes("config.yaml", dump_config(context.config).encode())
     environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
     storage.write_bytes("environment.json", environment.encode())

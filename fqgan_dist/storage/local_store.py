@@ -178,7 +178,7 @@ def _no_object(uri: str) -> FileNotFoundError:
 def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[str]:
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
-    _make_directory(folder)
+    make_directory(folder)
     # In the same folder: neither a rename nor a link crosses file systems. A name has 255 bytes at
     # most: 42 of ours, and 50 characters of four.
     temporary = os.path.join(folder, f".{name[:50]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
@@ -195,14 +195,22 @@ def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[
             os.unlink(temporary)
 
 
-def _make_directory(folder: str) -> None:
-    """Create a folder so that it survives a power loss: its parent is synced too."""
+def make_directory(folder: str, *, mode: int = 0o777) -> None:
+    """Create a folder so that it survives a power loss: its parent is synced too.
+
+    Args:
+        folder: its path; those above it are made as the process's umask says.
+        mode: permissions of the folder if it is made here, less those that the umask takes away.
+
+    Raises:
+        DataError: a file is where it should be.
+    """
     if os.path.isdir(folder):
         return
     parent = os.path.dirname(folder)
-    _make_directory(parent)
+    make_directory(parent)
     try:
-        os.mkdir(folder)
+        os.mkdir(folder, mode)
     except FileExistsError as error:
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: a file is where a folder should be; remove it") from error

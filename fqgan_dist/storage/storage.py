@@ -25,7 +25,7 @@ from fqgan_dist.storage.backend import Backend
 from fqgan_dist.storage.disk_errors import explain_disk_error
 from fqgan_dist.storage.download_target import TargetFileError
 from fqgan_dist.storage.links import RefusedObjectError
-from fqgan_dist.storage.local_store import LocalBackend
+from fqgan_dist.storage.local_store import LocalBackend, make_directory
 from fqgan_dist.storage.names import (
     check_bucket_root,
     check_relative_path,
@@ -38,6 +38,7 @@ from fqgan_dist.storage.uri import read_location
 
 # The stores that there are beside local disks, by the schemes of `names.STORES`.
 BACKENDS: dict[str, type[Backend]] = {"s3": S3Backend}
+_PRIVATE_MODE = 0o750
 
 
 class Storage:
@@ -79,6 +80,11 @@ class Storage:
         child._named_root = self._named_root
         child.__dict__["_backend"] = self._backend  # one set of connections for all folders
         return child
+
+    def make_private(self) -> None:
+        """Make the root, a folder that is not there yet, one that no other user enters (0750)."""
+        if self.is_local:
+            make_directory(self.root, mode=_PRIVATE_MODE)
 
     @property
     def num_retries(self) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from fqgan_dist.orchestration.cluster import connected_cluster
+from fqgan_dist.orchestration.config import RayConfig
 
 FQGAN = Path(sys.executable).with_name("fqgan")
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
@@ -41,3 +46,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_no_retry(tmp_
     assert last.startswith("NumericsError: [rank ")
     assert "not finite" in last
     assert "restarting" not in done.stderr
+
+
+def test_the_folder_of_a_ray_started_here_is_private_and_goes_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Not pytest's folder, whose path leaves no room for sockets.
+    with tempfile.TemporaryDirectory(dir="/tmp") as base:
+        monkeypatch.setenv("RAY_TMPDIR", base)
+        with connected_cluster(RayConfig(local_cpus=1)):
+            (folder,) = Path(base).iterdir()
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert list(folder.glob("*/session_*/sockets/plasma_store"))
+        assert list(Path(base).iterdir()) == []

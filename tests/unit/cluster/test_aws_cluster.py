@@ -104,6 +104,19 @@ def test_the_head_may_pass_on_the_workers_role_and_end_its_own_nodes_only(
     assert condition == {"aws:ResourceTag/ray-cluster-name": config["cluster_name"]}
 
 
+def test_the_head_tags_what_it_starts_and_its_own_nodes_only(config: dict[str, Any]) -> None:
+    """Else it could tag any instance as its own, and end it."""
+    statements = json.loads((FOLDER / "head-policy.json").read_text())["Statement"]
+    tagging = [item for item in statements if "ec2:CreateTags" in item["Action"]]
+    assert all(item["Action"] == ["ec2:CreateTags"] for item in tagging)
+    conditions = [item["Condition"]["StringEquals"] for item in tagging]
+    # Ray's autoscaler writes the state of a node into its tags after it was started too.
+    assert conditions == [
+        {"ec2:CreateAction": "RunInstances"},
+        {"aws:ResourceTag/ray-cluster-name": config["cluster_name"]},
+    ]
+
+
 @pytest.mark.parametrize("name", ["head-policy.json", "worker-policy.json", "trust.json"])
 def test_policies_are_policies(name: str) -> None:
     policy = json.loads((FOLDER / name).read_text())

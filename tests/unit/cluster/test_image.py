@@ -14,10 +14,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+LOCK = ROOT / "cluster" / "requirements.lock"
 IGNORE_FILE = ROOT / "cluster" / "Dockerfile.dockerignore"
 
 
@@ -58,11 +61,54 @@ def test_only_what_the_image_is_made_of_enters_it() -> None:
         assert (ROOT / source).exists()
 
 
-def test_installation_is_the_projects_own() -> None:
+def test_what_is_installed_is_what_was_locked() -> None:
     dependencies, package = (step for step in run_steps() if "pip install" in step)
-    for step in (dependencies, package):
-        assert re.search(r"pip install --no-cache-dir .*--constraint constraints.txt \.", step)
-    assert "--no-deps" in package
+    assert "--require-hashes --requirement requirements.lock" in dependencies
+    assert "--no-deps --no-build-isolation ." in package, "nothing is fetched beside the lock"
+
+
+def read_lock() -> dict[str, str]:
+    """Return the version of each package, of which every file has a hash."""
+    text = LOCK.read_text().replace("\\\n", " ")
+    versions: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement, *hashes = line.split()
+        assert hashes, line
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), line
+        name, version = requirement.split("==")
+        versions[name.partition("[")[0]] = version
+    return versions
+
+
+def test_the_lock_holds_the_versions_that_the_tests_ran_with() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    tested = {canonicalize_name(name): version for name, version in tested.items()}
+    locked = read_lock()
+    assert {name: tested.get(name, version) for name, version in locked.items()} == locked
+    assert locked.keys() - tested.keys() <= {"boto3", "s3transfer", "jmespath", "setuptools"}
+
+
+def test_the_lock_holds_all_that_the_project_needs() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    locked = read_lock()
+    build = pyproject["build-system"]["requires"]
+    for text in (*pyproject["project"]["dependencies"], *build, "boto3"):
+        requirement = Requirement(text)
+        version = locked[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), text
+
+
+def test_what_others_build_is_named_by_its_hash() -> None:
+    (image,) = [rest for name, rest in read_instructions() if name == "ARG"]
+    assert re.fullmatch(r"BASE_IMAGE=\S+@sha256:[0-9a-f]{64}", image)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    used = re.findall(r"uses: (\S+)", workflow)
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), action
 
 
 def test_all_that_the_package_is_built_from_is_copied() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,22 @@ def test_library_does_not_import_s3fs_for_local_roots(storage: Storage) -> None:
         "Storage(sys.argv[1]).write_bytes('x', b''); assert 's3fs' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, storage.root], check=True)
+
+
+def test_a_private_root_is_closed_to_others_and_one_that_is_there_stays_as_it_is(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "runs" / "mine"
+    Storage(root).make_private()
+    Storage(root).write_bytes("a/b", b"x")
+    assert stat.S_IMODE(root.stat().st_mode) == 0o750
+    assert stat.S_IMODE(root.parent.stat().st_mode) == 0o777 & ~_umask()
+    root.chmod(0o755)
+    Storage(root).make_private()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o755
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

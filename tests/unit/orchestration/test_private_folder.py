@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import stat
+from pathlib import Path
 
 import pytest
 
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.orchestration.socket_paths import (
+from fqgan_dist.orchestration.private_folder import (
     FOLDER_VARIABLES,
     check_socket_paths,
     max_folder_bytes,
+    private_folder,
 )
 
 
@@ -50,6 +53,34 @@ def test_ray_allows_what_is_allowed_here() -> None:
     utils = pytest.importorskip("ray._private.utils")
     folder = "/" + "x" * (max_folder_bytes() - 1)
     session = f"session_2026-11-28_21-06-04_123456_{os.getpid()}"
-    utils.validate_socket_filepath(f"{folder}/ray/{session}/sockets/plasma_store")
+    inner = f"ray-abcd1234/r/{session}/sockets/plasma_store"
+    utils.validate_socket_filepath(f"{folder}/{inner}")
     with pytest.raises(OSError, match="AF_UNIX"):
-        utils.validate_socket_filepath(f"{folder}x/ray/{session}/sockets/plasma_store")
+        utils.validate_socket_filepath(f"{folder}x/{inner}")
+
+
+def test_nobody_else_enters_the_folder_and_it_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fqgan_dist.orchestration.private_folder.check_socket_paths", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with private_folder() as folder:
+        outer = Path(folder).parent
+        assert outer.parent == tmp_path
+        assert stat.S_IMODE(outer.stat().st_mode) == 0o700
+        Path(folder).mkdir(mode=0o777)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_are_kept_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fqgan_dist.orchestration.private_folder.check_socket_paths", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(RuntimeError), private_folder():
+        raise RuntimeError
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/proc")
+    with pytest.raises(ConfigError, match="/proc: no folder for Ray can be made there"):
+        private_folder().__enter__()
