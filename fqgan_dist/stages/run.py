@@ -57,6 +57,7 @@ def open_run(
         ConfigError: the device is not there.
     """
     storage = Storage(config.storage.root)
+    storage.make_private()
     probe = f"probe-rank-{world.rank}"
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
@@ -153,7 +154,6 @@ def wait_for_ranks(world: World) -> None:
 
 def write_run_files(context: RunContext) -> None:
     storage = context.storage
-    storage.make_private()
     storage.write_bytes("config.yaml", dump_config(context.config).encode())
     environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
     storage.write_bytes("environment.json", environment.encode())

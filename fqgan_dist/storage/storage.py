@@ -84,7 +84,8 @@ class Storage:
     def make_private(self) -> None:
         """Make the root, a folder that is not there yet, one that no other user enters (0750)."""
         if self.is_local:
-            make_directory(self.root, mode=_PRIVATE_MODE)
+            with _clear_errors(self.root):
+                make_directory(self.root, mode=_PRIVATE_MODE)
 
     @property
     def num_retries(self) -> int:
