@@ -390,15 +390,21 @@ def _replace_index(extension: PlannedExtension, done: FinishedPlan) -> DatasetIn
             f"{folder.uri(former)}: not the index that its name says; delete it, and run the same "
             "command again"
         ) from error
-    current = Dataset.open(folder)
-    if request in current.index.plans:
-        check_remade(current, done.entries)
-        return current.index
-    if current.id != base.dataset_id:
-        raise DataError(
-            f"{folder.uri(INDEX_NAME)}: it was changed by hand while it was extended; restore it, "
-            "and run the same command again"
-        )
+    uri = folder.uri(INDEX_NAME)
+    current_bytes = read_document(folder, INDEX_NAME)
+    current = parse_index(current_bytes, source=uri)
+    if request in current.plans:
+        check_remade(Dataset(folder, current), done.entries)
+        return current
+    changed = DataError(
+        f"{uri}: it was changed by hand while it was extended; restore it, and run the same "
+        "command again"
+    )
+    if current.dataset_id != base.dataset_id:
+        raise changed
     # Last, in one step: until then whoever reads sees the former dataset, whole.
-    folder.write_bytes(INDEX_NAME, extended.to_bytes())
+    try:
+        folder.replace_bytes(INDEX_NAME, extended.to_bytes(), former=current_bytes)
+    except FileExistsError as error:
+        raise changed from error
     return extended

@@ -59,6 +59,10 @@ class Backend(Protocol):
         """Make a new object; FileExistsError where the name is taken, by a lost try of ours too."""
         ...
 
+    def replace(self, uri: str, former: bytes, data: bytes) -> None:
+        """Replace an object that has certain bytes; FileExistsError where it has others."""
+        ...
+
     def names(self, uri: str) -> list[str]:
         """List the names of objects and folders directly below a folder, in any order."""
         ...

@@ -7,11 +7,12 @@ gives it its name, and the folder is synced: after a crash the object is whole o
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -100,6 +101,13 @@ class LocalBackend:
             os.link(temporary, uri)
         _sync_directory(os.path.dirname(uri))
 
+    def replace(self, uri: str, former: bytes, data: bytes) -> None:
+        self.size(uri)  # what is wrong with the name is said of the name
+        with _locked_folder(os.path.dirname(uri)):
+            if self.read(uri, 0, None) != former:
+                raise FileExistsError(uri)
+            self._replace(uri, [data])
+
     def names(self, uri: str) -> list[str]:
         self._check_folder(uri)
         return [name for name in os.listdir(uri) if _TEMPORARY_MARK not in name]
@@ -168,6 +176,18 @@ class LocalBackend:
         if folder not in self._folders_within:
             check_link(folder, self._root)
             self._folders_within.add(folder)
+
+
+@contextmanager
+def _locked_folder(folder: str) -> Iterator[None]:
+    """Hold a folder's lock, which others of this function wait for; not on all network disks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # NFS wants a file that is open for writing
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _no_object(uri: str) -> FileNotFoundError:

@@ -223,6 +223,25 @@ class Storage:
                 if self._backend.read(uri, 0, None) != data:
                     raise
 
+    def replace_bytes(self, path: str, data: bytes, *, former: bytes) -> None:
+        """Replace an object only if it has the bytes that the caller knows; of several one wins.
+
+        In a bucket the store decides, by a conditional put. A disk has no such call: there writers
+        of one machine wait for each other, those of others may not be seen in the last moment.
+        An object with the very bytes that are written counts as success.
+
+        Raises:
+            FileExistsError: the object has other bytes.
+        """
+        uri = self.uri(path)
+        with _clear_errors(uri):
+            try:
+                self._backend.replace(uri, former, data)
+            except FileExistsError:
+                # One whose answer was lost is tried again, and finds what it wrote.
+                if self._backend.read(uri, 0, None) != data:
+                    raise
+
     def list(self, prefix: str = "") -> list[str]:
         """List the names of files and folders directly below a folder, sorted; [] if none."""
         uri = self.uri(prefix) if prefix else self.root

@@ -103,6 +103,14 @@ class MemoryBackend:
                 raise FileExistsError(uri)
             bucket.objects[key] = data
 
+    def replace(self, uri: str, former: bytes, data: bytes) -> None:
+        """Replace an object of known bytes."""
+        bucket, key = _find(uri)
+        with bucket.lock:
+            if self._read(uri) != former:
+                raise FileExistsError(uri)
+            bucket.objects[key] = data
+
     def names(self, uri: str) -> list[str]:
         """List a folder."""
         return list({name.partition("/")[0] for name, _ in self.walk(uri)})

@@ -41,6 +41,9 @@ class SmallS3:
     """What answers say that an object's size is; None: the truth."""
     lists_in_order: bool = True
     """Whether listings are sorted, as S3's are; else they are as the objects came."""
+    knows_conditions: bool = True
+    """Whether If-Match of a put is understood; else such a put is refused."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,11 +110,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the client went away
         elif self._is_refused():
             pass
-        elif "If-None-Match" in self.headers and self._path in self.state.objects:
+        elif (
+            "If-None-Match" in self.headers and self._path in self.state.objects
+        ) or not self._replaces_what_is_expected(data):
             self._refuse(412, "PreconditionFailed")
         else:
-            self.state.objects[self._path] = data
             self._answer(200, ETag=_etag(data))
+
+    def _takes(self, data: bytes) -> bool:
+        """Keep an object, unless a condition of the request forbids it."""
+        with self.state.lock:
+            former = self.state.objects.get(self._path)
+            if former is not None and "If-None-Match" in self.headers:
+                return False
+            if (expected := self.headers.get("If-Match")) is not None and (
+                not self.state.knows_conditions or expected != _etag(former or b"")
+            ):
+                return False
+            self.state.objects[self._path] = data
+            return True
 
     def do_DELETE(self) -> None:
         if not self._is_refused():

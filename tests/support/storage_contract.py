@@ -46,11 +46,12 @@ CALLS: dict[str, Callable[[Storage, str], object]] = {
     "open_read": lambda storage, path: storage.open_read(path),
     "write_bytes": lambda storage, path: storage.write_bytes(path, b"1"),
     "create_bytes": lambda storage, path: storage.create_bytes(path, b"1"),
+    "replace_bytes": lambda storage, path: storage.replace_bytes(path, b"1", former=b"0"),
     "delete": lambda storage, path: storage.delete(path),
     "list": lambda storage, path: storage.list(path),
     "walk": lambda storage, path: list(storage.walk(path)),
 }
-READS = ("size", "read_bytes", "read_ranges", "open_read")
+READS = ("size", "read_bytes", "read_ranges", "open_read", "replace_bytes")
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,36 @@ class StorageContract:
         with pytest.raises(FileExistsError, match="exists already"):
             storage.create_bytes("commit", b"second")
         assert storage.read_bytes("commit") == b"first"
+
+    def test_replace_refuses_an_object_of_other_bytes(self, storage: Storage) -> None:
+        storage.write_bytes("index", b"first")
+        for former in (b"other", b"firs", b"first!", b""):
+            with pytest.raises(FileExistsError, match="exists already"):
+                storage.replace_bytes("index", b"second", former=former)
+        assert storage.read_bytes("index") == b"first"
+        storage.replace_bytes("index", b"second", former=b"first")
+        assert storage.read_bytes("index") == b"second"
+        storage.replace_bytes("index", b"second", former=b"first")  # the answer was lost
+        with pytest.raises(FileNotFoundError, match="no such object"):
+            storage.replace_bytes("none", b"second", former=b"first")
+
+    def test_of_many_replacers_exactly_one_wins(self, storage: Storage) -> None:
+        start = threading.Barrier(16)
+        storage.write_bytes("index", b"first")
+
+        def replace(number: int) -> bool:
+            own = storage if number % 2 else Storage(storage.root)
+            start.wait()
+            try:
+                own.replace_bytes("index", str(number).encode(), former=b"first")
+            except FileExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(replace, range(16)))
+        assert sum(won) == 1
+        assert storage.read_bytes("index") == str(won.index(True)).encode()
 
     def test_of_many_creators_exactly_one_wins(self, storage: Storage) -> None:
         start = threading.Barrier(16)

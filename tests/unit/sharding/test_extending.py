@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,9 @@ class DyingStorage(Storage):
 
     def write_bytes(self, path: str, data: bytes) -> None:
         self._die_or(super().write_bytes, path, data)
+
+    def replace_bytes(self, path: str, data: bytes, *, former: bytes) -> None:
+        self._die_or(partial(super().replace_bytes, former=former), path, data)
 
     def _die_or(self, write: object, path: str, data: bytes) -> None:
         assert callable(write)

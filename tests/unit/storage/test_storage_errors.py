@@ -146,3 +146,14 @@ def test_a_full_disk_is_told_apart(server: SmallS3, storage: Storage, tmp_path: 
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_store_without_conditional_puts_replaces_what_was_unchanged(
+    server: SmallS3, storage: Storage
+) -> None:
+    server.knows_conditions = False
+    storage.write_bytes("index", b"first")
+    with pytest.raises(FileExistsError):
+        storage.replace_bytes("index", b"second", former=b"other")
+    storage.replace_bytes("index", b"second", former=b"first")
+    assert storage.read_bytes("index") == b"second"
