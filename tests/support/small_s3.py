@@ -110,9 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the client went away
         elif self._is_refused():
             pass
-        elif (
-            "If-None-Match" in self.headers and self._path in self.state.objects
-        ) or not self._replaces_what_is_expected(data):
+        elif not self._takes(data):
             self._refuse(412, "PreconditionFailed")
         else:
             self._answer(200, ETag=_etag(data))
