@@ -109,6 +109,8 @@ def test_every_command_of_the_document_works(
     assert load_index(storage.child("train")).num_samples == 14
     local = Storage(tmp_path)
     assert load_index(local.child("zip-dataset")).classes == ["b", "a"]
+    assert load_index(local.child("no-classes")).num_samples == 14
+    assert load_index(local.child("ones")).classes == ["a"]
     for name in ("tar-dataset", "parquet-dataset", "csv-dataset", "wds", "again"):
         assert load_index(local.child(name)).num_samples == 14, name
 

@@ -92,3 +92,23 @@ def test_a_missing_file_is_said_before_anything_runs(tmp_path: Path, setting: st
     settings = [*layout.settings(tmp_path), f"data.{setting}={tmp_path}/gone"]
     with pytest.raises(ConfigError, match=rf"data\.{setting}: '.*gone': no such file"):
         _run(load_tiny(f"storage.root={tmp_path}/run", "stages=[shards]", *settings))
+
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "data.md"
+
+
+def test_the_document_says_how_every_layout_is_read(tmp_path: Path) -> None:
+    """The commands of its table are those that the other tests of this file call."""
+    table = DOCUMENT.read_text().partition("| what you have |")[2].partition("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    documented = {(train, val.removesuffix(" (beside)")) for _, train, val in rows}
+    is_beside = {train for _, train, val in rows if val.endswith(" (beside)")}
+    expected: set[tuple[str, str]] = set()
+    for name, write in LAYOUTS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        layout = write(folder, TRAIN, VAL)
+        train, val = (f"`{' '.join(layout.command('DIR', split))}`" for split in ("train", "val"))
+        expected.add((train, val))
+        assert (train in is_beside) == (layout.validation_source is None), name
+    assert documented == expected
