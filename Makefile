@@ -44,6 +44,7 @@ format: $(STAMP)
 
 golden: $(STAMP)
 	$(BIN)/python tests/golden/write_configs.py
+	$(BIN)/python tests/golden/write_user_errors.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

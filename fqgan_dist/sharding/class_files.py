@@ -118,6 +118,8 @@ def _read_lines(uri: str, option: str) -> list[str]:
         if storage.size(name) > _MAX_FILE_BYTES:
             raise ConfigError(f"{option}: {uri} has more than {_MAX_FILE_BYTES} bytes")
         lines = storage.read_bytes(name).decode("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{option}: {uri}: no such file; correct the path") from error
     except (OSError, DataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option}: {uri} cannot be read ({error}); name a text file") from error
     if any(map(holds_credentials, lines)):

@@ -19,7 +19,7 @@ THE_ONLY_CLASS = "all"
 class SourceOptions(Config):
     """How a source is read."""
 
-    format: Literal["auto"] | SourceFormat = "auto"
+    format: Literal["auto", SourceFormat] = "auto"
     """What the source is: `folder` (class folders), `tar` (holding class folders, or a tar of each
     class), `zip`, `webdataset` (shards), `parquet`, `manifest` (a list of images and their classes:
     CSV, TSV, JSONL, or text with a line per image); `auto` tells by its name and content."""

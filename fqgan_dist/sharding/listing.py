@@ -483,8 +483,9 @@ def _check_keys_are_unique(uri: str, keys: Sequence[str], names: Sequence[str]) 
     seen: dict[str, str] = {}
     for key, name in zip(keys, names, strict=True):
         if key in seen:
+            where = f"as {seen[key]!r} and as {name!r}" if name != seen[key] else f"as {name!r}"
             raise DataError(
-                f"{uri}: the key {key!r} occurs twice, as {seen[key]!r} and as {name!r}; expected "
+                f"{uri}: the key {key!r} occurs twice, {where}; expected "
                 "keys that are unique in the whole dataset: give keep_keys=false to make new ones"
             )
         seen[key] = name

@@ -216,7 +216,7 @@ def check_classes(
         raise DataError(
             f"{source.uri}: {len(unknown)} of its classes are not among the {len(classes)} of "
             f"{of}: {unknown[:_SHOWN_NAMES]!r}; correct these, or the source, or say with "
-            "class_map which class each of its labels stands for"
+            "class_map= which class each of its labels stands for"
         )
 
 

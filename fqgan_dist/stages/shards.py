@@ -39,6 +39,8 @@ from fqgan_dist.stages.stage import (
 from fqgan_dist.storage.names import is_remote
 from fqgan_dist.storage.storage import Storage
 
+OptionsField = Literal["source_options", "validation_options"]
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
@@ -114,10 +116,12 @@ class ShardsStage(Stage):
         with _open_splits(self.context) as sources:
             train, val = (sources[split] for split in SPLITS)
             classes, descriptions = read_classes(named) if named else (train.class_names(), None)
-            check_classes(train, classes, of=f"data.classes {named!r}")
+            with _named_options("source_options"):
+                check_classes(train, classes, of=f"data.classes {named!r}")
             val_has_classes = val.has_classes or not train.has_classes
             if val_has_classes:
-                check_classes(val, classes, of="the training images")
+                with _named_options(_validation_field(config.data)):
+                    check_classes(val, classes, of="the training images")
             sizes = DataSizes(len(train), len(val), len(classes), val_has_classes)
             check_sizes(find_stages(config), config, sizes)
             for split, source in sources.items():
@@ -213,7 +217,7 @@ def _open_splits(context: RunContext) -> Iterator[dict[str, SourceListing]]:
         elif own is None:
             yield _hold_out(train, data.validation_fraction, data.seed)
             return
-        field = "source_options" if data.validation_source is None else "validation_options"
+        field = _validation_field(data)
         val = stack.enter_context(_open(val_uri or train_uri, own or "val", data, field))
         yield {"train": train, "val": val}
 
@@ -223,20 +227,31 @@ def _open(
     uri: str,
     split: str,
     data: DataConfig,
-    field: Literal["source_options", "validation_options"],
+    field: OptionsField,
     *,
     photographs: PhotographsConfig | None = None,
 ) -> Iterator[SourceListing]:
-    """Open a source; what is wrong is said by the names that the options have in a run."""
     options: SourceOptions = getattr(data, field)
     given = options.model_dump(exclude_defaults=True)
     with ExitStack() as stack:
-        opened = open_source(uri, split=split, photographs=photographs, **given)
-        try:
+        with _named_options(field):
+            opened = open_source(uri, split=split, photographs=photographs, **given)
             listing = stack.enter_context(opened)
-        except (ConfigError, DataError) as error:
-            raise type(error)(name_options(str(error), f"data.{field}.")) from error
         yield listing
+
+
+@contextmanager
+def _named_options(field: OptionsField) -> Iterator[None]:
+    """Say what is wrong by the names that the options of sources have in a run."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(name_options(str(error), f"data.{field}.")) from error
+
+
+def _validation_field(data: DataConfig) -> OptionsField:
+    """Name the options by which validation images are read."""
+    return "source_options" if data.validation_source is None else "validation_options"
 
 
 def _open_photographs(data: DataConfig, split: str) -> AbstractContextManager[SourceListing]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fqgan_dist.data.config import BUILTIN_PHOTOGRAPHS
 from fqgan_dist.data.index import INDEX_NAME
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.config import FORMATS, NO_CLASSES, SourceFormat, SourceOptions
+from fqgan_dist.sharding.config import NO_CLASSES, SourceFormat, SourceOptions
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.file_names import (
     ARCHIVE_SUFFIXES,
@@ -288,8 +288,8 @@ def _find_format_of_folder(uri: str, options: SourceOptions) -> SourceFormat:
         if source_exists(uri):
             raise ConfigError(f"{uri}: a file of no known ending; say what it is with format=...")
         raise DataError(
-            f"{uri}: no such folder; expected class folders with images, or a "
-            f"{'/'.join(FORMATS)} source, or {BUILTIN_PHOTOGRAPHS}"
+            f"{uri}: no such folder; expected class folders with images, a tar, zip, WebDataset "
+            f"shards, parquet, a list of images, or {BUILTIN_PHOTOGRAPHS}"
         )
     folders = _find_folders(storage, names)
     files: dict[SourceFormat, list[str]] = {
@@ -298,7 +298,7 @@ def _find_format_of_folder(uri: str, options: SourceOptions) -> SourceFormat:
         "zip": [name for name in names if name.endswith(ZIP_SUFFIX)],
         "tar": [name for name in names if name.endswith(COMPRESSED_SUFFIXES)],
     }
-    if INDEX_NAME in names and files["webdataset"]:
+    if INDEX_NAME in names and not folders:
         return "webdataset"
     if files["webdataset"]:
         # Tables of what shards hold: img2dataset's of each, and those of our datasets.

@@ -33,9 +33,10 @@ def check_effect(uri: str, options: SourceOptions, kind: SourceFormat | None) ->
     """
     for name, value in _given(options).items():
         if kind is None or kind not in _EFFECTS.get(name, FORMATS):
+            remedy = "leave it out" if kind is None else "leave it out, or correct format="
             raise ConfigError(
                 f"{name}: {value!r} has no effect on {uri!r} (read as {kind or 'built-in'}); "
-                "leave it out, or correct format="
+                f"{remedy}"
             )
     if kind in _KINDS_WITH_CLASS_FOLDERS and options.class_key not in (None, NO_CLASSES):
         raise ConfigError(

@@ -199,9 +199,10 @@ def _choose(
     if given is not None:
         if given in possible:
             return given
-        found = "holds something else" if given in schema.names else "is no column"
+        fault = "holds something else" if given in schema.names else "is not there"
         raise ConfigError(
-            f"{option}: {given!r} {found} of {uri} ({columns}); expected {_EXPECTED[option]}"
+            f"{option}: the column {given!r} of {uri} {fault} ({columns}); expected one with "
+            f"{_EXPECTED[option]}"
         )
     found = [name for name in possible if name in usual] or possible
     if len(found) == 1:
@@ -266,7 +267,10 @@ def _iterate_images(
         uri, num_bytes = storage.uri(name), storage.size(name)
         _check_row_groups(file.metadata, num_bytes, uri)
         if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
-            raise DataError(f"{uri}: has no columns {missing}, unlike the first file")
+            raise DataError(
+                f"{uri}: has no columns {missing}, unlike the first file; expected files of one "
+                "kind: say with files= which are read together"
+            )
         limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
             values = {column: batch.column(column)[0].as_py() for column in batch.schema.names}

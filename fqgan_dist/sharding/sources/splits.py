@@ -101,7 +101,8 @@ def group_by_split(files: Iterable[str]) -> dict[str | None, list[str]]:
 def describe_splits(found: dict[str | None, list[str]]) -> str:
     """Name the splits that were found, with examples, for an error."""
     return "; ".join(
-        f"{name or 'no split'}: {len(names)} ({', '.join(names[:_SHOWN_NAMES])} ...)"
+        f"{name or 'no split'}: {len(names)} ({', '.join(names[:_SHOWN_NAMES])}"
+        f"{' ...' if len(names) > _SHOWN_NAMES else ''})"
         for name, names in sorted(found.items(), key=lambda item: str(item[0]))
     )
 

@@ -96,7 +96,7 @@ def _find_shards(uri: str) -> tuple[Storage, list[str], list[str]]:
     storage = Storage(uri)
     names = storage.list()
     shards = [name for name in names if name.endswith(TAR_SUFFIX) and not is_dropping(name)]
-    if not shards:
+    if not shards and INDEX_NAME not in names:  # else that says which are missing
         raise DataError(f"{uri}: no shards; expected a folder of .tar files, or another format")
     odd = [name for name in names if name not in shards and not _COMPANIONS.fullmatch(name)]
     return storage, shards, odd

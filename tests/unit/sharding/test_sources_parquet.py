@@ -125,10 +125,22 @@ def test_unusable_rows_are_named(tmp_path: Path, image: Any, label: int | None, 
     ("options", "message"),
     [
         ({}, r"'caption', 'title' could each be meant; name one with class_key="),
-        ({"class_key": "nothing"}, r"class_key: 'nothing' is no column .*title: string"),
-        ({"class_key": "image"}, "class_key: 'image' holds something else .*expected classes"),
-        ({"class_key": "title", "image_key": "picture"}, "image_key: 'picture' is no column"),
-        ({"class_key": "title", "image_key": "title"}, "'title' holds something else .*the bytes"),
+        (
+            {"class_key": "nothing"},
+            r"class_key: the column 'nothing' .* is not there .*title: string",
+        ),
+        (
+            {"class_key": "image"},
+            r"class_key: the column 'image' .* holds something else .*classes: whole",
+        ),
+        (
+            {"class_key": "title", "image_key": "picture"},
+            r"image_key: the column 'picture' .* is not there",
+        ),
+        (
+            {"class_key": "title", "image_key": "title"},
+            r"the column 'title' .* holds something else .*the bytes",
+        ),
         ({"class_key": "title", "id_key": "number"}, "no column 'number'"),
     ],
 )
