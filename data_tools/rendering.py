@@ -9,6 +9,7 @@ from data_tools.index import IndexSummary
 from data_tools.rearrange import SplitSummary
 from data_tools.shard import ShardSummary, WorkSummary
 from data_tools.stats import DatasetStats, Spread
+from fqgan_dist.sharding.labels import describe_classes
 from fqgan_dist.sharding.verification import VerifyReport
 from fqgan_dist.terminal import Lines, join_lines
 
@@ -30,7 +31,8 @@ def render_shard(summary: ShardSummary) -> Lines:
             f"{summary.destination}: {size} ({summary.work.num_built} written, "
             f"{summary.work.num_kept} from an earlier run)"
         )
-    return join_lines([state, *_render_work(summary.dataset_id, summary.work)])
+    classes = describe_classes(summary.classes)
+    return join_lines([state, classes, *_render_work(summary.dataset_id, summary.work)])
 
 
 def render_split(summary: SplitSummary) -> Lines:

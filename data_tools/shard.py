@@ -103,6 +103,8 @@ class ShardSummary:
     """Whether there was nothing to do."""
     num_classes: int
     """Classes."""
+    classes: Sequence[str]
+    """Their names, in the order of their labels."""
     num_samples: int
     """Images in the dataset; in a dry run those that are named like images."""
     num_shards: int
@@ -192,6 +194,7 @@ def make_dataset(
         dataset_id=index.dataset_id,
         was_complete=report.was_complete,
         num_classes=index.num_classes,
+        classes=index.classes,
         num_samples=index.num_samples,
         num_shards=len(index.shards),
         num_bytes=sum(entry.bytes for entry in index.shards),
@@ -220,6 +223,7 @@ def _preview(
         dataset_id=None,
         was_complete=False,
         num_classes=len(plan.classes),
+        classes=plan.classes,
         num_samples=plan.num_samples,
         num_shards=len(plan.shards),
         num_bytes=int(source.sizes.sum()),

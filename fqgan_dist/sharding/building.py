@@ -9,7 +9,9 @@ Source: design.md section 3, "Dataset".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,8 @@ from fqgan_dist.data.index import (
     write_index,
 )
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import SourceListing, sort_problems
+from fqgan_dist.sharding.labels import describe_classes
+from fqgan_dist.sharding.listing import SourceListing, class_of, show_name, sort_problems
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, plan_dataset
 from fqgan_dist.sharding.plan_files import (
     BASE_PLAN,
@@ -34,12 +37,19 @@ from fqgan_dist.sharding.plan_files import (
     load_plan,
     publish_plan,
 )
-from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems, write_problems
+from fqgan_dist.sharding.problems import (
+    NUM_INDEXED_PROBLEMS,
+    describe_kinds,
+    load_problems,
+    write_problems,
+)
 from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
 from fqgan_dist.storage.storage import Storage
 
 _CONCURRENT_READS = 32
 _SHOWN_NAMES = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ def build_dataset(
     if present is not None and not find_missing_files(present):
         kept = len(present.index.shards)
         return present.index, ShardingReport(True, 0, kept, load_problems(present))
+    logger.info("%s", describe_classes(plan.classes))
     is_new = publish_plan(
         folder, BASE_PLAN, plan, source, config, source_options=source_options or {}
     )
@@ -142,6 +153,7 @@ def run_plan(
     is_new: bool,
     run_chunks: RunChunks,
     log_storage: Storage | None,
+    filled_classes: Collection[str] = (),
 ) -> FinishedPlan:
     """Make the shards of a published plan that are not there, and check those that are.
 
@@ -154,6 +166,7 @@ def run_plan(
         is_new: whether no other job can have worked on it.
         run_chunks: processes work.
         log_storage: where processes write log files; None: they write none.
+        filled_classes: classes that the dataset has, and so images of them.
 
     Raises:
         DataError: as `build_dataset`.
@@ -185,9 +198,9 @@ def run_plan(
     )
     shards = [one for one in _load_all(shard_folder, plan.shards) if one is not None]
     assert len(shards) == len(plan.shards), "work is over when all shards are there"
-    problems = sort_problems(
-        [*source.problems, *(problem for shard in shards for problem in shard.problems)]
-    )
+    left_out = [problem for shard in shards for problem in shard.problems]
+    emptied = _find_emptied(source, left_out, filled_classes)
+    problems = sort_problems([*source.problems, *left_out, *emptied])
     table = write_problems(folder, stem, problems)
     report = _report(plan, source, found, shards, problems)
     return FinishedPlan([shard.entry for shard in shards if shard.entry], table, report)
@@ -223,14 +236,26 @@ def check_remade(dataset: Dataset, entries: Sequence[ShardEntry]) -> None:
         )
 
 
+def _find_emptied(
+    source: SourceListing, left_out: Sequence[SourceProblem], filled_classes: Collection[str]
+) -> Iterator[SourceProblem]:
+    """Name the classes whose images were all left out; they keep their labels, as all do."""
+    num_lost = Counter(class_of(problem.name) for problem in left_out)
+    num_listed = Counter(map(class_of, source.names)) if num_lost else Counter[str]()
+    for name, count in num_lost.items():
+        if count >= num_listed[name] > 0 and name not in filled_classes:
+            reason = f"a class of which none of its {count} images can be used"
+            yield SourceProblem(name=show_name(name), reason=reason, action="skipped")
+
+
 def _make_index(
     plan: DatasetPlan, source: SourceListing, config: ShardingConfig, done: FinishedPlan
 ) -> DatasetIndex:
     problems = done.report.problems
     if not done.entries:
         raise DataError(
-            f"{source.uri}: none of its {len(source)} images can be decoded; "
-            f"the first: {problems[0].name!r}: {problems[0].reason}"
+            f"{source.uri}: none of its {len(source)} images can be used: "
+            f"{describe_kinds(problems)}"
         )
     return DatasetIndex(
         name=config.name,

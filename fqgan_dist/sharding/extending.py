@@ -161,6 +161,7 @@ def extend_dataset(
         is_new=is_new,
         run_chunks=run_chunks,
         log_storage=log_storage,
+        filled_classes=extension.base.index.classes,
     )
     report = ExtensionReport(
         work=done.report,

@@ -9,6 +9,7 @@ interrupted leaves the folder as it was, or with tables that the next one finds 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS
 from fqgan_dist.sharding.file_names import COMPRESSED_SUFFIXES, TAR_SUFFIX
 from fqgan_dist.sharding.foreign_scan import ShardScan, describe_repeat, scan_shard
 from fqgan_dist.sharding.images import describe_view_short_side
+from fqgan_dist.sharding.labels import describe_classes
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, sort_problems
 from fqgan_dist.sharding.problems import (
     NUM_INDEXED_PROBLEMS,
@@ -57,6 +59,8 @@ from fqgan_dist.world import World
 _MAX_CLASSES = 1_000_000
 _MAX_NAMED_CLASSES = 100_000
 _SHOWN_NAMES = 5
+
+logger = logging.getLogger(__name__)
 _THREADS = 16
 """Requests at once; each is mostly waiting where the shards are in a bucket."""
 _MIB = 2**20
@@ -164,6 +168,7 @@ def index_shards(
         work = _ScanWork(folder, list(files), list(files.values()), config, Storage(scratch))
         run_in_processes(work, workers=workers, observer=observer)
         labelling = _choose_labels(folder, config, _survey(folder, work), classes)
+        logger.info("%s", describe_classes(labelling.classes))
         # Nothing is written before this line: every tar is read, every key and label known to fit.
         entries, problems = _publish_tables(folder, work, labelling)
     table = write_problems(folder, "index", problems)

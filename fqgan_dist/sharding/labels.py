@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
+from fqgan_dist.terminal import printable
+
 _SHOWN_CHARACTERS = 40
+_SHOWN_CLASSES = 3
 # A label below this is the number of a class, so that every label keeps its number; a greater
 # number (an id of some catalogue) is a name like any other.
 _MAX_CLASS_NUMBER = 99_999
@@ -31,6 +34,14 @@ def order_classes(names: Set[str]) -> list[str]:
         if greatest <= _MAX_CLASS_NUMBER:
             return [str(label) for label in range(greatest + 1)]
     return sorted(names)
+
+
+def describe_classes(classes: Sequence[str]) -> str:
+    """Say which label the first and last classes have, before anything is written with them."""
+    shown = [f"{label} {printable(name)}" for label, name in enumerate(classes)]
+    if len(shown) > 2 * _SHOWN_CLASSES:
+        shown[_SHOWN_CLASSES:-_SHOWN_CLASSES] = ["..."]
+    return f"labels: {', '.join(shown)}"
 
 
 def class_from_value(value: Any) -> str | None:

@@ -64,7 +64,7 @@ def test_progress_is_logged_bar_after_bar_and_keeps_out_of_the_result(
         code, _ = run_json(capsys, *arguments)
     assert code == 0
     lines = [record.getMessage().partition(",")[0] for record in caplog.records]
-    assert lines == ["listing: 12 files", "writing val shards: 12/12 images"]
+    assert lines == ["listing: 12 files", "labels: 0 a", "writing val shards: 12/12 images"]
 
 
 def test_shard_again_does_nothing_and_says_so(images: Path, dataset: Path, capsys):

@@ -88,3 +88,33 @@ def test_wrong_options_of_extend_are_listed(capsys) -> None:
     error = capsys.readouterr().err
     assert "short_side: unknown setting" in error
     assert "did you mean 'new_classes'?" in error
+
+
+def test_the_order_of_classes_is_shown_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "images", *(f"{label}/x.png" for label in range(12)))
+    arguments = ["shard", str(images), str(tmp_path / "out"), "name=x", "split=train", "workers=1"]
+    shown = "labels: 0 0, 1 1, 2 2, ..., 9 9, 10 10, 11 11"
+    assert main([*arguments, "--dry-run"]) == 0
+    assert shown in capsys.readouterr().out
+    code, summary = run_json(capsys, *arguments, "--dry-run")
+    assert (code, summary["classes"]) == (0, [str(label) for label in range(12)])
+    assert main(arguments) == 0
+    log = capsys.readouterr().err
+    assert log.index(shown) < log.index("writing train shards")
+
+
+def test_a_class_that_ends_without_an_image_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "images", "a/0.png", "c/1.png")
+    (images / "b").mkdir()
+    for name in ("0.png", "1.png"):
+        (images / "b" / name).write_bytes(b"no image")
+    arguments = ["shard", str(images), str(tmp_path / "out"), "name=x", "split=train", "workers=1"]
+    code, summary = run_json(capsys, *arguments)
+    assert code == 0
+    found = {problem["name"]: problem["reason"] for problem in summary["problems"]}
+    assert found["b"] == "a class of which none of its 2 images can be used"
+    assert set(found) == {"b", "b/0.png", "b/1.png"}
