@@ -241,11 +241,8 @@ def _first_of(uri: str) -> str:
     """Give the first file or folder that a pattern stands for; another URI stays as it is."""
     if not is_pattern(uri):
         return uri
-    storage, name = locate_file(uri.rstrip("/"))
-    found, missing = match_pattern(name, storage.list())
-    if not found:
-        raise DataError(f"{uri}: no file is called {missing[0]!r}; correct the pattern")
-    return uri[: len(uri.rstrip("/")) - len(name)] + found[0]
+    _, found = locate_files(uri)
+    return uri[: len(uri) - len(uri.rpartition("/")[2])] + found[0]
 
 
 def _is_of_samples(uri: str, options: SourceOptions, *, is_only: bool) -> bool:

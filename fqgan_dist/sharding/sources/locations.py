@@ -84,6 +84,9 @@ def locate_files(uri: str) -> tuple[Storage, list[str]]:
     """
     storage, pattern = locate_file(uri)
     files, missing = match_pattern(pattern, storage.list())
+    if not files:
+        more = f", nor one as the {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise DataError(f"{uri}: no such file: none is called {missing[0]!r}{more}; correct it")
     if missing:
         raise DataError(
             f"{uri}: {len(missing)} of {len(missing) + len(files)} files are missing: "
