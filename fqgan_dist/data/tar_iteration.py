@@ -9,6 +9,7 @@ URLs through a shell, unpickle `.pkl` members and expand compressed archives).
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -22,8 +23,7 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.storage.hashing import HashedStream
 from fqgan_dist.storage.storage import Storage
 
-_TAR_MAGIC_OFFSET = 257
-_TAR_MAGIC = b"ustar"
+_MARK = slice(257, 262)
 _BLOCK_BYTES = 2**20
 
 
@@ -88,13 +88,22 @@ def _read_samples(
 def _check_plain_tar(file: BinaryIO, source: str) -> None:
     # For a clear message alone: a gzip may carry the mark at this offset too. What protects is that
     # bytes are taken by their offsets and hashed, and nothing is ever expanded.
-    head = file.read(_TAR_MAGIC_OFFSET + len(_TAR_MAGIC))
-    if not head.endswith(_TAR_MAGIC):
+    head = file.read(tarfile.BLOCKSIZE)
+    if head[_MARK] != b"ustar" and not _is_header(head):
         raise DataError(
             f"{source}: not a plain tar archive (compressed ones cannot be read by offset); "
             "make it with `fqgan-data shard`"
         )
     file.seek(0, os.SEEK_SET)
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether a block is a tar's header of any age, by its checksum."""
+    try:
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _read_at(stream: HashedStream, offset: int, size: int, source: str) -> bytes:

@@ -34,7 +34,6 @@ _MAX_GLOBAL_BYTES = 2**14
 _MAX_SAMPLE_MEMBERS = 1000
 _MAX_SAMPLE_BYTES = 2 * MAX_MEMBER_BYTES
 _LONG_NUMBER = re.compile(rb"[0-9]{21}")
-_MAGIC = slice(257, 262)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset leaves such members out
 _EXTENDED_HEADERS = frozenset(
     {
@@ -279,8 +278,6 @@ class _Header(BoundedHeader):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
         """Read a header block."""
         cls.found_end = len(buf) == tarfile.BLOCKSIZE and not any(buf)
-        if buf and not cls.found_end and buf[_MAGIC] != b"ustar":
-            raise tarfile.ReadError("a header without the mark 'ustar'")
         return super().frombuf(buf, encoding, errors)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.source_files import png, write_tar
 
+from fqgan_dist.data.dataset import Dataset
+from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.foreign_index import IndexConfig, index_shards
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.sharding.verification import verify_dataset
 from fqgan_dist.storage.storage import Storage
 
 NUM_SAMPLES = 3
@@ -103,3 +107,35 @@ def test_what_systems_leave_is_no_sample(tmp_path: Path, read: Read) -> None:
     assert sorted(found) == [
         f"x.tar/{name}" for name in ("._k.png", ".ipynb_checkpoints", "__MACOSX", "a.idx")
     ]
+
+
+def to_v7(data: bytes) -> bytes:
+    """Write the headers of a tar as they were before POSIX: without a mark and what it brought."""
+    blocks = [bytearray(data[start : start + 512]) for start in range(0, len(data), 512)]
+    for block in blocks:
+        if block[257:262] == b"ustar":
+            block[257:500] = bytes(243)
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+    return b"".join(blocks)
+
+
+def test_tars_as_old_as_version_7_are_read_like_others(tmp_path: Path) -> None:
+    write(tmp_path, "png", "cls")
+    path = tmp_path / "x.tar"
+    path.write_bytes(to_v7(path.read_bytes()))
+    with tarfile.open(path) as archive:
+        assert len(archive.getmembers()) == 2 * NUM_SAMPLES
+    assert shard(tmp_path) == index(tmp_path) == {}
+    assert verify_dataset(Storage(tmp_path), is_deep=True).damages == []
+    dataset = Dataset.open(Storage(tmp_path))
+    (entry,) = dataset.index.shards
+    images = [data for _, _, data in iterate_shard(dataset.folder, entry)]
+    assert images == [png(number) for number in range(NUM_SAMPLES)]
+
+
+def test_a_tar_of_class_folders_of_version_7_is_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a/0.png", png(0)), ("b/1.png", png(1))])
+    path.write_bytes(to_v7(path.read_bytes()))
+    with open_source(str(path)) as source:
+        assert source.names == ["a/0.png", "b/1.png"]
