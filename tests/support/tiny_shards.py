@@ -27,7 +27,11 @@ def colour_of(key: str) -> tuple[int, int, int]:
 
 
 def write_tiny_dataset(
-    storage: Storage, counts: Sequence[int], *, undecodable: Collection[str] = ()
+    storage: Storage,
+    counts: Sequence[int],
+    *,
+    undecodable: Collection[str] = (),
+    split: str = "train",
 ) -> DatasetIndex:
     """Write a dataset with so many samples in each shard at a storage's root.
 
@@ -35,6 +39,7 @@ def write_tiny_dataset(
         storage: where it goes.
         counts: samples in each shard.
         undecodable: keys of samples that were no images when the dataset was made.
+        split: what the index calls it.
     """
     shards, first = [], 0
     for number, count in enumerate(counts):
@@ -48,7 +53,7 @@ def write_tiny_dataset(
         first += count
     index = DatasetIndex(
         name="tiny",
-        split="train",
+        split=split,
         classes=[f"class{label}" for label in range(10)],
         image_policy={"kind": "original"},
         shards=shards,
