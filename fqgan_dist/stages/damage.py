@@ -84,20 +84,22 @@ class DamageNotes:
 def publish_damage(context: RunContext, stage: str, damaged: Sequence[DamagedSample]) -> int:
     """Write a stage's ledger and warn of it; return how many samples there are in it.
 
-    A sample that several chunks found has one line; the main rank writes.
+    A sample that several chunks found, as views of it, has one line: the first one's. The main rank
+    writes.
     """
     path = f"{stage}/damaged_samples.jsonl"
-    distinct = list(dict.fromkeys(damaged))
-    count = len({(sample.split, sample.shard, sample.key) for sample in distinct})
-    if count:
-        logger.warning("%s: %d damaged samples are left out, see %s", stage, count, path)
+    distinct: dict[tuple[str, str, str], DamagedSample] = {}
+    for sample in damaged:
+        distinct.setdefault((sample.split, sample.shard, sample.key), sample)
+    if distinct:
+        logger.warning("%s: %d damaged samples are left out, see %s", stage, len(distinct), path)
     if context.world.is_main:
-        lines = "".join(f"{json.dumps(sample.model_dump())}\n" for sample in distinct)
+        lines = "".join(f"{json.dumps(sample.model_dump())}\n" for sample in distinct.values())
         if lines:
             context.storage.write_bytes(path, lines.encode())
         else:
             context.storage.delete(path)
-    return count
+    return len(distinct)
 
 
 def _name(chunk: int) -> str:

@@ -108,21 +108,21 @@ class TeacherWork(RunWork):
         return range(num_views * len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
-        return self._locate(chunk)[1].count
+        _, shard = self._locate(chunk)
+        return self.dataset.index.shards[shard].count
 
     def is_done(self, chunk: int) -> bool:
-        view, entry = self._locate(chunk)
-        return self.store.exists(entry, view)
+        view, shard = self._locate(chunk)
+        return self.store.exists(self.dataset.index.shards[shard], view)
 
     def process(self, chunk: int) -> None:
-        view, entry = self._locate(chunk)
+        view, shard = self._locate(chunk)
         config = self.context.config
         reader = ImageReader(self.dataset, config.data, config.data.views, (view,))
         keys: list[str] = []
         crops: list[CropRecord] = []
         damage: dict[int, DamagedSample] = {}
         features: dict[str, list[np.ndarray]] = {name: [] for name in self._teachers}
-        shard = chunk % len(self.dataset.index.shards)
         for batch in reader.read_shard(shard, batch_size=config.teachers.batch_size):
             damage |= {len(keys) + row: sample for row, sample in batch.damage.items()}
             keys += batch.keys
@@ -132,6 +132,7 @@ class TeacherWork(RunWork):
                 features[name].append(value.cpu().numpy())
         joined = {name: np.concatenate(parts) for name, parts in features.items()}
         self.notes.write(chunk, list(damage.values()))
+        entry = self.dataset.index.shards[shard]
         self.store.write(entry, view, keys=keys, crops=crops, features=joined, damaged=damage)
 
     @functools.cached_property
@@ -149,9 +150,9 @@ class TeacherWork(RunWork):
         }
         return fingerprint(identity)
 
-    def _locate(self, chunk: int) -> tuple[int, Any]:
-        view, shard = divmod(chunk, len(self.dataset.index.shards))
-        return view, self.dataset.index.shards[shard]
+    def _locate(self, chunk: int) -> tuple[int, int]:
+        """Give the view and the number of the shard."""
+        return divmod(chunk, len(self.dataset.index.shards))
 
 
 def stores_features(config: RunConfig) -> bool:

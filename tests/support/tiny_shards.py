@@ -31,6 +31,7 @@ def write_tiny_dataset(
     counts: Sequence[int],
     *,
     undecodable: Collection[str] = (),
+    contents: bytes = NOT_AN_IMAGE,
     split: str = "train",
 ) -> DatasetIndex:
     """Write a dataset with so many samples in each shard at a storage's root.
@@ -39,13 +40,14 @@ def write_tiny_dataset(
         storage: where it goes.
         counts: samples in each shard.
         undecodable: keys of samples that were no images when the dataset was made.
+        contents: what is in their files.
         split: what the index calls it.
     """
     shards, first = [], 0
     for number, count in enumerate(counts):
         keys = [key_of(each) for each in range(first, first + count)]
         tar = pack(
-            (f"{key}.png", NOT_AN_IMAGE if key in undecodable else _encode(colour_of(key)))
+            (f"{key}.png", contents if key in undecodable else _encode(colour_of(key)))
             for key in keys
         )
         table = tabulate(tar, {f"{key}.png": int(key[-1]) for key in keys})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 from collections.abc import Collection, Mapping
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.stage_records import WEIGHTS, save_stage
-from support.tiny_shards import damage_samples, key_of, write_tiny_dataset
+from support.tiny_shards import NOT_AN_IMAGE, damage_samples, key_of, write_tiny_dataset
 
 from fqgan_dist.chunks import ChunkWork, find_pending
 from fqgan_dist.config import load_config
@@ -44,7 +46,13 @@ TINY = Path(__file__).parents[2] / "support" / "tiny.yaml"
 COUNTS = {"train": (6, 5), "val": (5, 4)}
 DAMAGED = {"train": key_of(7), "val": key_of(2)}
 """Row 1 of the second training shard, row 2 of the first validation shard."""
-KINDS = pytest.mark.parametrize("kind", ["flipped", "undecodable"])
+KINDS = pytest.mark.parametrize("kind", ["flipped", "undecodable", "thin"])
+"""A bit that flipped since the dataset was made; no image; an image that no view can be made of."""
+REASONS = {
+    "flipped": "are not those of the table of samples, also when read again",
+    "undecodable": "cannot decode",
+    "thin": "would have",
+}
 
 
 def make_run(
@@ -55,8 +63,13 @@ def make_run(
     for split, counts in COUNTS.items():
         keys = damaged.get(split, ()) if damaged else [DAMAGED[split]]
         folder = storage.child(f"data/photographs/{split}")
-        undecodable = keys if kind == "undecodable" else ()
-        index = write_tiny_dataset(folder, counts, undecodable=undecodable, split=split)
+        index = write_tiny_dataset(
+            folder,
+            counts,
+            undecodable=keys if kind in ("undecodable", "thin") else (),
+            contents=draw_thin_image() if kind == "thin" else NOT_AN_IMAGE,
+            split=split,
+        )
         if kind == "flipped":
             damage_samples(folder, index, keys)
         ids[split] = index.dataset_id
@@ -64,6 +77,13 @@ def make_run(
     save_stage(context, "shards", ids)
     save_stage(context, "tokenizer", WEIGHTS)
     return context
+
+
+@functools.cache
+def draw_thin_image() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 200_000)).save(file, "PNG")
+    return file.getvalue()
 
 
 def open_run(root: Path, *overrides: str) -> RunContext:
@@ -178,8 +198,7 @@ def test_teachers_leave_a_damaged_image_out_and_say_so(
     (line,) = read_ledger(context, "teachers")
     assert (line["split"], line["shard"]) == ("train", "shard-000001.tar")
     assert line["key"] == DAMAGED["train"]
-    reason = {"flipped": "are not those of the table", "undecodable": "cannot decode"}[kind]
-    assert reason in line["reason"]
+    assert REASONS[kind] in line["reason"]
     assert "teachers: 1 damaged samples are left out, see teachers/damaged_samples" in caplog.text
 
 
@@ -202,7 +221,7 @@ def test_codes_leave_a_damaged_image_out_and_say_so(
     )
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["flipped", "undecodable"])
 def test_evaluation_leaves_a_damaged_image_out_of_both_sides(
     kind: str, sound: RunContext, tmp_path: Path
 ) -> None:
