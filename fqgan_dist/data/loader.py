@@ -239,13 +239,13 @@ class CodeLoader(_StepLoader[CodeBatch]):
             max_damaged_in_a_row: a sample whose image was damaged when the codes were made is
                 replaced; as `ImageLoader`.
         """
-        _check_limit(max_damaged_in_a_row)
         batching = Batching(
             seed=seed,
             window_shards=window_shards,
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
         )
+        _check_limit(max_damaged_in_a_row)
         build = partial(
             CodeSource, dataset, batching, codes=codes, max_damaged_in_a_row=max_damaged_in_a_row
         )
