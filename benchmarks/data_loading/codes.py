@@ -128,6 +128,7 @@ def open_packed(folder: Path) -> CodeLoader:
         micro_batches_per_step=1,
         window_shards=8,
         loader_workers=0,
+        max_damaged_in_a_row=1,
     )
 
 

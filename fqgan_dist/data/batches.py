@@ -94,3 +94,5 @@ class CodeBatch:
     """View of each sample."""
     micro_batch: int
     """Index in the global batch."""
+    report: LoadReport = LoadReport()
+    """Which samples stand in for damaged ones."""

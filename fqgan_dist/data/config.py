@@ -153,11 +153,13 @@ class DataConfig(Config):
     loader_workers: int = Field(default=0, ge=0)
     """Decoding processes per train worker; 0 decodes in a thread."""
     on_damage: Literal["replace", "fail"] = "replace"
-    """What a training image with wrong bytes, or that cannot be decoded, does. `replace`: another
-    image, fixed by data.seed and its place in the order, is trained on instead, which a warning and
-    the stage's damaged_samples.jsonl say; `fail`: training stops."""
+    """What an image with wrong bytes, or that cannot be decoded, does. `replace`: another image,
+    fixed by data.seed and its place in the order, is trained on instead; features and codes are
+    stored without it, and evaluation leaves it out. A warning and the stage's damaged_samples.jsonl
+    say so. `fail`: the stage stops."""
     max_damaged_in_a_row: int = Field(default=5, ge=2)
-    """With `replace`: as many damaged images one after another, replacements included, fail."""
+    """With `replace`: as many damaged images one after another, those included that would stand in
+    for the first, fail."""
     cache: ShardCacheConfig | None = None
     """Local disk where training shards are kept; None reads every image from the storage. It only
     pays where the storage is remote."""

@@ -131,7 +131,9 @@ def load_fast_views(
     resized: dict[_Region, Tensor] = {}
     loaded = []
     for view in views:
-        crop = place_view(image.width, image.height, config, seed=seed, key=key, view=view)
+        crop = place_view(
+            image.width, image.height, config, seed=seed, key=key, view=view, name=name
+        )
         region = _find_region(crop, config)
         if region not in resized:
             pixels = image.decode(_choose_reduction(image, crop.short_side, key))

@@ -30,7 +30,7 @@ __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shar
 
 logger = logging.getLogger(__name__)
 
-BatchT = TypeVar("BatchT")
+BatchT = TypeVar("BatchT", ImageBatch, CodeBatch)
 LoadedT = TypeVar("LoadedT", covariant=True)
 
 _THREADS = 2
@@ -62,6 +62,7 @@ class _StepLoader(Generic[BatchT]):
         self._build = build
         self._loader_workers = loader_workers
         self._report = LoadReport()
+        self._warned: set[str] = set()
 
     @property
     def num_samples(self) -> int:
@@ -134,7 +135,17 @@ class _StepLoader(Generic[BatchT]):
                 yield batches
 
     def _account(self, batches: Sequence[BatchT]) -> None:
-        """Add batches that are handed out to the report; codes have nothing to tell."""
+        """Add batches that are handed out to the report, and warn of each damaged sample once."""
+        reports = [batch.report for batch in batches]
+        self._report = merge_reports([self._report, *reports])
+        for found in (each for report in reports for each in report.replacements):
+            if found.key not in self._warned:
+                self._warned.add(found.key)
+                logger.warning(
+                    "damaged sample: %s; trained on %r in its place",
+                    found.reason,
+                    found.replacement_key,
+                )
 
 
 class ImageLoader(_StepLoader[ImageBatch]):
@@ -165,7 +176,8 @@ class ImageLoader(_StepLoader[ImageBatch]):
                 (random crops), or all views that the policy has.
             micro_batch_size: images per micro-batch (B).
             micro_batches_per_step: micro-batches per global batch (M).
-            features: stored teacher features, for every view used.
+            features: stored teacher features, for every view used. A sample whose image was damaged
+                when they were made is as damaged as one that cannot be decoded now.
             window_shards: shards that are mixed with each other; their tables and features are kept
                 in memory.
             loader_workers: spawned processes that decode; 0: threads of this process.
@@ -176,8 +188,7 @@ class ImageLoader(_StepLoader[ImageBatch]):
         Raises:
             ConfigError: `num_views` does not fit the policy or the features.
         """
-        if max_damaged_in_a_row < 1:
-            raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
+        _check_limit(max_damaged_in_a_row)
         batching = Batching(
             seed=seed,
             window_shards=window_shards,
@@ -197,19 +208,6 @@ class ImageLoader(_StepLoader[ImageBatch]):
             cache=cache,
         )
         super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
-        self._warned: set[str] = set()
-
-    def _account(self, batches: Sequence[ImageBatch]) -> None:
-        reports = [batch.report for batch in batches]
-        self._report = merge_reports([self._report, *reports])
-        for found in (each for report in reports for each in report.replacements):
-            if found.key not in self._warned:
-                self._warned.add(found.key)
-                logger.warning(
-                    "damaged sample: %s; trained on %r in its place",
-                    found.reason,
-                    found.replacement_key,
-                )
 
 
 class CodeLoader(_StepLoader[CodeBatch]):
@@ -225,6 +223,7 @@ class CodeLoader(_StepLoader[CodeBatch]):
         micro_batches_per_step: int,
         window_shards: int,
         loader_workers: int,
+        max_damaged_in_a_row: int,
     ) -> None:
         """Fix which batches there are; nothing is read yet.
 
@@ -237,6 +236,8 @@ class CodeLoader(_StepLoader[CodeBatch]):
             window_shards: shards that are mixed with each other; one view of their codes is kept in
                 memory.
             loader_workers: spawned processes that read; 0: threads of this process.
+            max_damaged_in_a_row: a sample whose image was damaged when the codes were made is
+                replaced; as `ImageLoader`.
         """
         batching = Batching(
             seed=seed,
@@ -244,8 +245,16 @@ class CodeLoader(_StepLoader[CodeBatch]):
             micro_batch_size=micro_batch_size,
             micro_batches_per_step=micro_batches_per_step,
         )
-        build = partial(CodeSource, dataset, batching, codes=codes)
+        _check_limit(max_damaged_in_a_row)
+        build = partial(
+            CodeSource, dataset, batching, codes=codes, max_damaged_in_a_row=max_damaged_in_a_row
+        )
         super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
+
+
+def _check_limit(max_damaged_in_a_row: int) -> None:
+    if max_damaged_in_a_row < 1:
+        raise ValueError(f"max_damaged_in_a_row {max_damaged_in_a_row}: expected at least 1")
 
 
 def check_num_views(view: ViewConfig, count: int | None, *, has_features: bool) -> int | None:

@@ -3,28 +3,30 @@
 A shard's tables are read when one of its samples is due, and kept while the order's window needs
 them, so memory is bounded by the window. Safe to call from several threads.
 
-A sample whose bytes are not those of the dataset, or cannot be decoded, is damaged: another one of
-the dataset, fixed by the position alone, is loaded in its stead, and the batch says so.
+A sample whose bytes are not those of the dataset, or cannot be decoded, is damaged, and so is one
+that was when its features or codes were made: another one of the dataset, fixed by the position
+alone, is loaded in its stead, and the batch says so.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, Replacement
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
+from fqgan_dist.data.damage import find_stand_in
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import SampleTable, load_samples
 from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
-from fqgan_dist.data.records import CodeStore, FeatureStore
+from fqgan_dist.data.records import CodeStore, DrawnCodes, FeatureStore, RecordTable
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.errors import DataError
@@ -86,6 +88,28 @@ class DueSample(NamedTuple):
     """Row of the sample in its shard."""
 
 
+class _Image(NamedTuple):
+    sample: DueSample
+    key: str
+    label: int
+    view: int
+    pixels: np.ndarray
+    features: Mapping[str, np.ndarray]
+    """By teacher, (F,); empty where none are stored."""
+
+
+class _Codes(NamedTuple):
+    sample: DueSample
+    key: str
+    label: int
+    view: int
+    codes: np.ndarray
+    """(K, h, w)"""
+
+
+_LoadedT = TypeVar("_LoadedT", _Image, _Codes)
+
+
 class _Samples:
     """What both sources share: the order of a dataset and the tables of its shards."""
 
@@ -93,7 +117,10 @@ class _Samples:
         self,
         dataset: Dataset,
         batching: Batching,
+        *,
+        max_damaged_in_a_row: int,
     ) -> None:
+        self._max_damaged = max_damaged_in_a_row
         self.order = SampleOrder(
             [shard.count for shard in dataset.index.shards],
             dataset_id=dataset.id,
@@ -141,16 +168,56 @@ class _Samples:
         free = (pair for pair in self.order.walk(first) if pair not in taken)
         return itertools.islice(free, position - first, None, size)
 
+    def fill(
+        self,
+        samples: Sequence[DueSample],
+        load: Callable[[Sequence[DueSample]], list[_LoadedT | DataError]],
+    ) -> tuple[list[_LoadedT], list[Replacement]]:
+        """Load samples, each a DataError if it is damaged, and others in the damaged ones' stead.
+
+        Raises:
+            DataError: too many samples in a row are damaged.
+        """
+        loaded: list[_LoadedT] = []
+        replacements: list[Replacement] = []
+        for sample, found in zip(samples, load(samples), strict=True):
+            if isinstance(found, DataError):
+                stand_in = self._load_stand_in(sample, found, load)
+                replacements.append(self._describe(sample, found, stand_in.key))
+                loaded.append(stand_in)
+            else:
+                loaded.append(found)
+        return loaded, replacements
+
+    def _load_stand_in(
+        self,
+        sample: DueSample,
+        damage: DataError,
+        load: Callable[[Sequence[DueSample]], list[_LoadedT | DataError]],
+    ) -> _LoadedT:
+        def load_candidate(shard: int, row: int) -> _LoadedT | DataError:
+            (found,) = load([sample._replace(shard=shard, row=row)])
+            return found
+
+        return find_stand_in(
+            damage,
+            self.candidates(sample.position),
+            load_candidate,
+            max_damaged_in_a_row=self._max_damaged,
+            shortage="the dataset has no further sample outside the micro-batch to take instead",
+        )
+
+    def _describe(self, sample: DueSample, damage: DataError, stand_in: str) -> Replacement:
+        return Replacement(
+            position=sample.position,
+            shard=self.shards[sample.shard].file,
+            key=self.table(sample.shard).keys[sample.row],
+            replacement_key=stand_in,
+            reason=str(damage),
+        )
+
     def _load_table(self, shard: int) -> SampleTable:
         return load_samples(self.dataset.folder, self.shards[shard])
-
-
-class _Image(NamedTuple):
-    sample: DueSample
-    key: str
-    label: int
-    view: int
-    pixels: np.ndarray
 
 
 class ImageSource(_Samples):
@@ -167,7 +234,7 @@ class ImageSource(_Samples):
         max_damaged_in_a_row: int,
         cache: ShardCacheConfig | None,
     ) -> None:
-        super().__init__(dataset, batching)
+        super().__init__(dataset, batching, max_damaged_in_a_row=max_damaged_in_a_row)
         self._reader = SampleReader(dataset, load_table=self.table, cache=cache)
         self._is_cached = cache is not None
         self._upcoming: list[int] = []
@@ -176,7 +243,6 @@ class ImageSource(_Samples):
         self._view = view
         self._num_views = num_views
         self._features = features
-        self._max_damaged = max_damaged_in_a_row
         self._feature_tables = BoundedCache(self._load_features, self.cached_shards)
 
     def __call__(self, index: MicroBatchIndex) -> ImageBatch:
@@ -188,21 +254,13 @@ class ImageSource(_Samples):
         positions = self.batching.positions(index)
         samples = self.locate(positions)
         self._request_next_window(positions[-1])
-        images: list[_Image] = []
-        replacements: list[Replacement] = []
-        for sample, found in zip(samples, self._load_images(samples), strict=True):
-            if isinstance(found, DataError):
-                image = self._load_replacement(sample, found)
-                replacements.append(self._describe(sample, found, image))
-                images.append(image)
-            else:
-                images.append(found)
+        images, replacements = self.fill(samples, self._load_images)
         return ImageBatch(
             images=_stack_channels_first([image.pixels for image in images]),
             labels=torch.tensor([image.label for image in images], dtype=torch.int64),
             keys=[image.key for image in images],
             views=[image.view for image in images],
-            features=self._gather_features(images) if self._features else {},
+            features=_stack_features([image.features for image in images]),
             micro_batch=index.micro_batch,
             report=self._report(replacements),
         )
@@ -215,10 +273,11 @@ class ImageSource(_Samples):
         """Load views of samples, each a DataError where the sample is damaged."""
         tables = self.tables(samples)
         encoded = self._reader.read([(sample.shard, sample.row) for sample in samples])
-        return [
+        loaded = [
             self._crop(sample, tables[sample.shard], data)
             for sample, data in zip(samples, encoded, strict=True)
         ]
+        return self._add_features(loaded) if self._features else loaded
 
     def _crop(
         self, sample: DueSample, table: SampleTable, data: bytes | DataError
@@ -234,35 +293,7 @@ class ImageSource(_Samples):
             )
         except DataError as error:
             return error
-        return _Image(sample, key, int(table.labels[sample.row]), view, pixels)
-
-    def _load_replacement(self, sample: DueSample, error: DataError) -> _Image:
-        """Load the first undamaged sample that may stand in for a damaged one."""
-        errors = [error]
-        for shard, row in itertools.islice(self.candidates(sample.position), self._max_damaged - 1):
-            [found] = self._load_images([sample._replace(shard=shard, row=row)])
-            if not isinstance(found, DataError):
-                return found
-            errors.append(found)
-        if self._max_damaged == 1:
-            raise error
-        if len(errors) < self._max_damaged:
-            remedy = "the dataset has no further sample outside the micro-batch to take instead"
-        else:
-            remedy = f"max_damaged_in_a_row is {self._max_damaged}"
-        raise DataError(
-            f"{len(errors)} damaged sample(s) in a row, and {remedy}; check the dataset with "
-            f"`fqgan-data verify`: " + "; ".join(map(str, errors))
-        ) from errors[-1]
-
-    def _describe(self, sample: DueSample, error: DataError, image: _Image) -> Replacement:
-        return Replacement(
-            position=sample.position,
-            shard=self.shards[sample.shard].file,
-            key=self.table(sample.shard).keys[sample.row],
-            replacement_key=image.key,
-            reason=str(error),
-        )
+        return _Image(sample, key, int(table.labels[sample.row]), view, pixels, {})
 
     def _request_next_window(self, position: int) -> None:
         """Ask the cache for the shards that come next, once for each window."""
@@ -291,25 +322,41 @@ class ImageSource(_Samples):
             retries=retries,
         )
 
-    def _gather_features(self, images: Sequence[_Image]) -> dict[str, torch.Tensor]:
-        tables = self._feature_tables.get_many((each.sample.shard, each.view) for each in images)
-        rows = [
-            {
-                name: values[image.sample.row]
-                for name, values in tables[image.sample.shard, image.view].items()
-            }
-            for image in images
-        ]
-        return {
-            name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.float32))
-            for name in rows[0]
-        }
+    def _add_features(self, loaded: Sequence[_Image | DataError]) -> list[_Image | DataError]:
+        """Add the stored features, or a DataError where the image was damaged for them."""
+        assert self._features is not None, "asked for only with a feature store"
+        sound = [each for each in loaded if not isinstance(each, DataError)]
+        tables = self._feature_tables.get_many((each.sample.shard, each.view) for each in sound)
+        found: list[_Image | DataError] = []
+        for each in loaded:
+            if isinstance(each, DataError):
+                found.append(each)
+                continue
+            row, table = each.sample.row, tables[each.sample.shard, each.view]
+            if row in table.damaged:
+                path = self._features.path(self.shards[each.sample.shard], each.view)
+                found.append(_describe_former_damage(self._features.storage.uri(path), each.key))
+            else:
+                values = {name: column[row] for name, column in table.columns.items()}
+                found.append(each._replace(features=values))
+        return found
 
-    def _load_features(self, shard_and_view: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _load_features(self, shard_and_view: tuple[int, int]) -> RecordTable:
         assert self._features is not None, "asked for only with a feature store"
         shard, view = shard_and_view
         keys = self.table(shard).keys
-        return self._features.read(self.shards[shard], view, keys).columns
+        return self._features.read(self.shards[shard], view, keys)
+
+
+def _stack_features(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.float32))
+        for name in rows[0]
+    }
+
+
+def _describe_former_damage(source: str, key: str) -> DataError:
+    return DataError(f"{source}: sample {key!r}: its image was damaged when this file was made")
 
 
 def _stack_channels_first(images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -332,8 +379,9 @@ class CodeSource(_Samples):
         batching: Batching,
         *,
         codes: CodeStore,
+        max_damaged_in_a_row: int,
     ) -> None:
-        super().__init__(dataset, batching)
+        super().__init__(dataset, batching, max_damaged_in_a_row=max_damaged_in_a_row)
         self._codes = codes
         self._drawn = BoundedCache(self._draw_codes, self.cached_shards)
 
@@ -341,27 +389,39 @@ class CodeSource(_Samples):
         """Gather a micro-batch's codes.
 
         Raises:
-            DataError: a file of codes or a table is missing or damaged.
+            DataError: too many samples in a row are damaged, or a file of codes or a table is
+                missing or damaged.
         """
         samples = self.locate(self.batching.positions(index))
-        tables = self.tables(samples)
-        drawn = self._drawn.get_many((sample.epoch, sample.shard) for sample in samples)
-        codes, views = [], []
-        for sample in samples:
-            shard_codes, shard_views = drawn[sample.epoch, sample.shard]
-            codes.append(shard_codes[sample.row])
-            views.append(int(shard_views[sample.row]))
-        labels = [int(tables[sample.shard].labels[sample.row]) for sample in samples]
+        loaded, replacements = self.fill(samples, self._load_codes)
         return CodeBatch(
-            codes=torch.from_numpy(np.stack(codes).astype(np.int64)),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            keys=[tables[sample.shard].keys[sample.row] for sample in samples],
-            views=views,
+            codes=torch.from_numpy(np.stack([each.codes for each in loaded]).astype(np.int64)),
+            labels=torch.tensor([each.label for each in loaded], dtype=torch.int64),
+            keys=[each.key for each in loaded],
+            views=[each.view for each in loaded],
             micro_batch=index.micro_batch,
+            report=LoadReport(replacements=tuple(replacements)),
         )
 
-    def _draw_codes(self, epoch_and_shard: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Read a shard's codes and keep one view of each sample, (n, K, h, w), and its number."""
+    def _load_codes(self, samples: Sequence[DueSample]) -> list[_Codes | DataError]:
+        """Load codes of samples, each a DataError where the image was damaged."""
+        tables = self.tables(samples)
+        drawn = self._drawn.get_many((sample.epoch, sample.shard) for sample in samples)
+        return [
+            self._pick(sample, tables[sample.shard], drawn[sample.epoch, sample.shard])
+            for sample in samples
+        ]
+
+    def _pick(self, sample: DueSample, table: SampleTable, drawn: DrawnCodes) -> _Codes | DataError:
+        row, key = sample.row, table.keys[sample.row]
+        if row in drawn.damaged:
+            path = self._codes.path(self.shards[sample.shard])
+            return _describe_former_damage(self._codes.storage.uri(path), key)
+        view = int(drawn.views[row])
+        return _Codes(sample, key, int(table.labels[row]), view, drawn.codes[row])
+
+    def _draw_codes(self, epoch_and_shard: tuple[int, int]) -> DrawnCodes:
+        """Read a shard's codes and keep one view of each sample."""
         epoch, shard = epoch_and_shard
         keys = self.table(shard).keys
 

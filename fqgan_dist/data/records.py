@@ -3,6 +3,8 @@
 A row is a key, a view, the crop it was computed from, and fixed-size binary columns of numbers,
 little-endian. The file's metadata names what it was computed from: the fingerprint (weights,
 preprocessing, views, dataset) and the sha256 of the shard. A reader refuses what does not fit.
+It also lists the rows whose images were damaged, which hold zeros; without such rows it says
+nothing of them, as files from before there was that list.
 
     <prefix>/<fingerprint>/view-VV/shard-NNNNNN.parquet     features: one row per key
     <prefix>/<fingerprint>/shard-NNNNNN.parquet             codes: one row per key and view
@@ -15,7 +17,7 @@ import io
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,6 +44,18 @@ _COLUMN_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, eq=False)
+class DrawnCodes:
+    """Codes of one view of each of a shard's n samples."""
+
+    codes: np.ndarray
+    """(n, K, h, w) uint16."""
+    views: np.ndarray
+    """Which view it is, (n,) int64."""
+    damaged: frozenset[int]
+    """Samples whose images were damaged: their codes mean nothing."""
+
+
+@dataclass(frozen=True, eq=False)
 class RecordTable:
     """Rows of one file, n in all."""
 
@@ -53,6 +67,12 @@ class RecordTable:
     """Which part of the image was used, (n, 5) int32: the fields of `CropRecord`, in order."""
     columns: dict[str, np.ndarray]
     """By teacher or codebook: (n, ...) float16 features or uint16 codes."""
+    damaged: frozenset[int] = frozenset()
+    """Rows whose images were damaged; their crops and columns mean nothing."""
+
+    def __post_init__(self) -> None:
+        if self.damaged and max(self.damaged) >= len(self):
+            raise ValueError(f"damaged row {max(self.damaged)}: expected rows below {len(self)}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -78,6 +98,8 @@ class _Metadata(Config):
     num_rows: int
     content_sha256: str
     columns: dict[str, _ColumnType]
+    damaged_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ascending; left out where there are none, so that software from before reads the file."""
 
 
 def pack_codes(codes: np.ndarray, codebooks: Sequence[str]) -> dict[str, np.ndarray]:
@@ -131,6 +153,7 @@ def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -
         num_rows=len(table),
         content_sha256=_hash_content(table),
         columns=columns,
+        damaged_rows=tuple(sorted(table.damaged)),
     )
     arrays: dict[str, pa.Array] = {
         "key": pa.array(table.keys, pa.string()),
@@ -144,7 +167,8 @@ def encode_records(table: RecordTable, *, fingerprint: str, shard_sha256: str) -
         # times slower to read.
         data = pa.py_buffer(table.columns[name].astype(f"<{column.dtype[0]}2").tobytes())
         arrays[name] = pa.Array.from_buffers(pa.binary(column.num_bytes), len(table), [None, data])
-    footer = {_METADATA_KEY: metadata.model_dump_json().encode()}
+    left_out = None if table.damaged else {"damaged_rows"}
+    footer = {_METADATA_KEY: metadata.model_dump_json(exclude=left_out).encode()}
     # Codes would shrink by 6 % and features by nothing, for a third of the time that reading takes.
     compression = dict.fromkeys(_FIXED_COLUMNS, "zstd") | dict.fromkeys(columns, "none")
     sink = io.BytesIO()
@@ -216,8 +240,8 @@ def _read_table(parquet: pa.Table, metadata: _Metadata) -> RecordTable:
         name: _read_binary(parquet.column(name), column)
         for name, column in metadata.columns.items()
     }
-    views = numbers[0].astype(np.int8)
-    return RecordTable(fixed[0].to_pylist(), views, np.stack(numbers[1:], axis=1), columns)
+    views, damaged = numbers[0].astype(np.int8), frozenset(metadata.damaged_rows)
+    return RecordTable(fixed[0].to_pylist(), views, np.stack(numbers[1:], axis=1), columns, damaged)
 
 
 def _hash_content(table: RecordTable) -> str:
@@ -228,7 +252,18 @@ def _hash_content(table: RecordTable) -> str:
     for name, values in table.columns.items():
         sums.update(name.encode())
         sums.update(np.ascontiguousarray(values, dtype=f"<{values.dtype.kind}2").data)
+    if table.damaged:
+        sums.update(np.array(sorted(table.damaged), dtype="<i8").data)
     return sums.hexdigest()
+
+
+def _clear_rows(values: np.ndarray, rows: Collection[int]) -> np.ndarray:
+    """Give values with zeros in some rows, so that equal damage gives equal files."""
+    if not rows:
+        return values
+    cleared = values.copy()
+    cleared[list(rows)] = 0
+    return cleared
 
 
 def _column_type(name: str, values: np.ndarray, num_rows: int) -> _ColumnType:
@@ -320,6 +355,7 @@ class FeatureStore(_RecordStore):
         keys: list[str],
         crops: list[CropRecord],
         features: Mapping[str, np.ndarray],
+        damaged: Collection[int] = (),
     ) -> None:
         """Write a shard's features of one view, in the order of the shard's rows.
 
@@ -329,10 +365,17 @@ class FeatureStore(_RecordStore):
             keys: all keys of the shard.
             crops: the crop of each key.
             features: by teacher, (n, F) float; stored as float16.
+            damaged: rows whose images are damaged; zeros are stored for them.
         """
         with np.errstate(over="ignore"):  # what overflows is reported with its column's name
             columns = {name: np.asarray(values).astype("<f2") for name, values in features.items()}
-        table = RecordTable(keys, np.full(len(keys), view, np.int8), pack_crops(crops), columns)
+        table = RecordTable(
+            keys,
+            np.full(len(keys), view, np.int8),
+            pack_crops(crops),
+            {name: _clear_rows(values, damaged) for name, values in columns.items()},
+            frozenset(damaged),
+        )
         self._write(self.path(entry, view), entry, table)
 
     def read(self, entry: ShardEntry, view: int, keys: Sequence[str]) -> RecordTable:
@@ -370,6 +413,7 @@ class CodeStore(_RecordStore):
         crops: list[list[CropRecord]],
         codes: np.ndarray,
         codebooks: Sequence[str],
+        damaged: Collection[int] = (),
     ) -> None:
         """Write a shard's codes, in the order of the shard's rows.
 
@@ -379,32 +423,41 @@ class CodeStore(_RecordStore):
             crops: for each key the crop of each view.
             codes: (n, views, K, h, w) whole numbers in [0, 65536).
             codebooks: K names, in the order of the model.
+            damaged: which of the n keys have damaged images; zeros are stored for them.
         """
         num_views = codes.shape[1]
         if not 1 <= num_views <= MAX_VIEWS or len(codes) != len(keys):
             raise ValueError(
                 f"codes {codes.shape}: expected ({len(keys)}, views up to {MAX_VIEWS}, K, h, w)"
             )
+        codes = _clear_rows(codes, damaged)
         table = RecordTable(
             keys=[key for key in keys for _ in range(num_views)],
             views=np.tile(np.arange(num_views, dtype=np.int8), len(keys)),
             crops=pack_crops([crop for per_key in crops for crop in per_key]),
             columns=pack_codes(codes.reshape(-1, *codes.shape[2:]), codebooks),
+            damaged=frozenset(
+                row * num_views + view for row in damaged for view in range(num_views)
+            ),
         )
         self._write(self.path(entry), entry, table)
 
-    def read(self, entry: ShardEntry, keys: Sequence[str]) -> np.ndarray:
-        """Read a shard's codes: (n, views, K, h, w) uint16, codebooks in the order written.
+    def read(self, entry: ShardEntry, keys: Sequence[str]) -> tuple[np.ndarray, frozenset[int]]:
+        """Read a shard's codes.
+
+        Returns:
+            The codes, (n, views, K, h, w) uint16, codebooks in the order written; and the rows of
+            the samples whose images were damaged, whose codes mean nothing.
 
         Raises:
             DataError: as `read_drawn`.
         """
-        columns = self._read_columns(entry, keys)
-        return np.stack(columns, axis=2)
+        columns, damaged = self._read_columns(entry, keys)
+        return np.stack(columns, axis=2), damaged
 
     def read_drawn(
         self, entry: ShardEntry, keys: Sequence[str], draw: Callable[[str, int], int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> DrawnCodes:
         """Read one view's codes of each sample of a shard, without copying the others.
 
         Args:
@@ -412,20 +465,20 @@ class CodeStore(_RecordStore):
             keys: its keys.
             draw: chooses the view of a key, of as many as are stored.
 
-        Returns:
-            The codes, (n, K, h, w) uint16, and their views, (n,) int64.
-
         Raises:
             DataError: missing, damaged, of something else, or not of these keys in this order.
         """
-        columns = self._read_columns(entry, keys)
+        columns, damaged = self._read_columns(entry, keys)
         num_views = columns[0].shape[1]
         views = np.array([draw(key, num_views) for key in keys], np.int64)
         rows = np.arange(len(keys))
-        return np.stack([column[rows, views] for column in columns], axis=1), views
+        codes = np.stack([column[rows, views] for column in columns], axis=1)
+        return DrawnCodes(codes, views, damaged)
 
-    def _read_columns(self, entry: ShardEntry, keys: Sequence[str]) -> list[np.ndarray]:
-        """Read each codebook's codes, (n, views, h, w)."""
+    def _read_columns(
+        self, entry: ShardEntry, keys: Sequence[str]
+    ) -> tuple[list[np.ndarray], frozenset[int]]:
+        """Read each codebook's codes, (n, views, h, w), and which samples were damaged."""
         path = self.path(entry)
         table = self._read(path, entry)
         num_views = len(table) // max(1, len(keys))
@@ -437,7 +490,8 @@ class CodeStore(_RecordStore):
                 f"{self.storage.uri(path)}: its keys or views are not those of {entry.file!r}; "
                 "delete the file and compute it again"
             )
-        return [
+        columns = [
             values.reshape(len(keys), num_views, *values.shape[1:])
             for values in table.columns.values()
         ]
+        return columns, frozenset(row // num_views for row in table.damaged)

@@ -8,6 +8,7 @@ URLs through a shell, unpickle `.pkl` members and expand compressed archives).
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from fqgan_dist.storage.storage import Storage
 _MARK = slice(257, 262)
 _BLOCK_BYTES = 2**20
 
+logger = logging.getLogger(__name__)
+
 
 def iterate_shard(folder: Storage, entry: ShardEntry) -> Iterator[tuple[str, int, bytes]]:
     """Yield key, label and encoded image of every sample of a shard, in the order of its table.
@@ -41,9 +44,32 @@ def iterate_shard(folder: Storage, entry: ShardEntry) -> Iterator[tuple[str, int
         DataError: the shard or its table is missing, not a plain tar, damaged, or not the one of
             the index.
     """
-    source = folder.uri(entry.file)
     table = load_samples(folder, entry)
+    samples = iterate_images(folder, entry, table, is_strict=True)
+    for row, (key, data) in enumerate(zip(table.keys, samples, strict=True)):
+        if isinstance(data, DataError):
+            raise data
+        yield key, int(table.labels[row]), data
+
+
+def iterate_images(
+    folder: Storage, entry: ShardEntry, table: SampleTable, *, is_strict: bool
+) -> Iterator[bytes | DataError]:
+    """Yield the encoded image of every sample of a shard; a DataError for one with wrong bytes.
+
+    Args:
+        folder: of the dataset.
+        entry: the shard.
+        table: its table of samples.
+        is_strict: whether a shard whose images are all right, but which is not the one of the index
+            to the bit, is an error too. Otherwise it is warned of.
+
+    Raises:
+        DataError: the shard is missing, not a plain tar, or of another length; or see `is_strict`.
+    """
+    source = folder.uri(entry.file)
     _check_order(table, source)
+    is_damaged = False
     try:
         size = folder.size(entry.file)
         if size != entry.bytes:
@@ -51,16 +77,20 @@ def iterate_shard(folder: Storage, entry: ShardEntry) -> Iterator[tuple[str, int
         with folder.open_read(entry.file) as file:
             _check_plain_tar(file, source)
             stream = HashedStream(file)
-            yield from _read_samples(stream, table, source)
+            for data in _read_images(stream, table, source):
+                is_damaged |= isinstance(data, DataError)
+                yield data
             found, _ = stream.finish()
     except FileNotFoundError as error:
         raise DataError(f"{source}: no such file; the dataset is not complete") from error
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error}") from error
-    if found != entry.sha256:
-        raise DataError(
-            f"{source}: damaged: its sha256 is {found}, the index has {entry.sha256}; copy it again"
-        )
+    if found == entry.sha256 or is_damaged:  # whoever got an error knows already
+        return
+    problem = f"{source}: damaged: its sha256 is {found}, the index has {entry.sha256}"
+    if is_strict:
+        raise DataError(f"{problem}; copy it again")
+    logger.warning("%s, but all its images are right", problem)
 
 
 def _check_order(table: SampleTable, source: str) -> None:
@@ -72,17 +102,18 @@ def _check_order(table: SampleTable, source: str) -> None:
         )
 
 
-def _read_samples(
+def _read_images(
     stream: HashedStream, table: SampleTable, source: str
-) -> Iterator[tuple[str, int, bytes]]:
+) -> Iterator[bytes | DataError]:
     for row, key in enumerate(table.keys):
         data = _read_at(stream, int(table.offsets[row]), int(table.sizes[row]), source)
-        if image_digest(data) != table.digests[row].tobytes():
-            raise DataError(
+        if image_digest(data) == table.digests[row].tobytes():
+            yield data
+        else:
+            yield DataError(
                 f"{source}: sample {key!r}: damaged: its bytes are not those of the table "
                 "of samples; copy the shard again"
             )
-        yield key, int(table.labels[row]), data
 
 
 def _check_plain_tar(file: BinaryIO, source: str) -> None:

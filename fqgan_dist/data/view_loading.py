@@ -52,12 +52,12 @@ def _load_reference_views(
 ) -> list[tuple[np.ndarray, CropRecord]]:
     image = decode_image(data, name=name)
     crops = [
-        place_view(image.width, image.height, config, seed=seed, key=key, view=view)
+        place_view(image.width, image.height, config, seed=seed, key=key, view=view, name=name)
         for view in views
     ]
     # Ten crops are taken from one resized image.
     resized = {
-        side: resize_short_side(image, side, name=key)
+        side: resize_short_side(image, side, name=name)
         for side in {crop.short_side for crop in crops}
     }
     return [(cut(resized[crop.short_side], crop, config.image_size), crop) for crop in crops]

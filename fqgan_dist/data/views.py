@@ -77,15 +77,16 @@ def apply_view(
     """
     if image.mode != "RGB":
         raise ValueError(f"sample {key!r}: image mode {image.mode!r}; expected 'RGB'")
-    crop = place_view(image.width, image.height, config, seed=seed, key=key, view=view)
-    resized = resize_short_side(image, crop.short_side, name=key)
+    name = f"sample {key!r}"
+    crop = place_view(image.width, image.height, config, seed=seed, key=key, view=view, name=name)
+    resized = resize_short_side(image, crop.short_side, name=name)
     return cut(resized, crop, config.image_size), crop
 
 
 def place_view(
-    width: int, height: int, config: ViewConfig, *, seed: int, key: str, view: int
+    width: int, height: int, config: ViewConfig, *, seed: int, key: str, view: int, name: str
 ) -> CropRecord:
-    """Find which part of an upright image of a size a view shows; arguments as `apply_view`'s.
+    """Find which part of an upright image of a size a view shows; arguments as `load_view`'s.
 
     Raises:
         ValueError: the policy has no such view.
@@ -97,14 +98,16 @@ def place_view(
     size = config.image_size
     match config.policy:
         case "random_crop_flip":
-            return _place_random_crop(width, height, config, seed=seed, key=key, view=view)
+            return _place_random_crop(
+                width, height, config, seed=seed, key=key, view=view, name=name
+            )
         case "ten_crop":
             resized_width, resized_height = find_resize_sizes(
-                width, height, config.ten_crop_side, name=key
+                width, height, config.ten_crop_side, name=name
             )[-1]
             return _place_ten_crop(resized_width, resized_height, config, view)
         case "center":
-            resized_width, resized_height = find_resize_sizes(width, height, size, name=key)[-1]
+            resized_width, resized_height = find_resize_sizes(width, height, size, name=name)[-1]
             return CropRecord(
                 top=(resized_height - size) // 2,
                 left=(resized_width - size) // 2,
@@ -137,7 +140,7 @@ def find_resize_sizes(
         DataError: the result would have more pixels than the decoding limit.
     """
     if fault := find_fault_of_shape(width, height, short_side):
-        raise DataError(f"sample {name!r}: {fault}; remove it")
+        raise DataError(f"{name}: {fault}; remove it")
     # ADM's chain, of which the reference images of every score are made: whole halvings by a box
     # filter, then one bicubic step. Any other resize moves rFID.
     sizes = []
@@ -168,7 +171,7 @@ def cut(resized: Image.Image, crop: CropRecord, size: int) -> np.ndarray:
 
 
 def _place_random_crop(
-    width: int, height: int, config: ViewConfig, *, seed: int, key: str, view: int
+    width: int, height: int, config: ViewConfig, *, seed: int, key: str, view: int, name: str
 ) -> CropRecord:
     # Raw words, not Generator methods: those may change between NumPy versions, and stored teacher
     # features belong to these very crops.
@@ -176,7 +179,7 @@ def _place_random_crop(
     words = [int(word) for word in generator.bit_generator.random_raw(_WORDS_PER_VIEW)]
     size = config.image_size
     short_side = size + _below(words[0], config.greatest_short_side - size + 1)
-    resized_width, resized_height = find_resize_sizes(width, height, short_side, name=key)[-1]
+    resized_width, resized_height = find_resize_sizes(width, height, short_side, name=name)[-1]
     return CropRecord(
         top=_below(words[1], resized_height - size + 1),
         left=_below(words[2], resized_width - size + 1),

@@ -109,6 +109,7 @@ class AutoregressiveStage(TrainingStage):
             micro_batches_per_step=training.micro_batches_per_step,
             window_shards=config.data.window_shards,
             loader_workers=config.data.loader_workers,
+            max_damaged_in_a_row=config.data.damage_limit,
         )
 
     def summarize(self, result: TrainingResult) -> Mapping[str, Any]:

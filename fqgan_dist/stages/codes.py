@@ -1,7 +1,8 @@
 """The `codes` stage: every crop of every image as codes, the generator's training data.
 
 Training images give the crops of `codes.views` (the paper: ten), validation images their centre
-crop. A chunk is one shard.
+crop. A chunk is one shard. A damaged image has none (`data.on_damage`): the file says so, and
+training takes another sample in its stead.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.records import CodeStore, check_codebook_size
 from fqgan_dist.data.views import CropRecord, num_views
-from fqgan_dist.errors import ConfigError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.images import center_view, read_shard
+from fqgan_dist.stages.damage import DamagedSample, DamageNotes, publish_damage
+from fqgan_dist.stages.images import ImageReader, center_view
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer import TrainedTokenizer, encode_images, load_tokenizer
@@ -71,11 +73,17 @@ class CodesStage(Stage):
         check_codebook_size(self.context.config.tokenizer.model.codebook_size)
         ids: dict[str, str] = {}
         metrics: dict[str, Any] = {}
+        damaged: list[DamagedSample] = []
         for split in ("train", "val"):
             work = CodeWork(self.context, split)
             run_chunks(work)
             ids[split] = work.store.fingerprint
-            metrics[f"{self.name}/{split}_crops"] = sum(work.size(chunk) for chunk in work.chunks())
+            found = work.notes.read(work.chunks())
+            num_crops = sum(work.size(chunk) for chunk in work.chunks())
+            metrics[f"{self.name}/{split}_crops"] = num_crops - len(found) * len(work.views)
+            damaged += found
+        if num_damaged := publish_damage(self.context, self.name, damaged):
+            metrics[f"{self.name}/damaged_samples"] = num_damaged
         return StageOutcome(CodeIds(**ids), metrics)
 
 
@@ -92,6 +100,7 @@ class CodeWork(RunWork):
         self.view = context.config.codes.views if split == "train" else center_view(context)
         self.views = range(count_code_views(self.view))
         self.store = CodeStore(context.storage, CodeIds.stage, self._fingerprint())
+        self.notes = DamageNotes(context.storage, CodeIds.stage, self.store.fingerprint)
 
     def chunks(self) -> Sequence[int]:
         return range(len(self.dataset.index.shards))
@@ -104,24 +113,26 @@ class CodeWork(RunWork):
 
     def process(self, chunk: int) -> None:
         entry = self.dataset.index.shards[chunk]
+        config = self.context.config
+        reader = ImageReader(self.dataset, config.data, self.view, self.views)
         keys: list[str] = []
         crops: list[list[CropRecord]] = []
+        damage: dict[int, DamagedSample] = {}
         codes: list[np.ndarray] = []
-        for batch in read_shard(
-            self.dataset,
-            entry,
-            self.view,
-            self.views,
-            seed=self.context.config.data.seed,
-            batch_size=self.context.config.codes.batch_size,
-        ):
+        for batch in reader.read_shard(chunk, batch_size=config.codes.batch_size):
             encoded = encode_images(self._tokenizer, batch.images, self.context.device).numpy()
             codes.append(encoded.reshape(len(batch.keys), len(self.views), *encoded.shape[1:]))
+            damage |= {len(keys) + row: sample for row, sample in batch.damage.items()}
             keys += batch.keys
             crops += batch.crops
-        names = [book.name for book in self.context.config.tokenizer.model.codebooks]
+        self.notes.write(chunk, list(damage.values()))
         self.store.write(
-            entry, keys=keys, crops=crops, codes=np.concatenate(codes), codebooks=names
+            entry,
+            keys=keys,
+            crops=crops,
+            codes=np.concatenate(codes),
+            codebooks=[book.name for book in config.tokenizer.model.codebooks],
+            damaged=damage,
         )
 
     @functools.cached_property
@@ -146,7 +157,13 @@ def code_store(context: RunContext, split: str) -> CodeStore:
 def read_all_codes(
     context: RunContext, split: str, dataset: Dataset, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read view 0 of the first `count` samples: codes (n, K, h, w) and labels (n,), both int64."""
+    """Read view 0 of the first `count` samples: codes (n, K, h, w) and labels (n,), both int64.
+
+    Those whose images were damaged are left out.
+
+    Raises:
+        DataError: all are.
+    """
     store = code_store(context, split)
     codes: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -155,9 +172,17 @@ def read_all_codes(
         if remaining <= 0:
             break
         table = load_samples(dataset.folder, entry)
-        codes.append(store.read(entry, table.keys)[:remaining, 0].astype(np.int64))
-        labels.append(table.labels[:remaining].astype(np.int64))
+        found, damaged = store.read(entry, table.keys)
+        rows = [row for row in range(min(remaining, len(table))) if row not in damaged]
+        codes.append(found[rows, 0].astype(np.int64))
+        labels.append(table.labels[rows].astype(np.int64))
         remaining -= entry.count
+    if not sum(map(len, codes)):
+        raise DataError(
+            f"{store.storage.uri(store.folder)}: the images of the first {count} samples were all "
+            f"damaged when their codes were made; check {dataset.folder.root} with `fqgan-data "
+            "verify`"
+        )
     return torch.from_numpy(np.concatenate(codes)), torch.from_numpy(np.concatenate(labels))
 
 

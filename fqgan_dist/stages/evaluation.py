@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.codebook_usage import CodeHistogram
 from fqgan_dist.evaluation.inception_score import compute_inception_score
 from fqgan_dist.evaluation.moments import (
@@ -31,6 +32,7 @@ from fqgan_dist.evaluation.reference import FidKind, FidScore, ReferenceStatisti
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.adm_reference import describe_missing, hash_adm_reference, load_adm_reference
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.damage import publish_damage
 from fqgan_dist.stages.evaluation_work import (
     MANIFOLD_REFERENCE_IMAGES,
     EvaluationModels,
@@ -145,15 +147,23 @@ class EvaluationStage(Stage):
         reconstruction = ReconstructionWork(self.context, models)
         run_chunks(reconstruction)
         metrics = self._judge_reconstructions(reconstruction)
+        damaged = reconstruction.notes.read(reconstruction.chunks())
         if has_samples:
             reference = ReferenceWork(self.context, models)
             samples = SampleFeatureWork(self.context, models)
             for work in (reference, samples):
                 run_chunks(work)
             metrics |= self._judge_samples(reference, samples, adm)
+            damaged += reference.notes.read(reference.chunks())
+        publish_damage(self.context, self.name, damaged)
         if not self.context.world.is_main:
             return StageOutcome(None, metrics)
-        figures = build_figures(self.context, models.tokenizer, with_samples=has_samples)
+        figures = build_figures(
+            self.context,
+            models.tokenizer,
+            with_samples=has_samples,
+            damaged=frozenset(reconstruction.read_damaged_ids()),
+        )
         folder = f"{self._folder}/figures"
         figure_file(self.context, folder).write(0, figures)
         return StageOutcome(Evaluated(figures=folder), metrics)
@@ -176,6 +186,9 @@ class EvaluationStage(Stage):
 
     def _judge_reconstructions(self, work: ReconstructionWork) -> dict[str, Any]:
         context = self.context
+        num_damaged = _count_damaged(
+            work, LEAST_FID_IMAGES, f"{work.dataset.folder.root}: rFID needs at least"
+        )
         chunks = [work.files.read(chunk) for chunk in work.chunks()]
         model = context.config.tokenizer.model
         histogram = CodeHistogram(model.num_codebooks, model.codebook_size)
@@ -203,16 +216,17 @@ class EvaluationStage(Stage):
             "codebook_size": model.codebook_size,
             "images": fid.num_samples,
         }
+        if num_damaged:
+            results["damaged_images"] = num_damaged
         semantic = [book.name for book in model.codebooks if book.teacher]
         # Groups of the training micro-batch's size: InfoNCE depends on the number of negatives.
         size = context.config.tokenizer.training.micro_batch_size
-        if semantic and work.count < size:
-            logger.warning("%d validation images: too few for InfoNCE of %d", work.count, size)
-        elif semantic:
+        info_nce = {name: _join(chunks, f"info_nce/{name}") for name in semantic}
+        if any(map(len, info_nce.values())):
             results["info_nce_chance"] = math.log(size)
-            results["info_nce"] = {
-                name: float(_join(chunks, f"info_nce/{name}").mean()) for name in semantic
-            }
+            results["info_nce"] = {name: float(losses.mean()) for name, losses in info_nce.items()}
+        elif semantic:
+            logger.warning("%d validation images: too few for InfoNCE of %d", fid.num_samples, size)
         self._write("reconstruction", results, fid, work)
         return {f"tokenizer/{name}": value for name, value in results.items()}
 
@@ -222,6 +236,11 @@ class EvaluationStage(Stage):
         work: SampleFeatureWork,
         adm: ReferenceStatistics | None,
     ) -> dict[str, Any]:
+        num_damaged = _count_damaged(
+            reference,
+            NUM_NEIGHBOURS + 1,
+            f"{reference.dataset.folder.root}: precision and recall of samples need at least",
+        )
         # Precision and recall need features, which ADM's file does not hold: training images'.
         statistics = adm or self._fold_reference("gfid", reference, "features", "train")
         fid = _compute_fid(work, "features", statistics)
@@ -241,6 +260,8 @@ class EvaluationStage(Stage):
             "images": fid.num_samples,
             "reference_images": fid.num_reference_samples,
         }
+        if num_damaged:
+            results["damaged_reference_images"] = num_damaged
         self._write("samples", results, fid, work)
         return {f"samples/{name}": value for name, value in results.items()}
 
@@ -285,7 +306,20 @@ def _compute_fid(work: ImageWork, name: str, reference: ReferenceStatistics) -> 
 
 def _fold(work: ImageWork, name: str) -> Moments:
     """Fold the moments of one feature set in chunk order."""
-    return fold_ordered(compute_moments(work.files.read(chunk)[name]) for chunk in work.chunks())
+    features = (work.files.read(chunk)[name] for chunk in work.chunks())
+    # Of a chunk may be nothing left, if all its images are damaged.
+    return fold_ordered(compute_moments(values) for values in features if len(values))
+
+
+def _count_damaged(work: ImageWork, least: int, need: str) -> int:
+    """Count the damaged images of some work; a DataError if fewer than `least` are left."""
+    num_damaged = len(work.read_damaged_ids())
+    if num_damaged and work.count - num_damaged < least:
+        raise DataError(
+            f"{need} {least} images, but {num_damaged} of {work.count} are damaged; copy the "
+            "dataset again, or leave 'evaluation' out of stages"
+        )
+    return num_damaged
 
 
 def _read_first(work: ImageWork, name: str, count: int) -> Tensor:

@@ -1,14 +1,15 @@
 """The chunked work of the evaluation: Inception features and scores of images.
 
 Chunks are ranges of sample ids; the Inception network always sees batches of one size, the last one
-padded, so that an image's features do not depend on its neighbours' number.
+padded, so that an image's features do not depend on its neighbours' number. A damaged image
+(`data.on_damage`) is left out of the output, of reconstructions and originals alike.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,12 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.tensor_files import TensorFiles
+from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.reconstruction import PAPER_SSIM_RANGE, compute_psnr, compute_ssim
 from fqgan_dist.fingerprint import fingerprint
+from fqgan_dist.stages.damage import DamagedSample, DamageNotes
 from fqgan_dist.stages.id_ranges import IdRanges
-from fqgan_dist.stages.images import center_view, count_chunks, read_rows
+from fqgan_dist.stages.images import CroppedImages, ImageReader, center_view, count_chunks
 from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.samples import read_samples, sample_files
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
@@ -43,6 +46,8 @@ MAX_FIGURE_CLASSES = 20
 # Training images that precision and recall see at most, as ADM's (fqgan.md 3.1): their cost is
 # quadratic.
 MANIFOLD_REFERENCE_IMAGES = 10_000
+# Tensor of a chunk that has damaged images.
+_DAMAGED_IDS = "damaged_ids"
 
 
 class EvaluationModels(ProcessLocalCaches):
@@ -94,6 +99,7 @@ class ImageWork(IdRanges, ABC):
             **self.identity(),
         }
         self.files = TensorFiles(context.storage, f"evaluation/{name}", fingerprint(identity))
+        self.notes = DamageNotes(context.storage, "evaluation", self.files.fingerprint)
 
     @abstractmethod
     def identity(self) -> Mapping[str, Any]:
@@ -105,6 +111,37 @@ class ImageWork(IdRanges, ABC):
 
     def is_done(self, chunk: int) -> bool:
         return self.files.exists(chunk)
+
+    def commit(
+        self,
+        chunk: int,
+        rows: CroppedImages,
+        per_image: Mapping[str, Tensor],
+        *,
+        others: Mapping[str, Tensor] | None = None,
+        others_damage: Sequence[DamagedSample] = (),
+    ) -> None:
+        """Commit what was computed of a chunk's images, without the rows of damaged ones.
+
+        Args:
+            chunk: its number.
+            rows: the images.
+            per_image: tensors with a row for each of them.
+            others: tensors of something else, made of undamaged images alone.
+            others_damage: what was damaged of that.
+        """
+        self.notes.write(chunk, [*rows.damage.values(), *others_damage])
+        sound = rows.is_sound
+        tensors = {name: tensor[sound] for name, tensor in per_image.items()} | dict(others or {})
+        if rows.damage:
+            ids = self.ids(chunk)
+            tensors[_DAMAGED_IDS] = torch.tensor([ids[row] for row in rows.damage])
+        self.files.write(chunk, tensors)
+
+    def read_damaged_ids(self) -> list[int]:
+        """Read the ids of the damaged images, which are left out of the chunks; ascending."""
+        found = [self.files.read(chunk).get(_DAMAGED_IDS) for chunk in self.chunks()]
+        return [number for ids in found if ids is not None for number in ids.tolist()]
 
     @property
     def evaluator_id(self) -> str:
@@ -150,31 +187,28 @@ class ReconstructionWork(ImageWork):
     @torch.inference_mode()
     def process(self, chunk: int) -> None:
         context = self.context
-        rows = read_rows(self.dataset, self.ids(chunk), center_view(context))
+        rows = self._reader.read_rows(self.ids(chunk))
         images = rows.images
         group = context.config.tokenizer.training.micro_batch_size
         reconstructions, codes = [], []
-        info_nce: dict[str, list[Tensor]] = {}
+        tokens: list[Mapping[str, Tensor]] = []
+        targets: list[Mapping[str, Tensor]] = []
         for batch in images.split(group):
             output = self.models.tokenizer(to_float(batch.to(context.device)))
             reconstructions.append(to_uint8(output.reconstruction).cpu())
             codes.append(output.codes.cpu())
-            if len(batch) == group:  # a smaller group has fewer negatives: another loss
-                targets = compute_features(self.models.teachers, batch.to(context.device))
-                for book in context.config.tokenizer.model.codebooks:
-                    if book.teacher:
-                        loss = info_nce_loss(
-                            output.class_tokens[book.teacher], targets[book.teacher]
-                        )
-                        info_nce.setdefault(book.name, []).append(loss.cpu())
+            tokens.append(output.class_tokens)
+            targets.append(compute_features(self.models.teachers, batch.to(context.device)))
         decoded = torch.cat(reconstructions)
         original_features, _ = self.extract(images)
         features, logits = self.extract(decoded)
-        self.files.write(
+        mean_image, mean_rows = self._mean_image
+        self.commit(
             chunk,
+            rows,
             {
                 "psnr": compute_psnr(decoded, images),
-                "psnr_mean_image": compute_psnr(self.mean_image.expand_as(images), images),
+                "psnr_mean_image": compute_psnr(mean_image.expand_as(images), images),
                 "ssim": compute_ssim(decoded, images),
                 "ssim_paper": compute_ssim(decoded, images, data_range=PAPER_SSIM_RANGE),
                 "labels": rows.labels,
@@ -182,23 +216,36 @@ class ReconstructionWork(ImageWork):
                 "original_features": original_features,
                 "reconstruction_features": features,
                 "reconstruction_logits": logits,
-                **{
-                    f"info_nce/{book.name}": torch.stack(info_nce.get(book.name, []))
-                    if info_nce
-                    else torch.empty(0)
-                    for book in context.config.tokenizer.model.codebooks
-                    if book.teacher
-                },
             },
+            others={
+                f"info_nce/{book.name}": _compute_group_losses(
+                    torch.cat([part[book.teacher] for part in tokens])[rows.is_sound],
+                    torch.cat([part[book.teacher] for part in targets])[rows.is_sound],
+                    group,
+                )
+                for book in context.config.tokenizer.model.codebooks
+                if book.teacher
+            },
+            others_damage=list(mean_rows.damage.values()),
         )
 
     @functools.cached_property
-    def mean_image(self) -> Tensor:
+    def _reader(self) -> ImageReader:
+        return ImageReader(self.dataset, self.context.config.data, center_view(self.context))
+
+    @functools.cached_property
+    def _mean_image(self) -> tuple[Tensor, CroppedImages]:
         """The mean of (up to 1024) training images, (3, H, W) uint8: the baseline of PSNR."""
         dataset = open_dataset(self.context, "train")
-        rows = range(min(1024, dataset.index.num_samples))
-        images = read_rows(dataset, rows, center_view(self.context)).images
-        return images.double().mean(dim=0).round().to(torch.uint8)
+        reader = ImageReader(dataset, self.context.config.data, center_view(self.context))
+        rows = reader.read_rows(range(min(1024, dataset.index.num_samples)))
+        images = rows.images[rows.is_sound]
+        if not len(images):
+            raise DataError(
+                f"{dataset.folder.root}: the first {len(rows.keys)} training images, whose mean is "
+                "a baseline of PSNR, are all damaged; check them with `fqgan-data verify`"
+            )
+        return images.double().mean(dim=0).round().to(torch.uint8), rows
 
 
 class ReferenceWork(ImageWork):
@@ -219,10 +266,11 @@ class ReferenceWork(ImageWork):
         return {"dataset": self.dataset.id}
 
     def process(self, chunk: int) -> None:
-        context = self.context
-        images = read_rows(self.dataset, self.ids(chunk), center_view(context)).images
-        features, _ = self.extract(images)
-        self.files.write(chunk, {"features": features})
+        view = center_view(self.context)
+        reader = ImageReader(self.dataset, self.context.config.data, view)
+        rows = reader.read_rows(self.ids(chunk))
+        features, _ = self.extract(rows.images)
+        self.commit(chunk, rows, {"features": features})
 
 
 class SampleFeatureWork(ImageWork):
@@ -247,19 +295,34 @@ class SampleFeatureWork(ImageWork):
         self.files.write(chunk, {"features": features, "logits": logits})
 
 
+def _compute_group_losses(tokens: Tensor, targets: Tensor, group: int) -> Tensor:
+    """Compute InfoNCE of each `group` images, (n // group,), on the CPU."""
+    losses = [
+        info_nce_loss(some_tokens, some_targets).cpu()
+        for some_tokens, some_targets in zip(tokens.split(group), targets.split(group), strict=True)
+        if len(some_tokens) == group  # a smaller group has fewer negatives: another loss
+    ]
+    return torch.stack(losses) if losses else torch.empty(0)
+
+
 @torch.inference_mode()
 def build_figures(
-    context: RunContext, tokenizer: FactorizedTokenizer, *, with_samples: bool
+    context: RunContext,
+    tokenizer: FactorizedTokenizer,
+    *,
+    with_samples: bool,
+    damaged: Collection[int],
 ) -> dict[str, Tensor]:
     """Make the images of the report: originals, reconstructions, single codebooks, samples.
 
-    Each is (n, 3, H, W) uint8, by name.
+    Each is (n, 3, H, W) uint8, by name. Validation images whose ids are `damaged` are not shown.
     """
-    dataset, view = open_dataset(context, "val"), center_view(context)
+    dataset = open_dataset(context, "val")
+    reader = ImageReader(dataset, context.config.data, center_view(context))
     images = torch.cat(
         [
-            read_rows(dataset, range(row, row + 1), view).images
-            for row in _choose_figure_rows(dataset)
+            reader.read_rows(range(row, row + 1)).images
+            for row in _choose_figure_rows(dataset, damaged)
         ]
     )
     codes = tokenizer.encode_codes(to_float(images.to(context.device)))
@@ -274,16 +337,20 @@ def build_figures(
     return figures
 
 
-def _choose_figure_rows(dataset: Dataset) -> list[int]:
+def _choose_figure_rows(dataset: Dataset, damaged: Collection[int]) -> list[int]:
     """Choose validation images to show: the first of each class, then the first of all."""
-    labels: list[int] = []
+    labels: dict[int, int] = {}
+    first = 0
     for entry in dataset.index.shards:
-        labels += load_samples(dataset.folder, entry).labels.tolist()
-        if len(set(labels)) >= min(NUM_FIGURE_IMAGES, dataset.index.num_classes):
+        found = enumerate(load_samples(dataset.folder, entry).labels.tolist(), first)
+        labels |= {row: label for row, label in found if row not in damaged}
+        first += entry.count
+        if len(set(labels.values())) >= min(NUM_FIGURE_IMAGES, dataset.index.num_classes):
             break
-    first_of_class = [row for row, label in enumerate(labels) if label not in labels[:row]]
-    others = [row for row in range(len(labels)) if row not in set(first_of_class)]
-    return sorted([*first_of_class, *others][:NUM_FIGURE_IMAGES])
+    # Of equal labels the first one is kept.
+    first_of_class = {label: row for row, label in reversed(labels.items())}.values()
+    others = [row for row in labels if row not in set(first_of_class)]
+    return sorted([*sorted(first_of_class), *others][:NUM_FIGURE_IMAGES])
 
 
 def _sample_figures(context: RunContext, tokenizer: FactorizedTokenizer) -> dict[str, Tensor]:

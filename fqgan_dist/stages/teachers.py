@@ -1,6 +1,7 @@
 """The `teachers` stage: features of every training view, stored beside the shards.
 
-One file per shard and view holds all teachers' features; a chunk is one such file.
+One file per shard and view holds all teachers' features; a chunk is one such file. A damaged image
+has none (`data.on_damage`): the file says so, and training takes another sample in its stead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fqgan_dist.data.records import FeatureStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.images import read_shard
+from fqgan_dist.stages.damage import DamagedSample, DamageNotes, publish_damage
+from fqgan_dist.stages.images import ImageReader
 from fqgan_dist.stages.network_ids import NetworkIds
 from fqgan_dist.stages.shards import DatasetIds, open_dataset
 from fqgan_dist.stages.stage import RunContext, RunWork, Stage, StageOutcome, StageOutput
@@ -73,16 +75,18 @@ class TeachersStage(Stage):
             return StageOutcome(FeatureIds(fingerprint=""))
         work = TeacherWork(self.context)
         run_chunks(work)
-        return StageOutcome(
-            FeatureIds(fingerprint=work.store.fingerprint),
-            metrics={
-                f"{self.name}/features": sum(work.size(chunk) for chunk in work.chunks()),
-                f"{self.name}/weights": {
-                    teacher.name: teacher.weights.source
-                    for teacher in self.context.config.teachers.networks
-                },
+        damaged = work.notes.read(work.chunks())
+        num_views = sum(work.size(chunk) for chunk in work.chunks())
+        metrics: dict[str, Any] = {
+            f"{self.name}/features": num_views - len(damaged),
+            f"{self.name}/weights": {
+                teacher.name: teacher.weights.source
+                for teacher in self.context.config.teachers.networks
             },
-        )
+        }
+        if num_damaged := publish_damage(self.context, self.name, damaged):
+            metrics[f"{self.name}/damaged_samples"] = num_damaged
+        return StageOutcome(FeatureIds(fingerprint=work.store.fingerprint), metrics)
 
 
 class TeacherWork(RunWork):
@@ -96,6 +100,7 @@ class TeacherWork(RunWork):
         self.network_ids = NetworkIds()
         self.dataset = open_dataset(context, "train")
         self.store = FeatureStore(context.storage, _FOLDER, self._fingerprint())
+        self.notes = DamageNotes(context.storage, FeatureIds.stage, self.store.fingerprint)
 
     def chunks(self) -> Sequence[int]:
         num_views = self.context.config.data.num_views
@@ -103,33 +108,32 @@ class TeacherWork(RunWork):
         return range(num_views * len(self.dataset.index.shards))
 
     def size(self, chunk: int) -> int:
-        return self._locate(chunk)[1].count
+        _, shard = self._locate(chunk)
+        return self.dataset.index.shards[shard].count
 
     def is_done(self, chunk: int) -> bool:
-        view, entry = self._locate(chunk)
-        return self.store.exists(entry, view)
+        view, shard = self._locate(chunk)
+        return self.store.exists(self.dataset.index.shards[shard], view)
 
     def process(self, chunk: int) -> None:
-        view, entry = self._locate(chunk)
+        view, shard = self._locate(chunk)
         config = self.context.config
+        reader = ImageReader(self.dataset, config.data, config.data.views, (view,))
         keys: list[str] = []
         crops: list[CropRecord] = []
+        damage: dict[int, DamagedSample] = {}
         features: dict[str, list[np.ndarray]] = {name: [] for name in self._teachers}
-        for batch in read_shard(
-            self.dataset,
-            entry,
-            config.data.views,
-            (view,),
-            seed=config.data.seed,
-            batch_size=config.teachers.batch_size,
-        ):
+        for batch in reader.read_shard(shard, batch_size=config.teachers.batch_size):
+            damage |= {len(keys) + row: sample for row, sample in batch.damage.items()}
             keys += batch.keys
             crops += [crop for (crop,) in batch.crops]
             images = batch.images.to(self.context.device)
             for name, value in compute_features(self._teachers, images).items():
                 features[name].append(value.cpu().numpy())
         joined = {name: np.concatenate(parts) for name, parts in features.items()}
-        self.store.write(entry, view, keys=keys, crops=crops, features=joined)
+        self.notes.write(chunk, list(damage.values()))
+        entry = self.dataset.index.shards[shard]
+        self.store.write(entry, view, keys=keys, crops=crops, features=joined, damaged=damage)
 
     @functools.cached_property
     def _teachers(self) -> dict[str, Teacher]:
@@ -146,9 +150,9 @@ class TeacherWork(RunWork):
         }
         return fingerprint(identity)
 
-    def _locate(self, chunk: int) -> tuple[int, Any]:
-        view, shard = divmod(chunk, len(self.dataset.index.shards))
-        return view, self.dataset.index.shards[shard]
+    def _locate(self, chunk: int) -> tuple[int, int]:
+        """Give the view and the number of the shard."""
+        return divmod(chunk, len(self.dataset.index.shards))
 
 
 def stores_features(config: RunConfig) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from support.memory_store import open_memory_bucket
 from support.radosgw import S3_BUCKET, SECRET_KEY
+from support.tiny_shards import damage_samples
 
 from fqgan_dist.config import load_config
-from fqgan_dist.data.index import load_index
+from fqgan_dist.data.index import load_index, load_samples
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.driver import run_pipeline
 from fqgan_dist.stages.catalog import stage_names
@@ -114,6 +115,47 @@ def test_run_on_a_store_that_tests_add_gives_the_bits_of_the_local_run(
     summary = _run(f"{bucket.root}/tiny")
     assert _metrics(summary) == _metrics(local_run[1])
     assert json.loads(bucket.objects["tiny/summary.json"]) == summary
+
+
+@pytest.mark.full("a second run; each stage is shown a damaged image in unit/stages/test_damage.py")
+def test_run_with_a_damaged_image_goes_through_all_stages(
+    local_run: tuple[Path, Summary], tmp_path: Path
+) -> None:
+    _run(str(tmp_path), "stages=[shards]")
+    damaged: dict[str, str] = {}
+    for split in ("train", "val"):
+        folder = Storage(tmp_path).child(f"data/photographs/{split}")
+        index = load_index(folder)
+        damaged[split] = load_samples(folder, index.shards[0]).keys[1]
+        damage_samples(folder, index, [damaged[split]])
+    with pytest.raises(DataError, match=f"sample '{damaged['train']}': damaged"):
+        _run(str(tmp_path), "stages=[teachers]", "data.on_damage=fail")
+    summary = _run(str(tmp_path))
+    assert {stage["state"] for stage in summary.values()} == {"done"}
+    found, sound = _metrics(summary), _metrics(local_run[1])
+    assert found["teachers"]["features"] == sound["teachers"]["features"] - 2
+    assert found["teachers"]["damaged_samples"] == 1
+    assert found["codes"]["damaged_samples"] == 2
+    assert found["codes"]["val_crops"] == sound["codes"]["val_crops"] - 1
+    assert found["tokenizer"]["images"] == sound["tokenizer"]["images"] - 1
+    assert found["tokenizer"]["damaged_images"] == 1
+    assert found["samples"]["reference_images"] == sound["samples"]["reference_images"] - 1
+    assert found["samples"]["damaged_reference_images"] == 1
+    ledgers = {path.parent.name: path for path in tmp_path.glob("*/damaged_samples.jsonl")}
+    assert set(ledgers) == {"teachers", "tokenizer", "codes", "autoregressive", "evaluation"}
+    lines = {
+        stage: [json.loads(line) for line in path.read_text().splitlines()]
+        for stage, path in ledgers.items()
+    }
+    for stage in ("teachers", "tokenizer", "codes", "autoregressive", "evaluation"):
+        assert {line["key"] for line in lines[stage]} <= set(damaged.values())
+    # Both trainings have the same order, and so the same stand-ins.
+    slots = [
+        {line["slot"]: line["replacement_key"] for line in lines[stage]}
+        for stage in ("tokenizer", "autoregressive")
+    ]
+    assert slots[0] == slots[1] != {}
+    assert _run(str(tmp_path)) == summary
 
 
 @pytest.mark.data

@@ -27,7 +27,12 @@ def colour_of(key: str) -> tuple[int, int, int]:
 
 
 def write_tiny_dataset(
-    storage: Storage, counts: Sequence[int], *, undecodable: Collection[str] = ()
+    storage: Storage,
+    counts: Sequence[int],
+    *,
+    undecodable: Collection[str] = (),
+    contents: bytes = NOT_AN_IMAGE,
+    split: str = "train",
 ) -> DatasetIndex:
     """Write a dataset with so many samples in each shard at a storage's root.
 
@@ -35,12 +40,14 @@ def write_tiny_dataset(
         storage: where it goes.
         counts: samples in each shard.
         undecodable: keys of samples that were no images when the dataset was made.
+        contents: what is in their files.
+        split: what the index calls it.
     """
     shards, first = [], 0
     for number, count in enumerate(counts):
         keys = [key_of(each) for each in range(first, first + count)]
         tar = pack(
-            (f"{key}.png", NOT_AN_IMAGE if key in undecodable else _encode(colour_of(key)))
+            (f"{key}.png", contents if key in undecodable else _encode(colour_of(key)))
             for key in keys
         )
         table = tabulate(tar, {f"{key}.png": int(key[-1]) for key in keys})
@@ -48,7 +55,7 @@ def write_tiny_dataset(
         first += count
     index = DatasetIndex(
         name="tiny",
-        split="train",
+        split=split,
         classes=[f"class{label}" for label in range(10)],
         image_policy={"kind": "original"},
         shards=shards,

@@ -340,6 +340,7 @@ def make_code_loader(
         "micro_batches_per_step": 4,
         "window_shards": 2,
         "loader_workers": 0,
+        "max_damaged_in_a_row": 1,
     }
     dataset = Dataset.open(storage.child("data"), expected_id=expected_id)
     return CodeLoader(dataset, **(options | changes))  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,13 @@ from support.tiny_shards import (
 )
 from support.waiting import wait_until
 
-from fqgan_dist.data.batches import ImageBatch, LoadReport, Replacement, merge_reports
+from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, Replacement, merge_reports
 from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
-from fqgan_dist.data.loader import ImageLoader
-from fqgan_dist.data.records import FeatureStore
+from fqgan_dist.data.loader import CodeLoader, ImageLoader
+from fqgan_dist.data.records import CodeStore, FeatureStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import DataError
 from fqgan_dist.loss_group import ALONE, LossGroup
@@ -111,13 +112,7 @@ def test_a_replacement_brings_its_own_pixels_label_and_view(storage: Storage) ->
 
 def test_a_replacement_brings_its_own_features(tmp_path: Path) -> None:
     storage = make_dataset(tmp_path)
-    features = FeatureStore(storage, "features", "a" * 64)
-    loader = make_loader(storage, features=features, num_views=2)
-    for entry, view in itertools.product(loader.dataset.index.shards, range(2)):
-        keys = load_samples(storage, entry).keys
-        values = np.array([[int(key[-5:]), view] for key in keys])
-        crops = [CropRecord(0, 0, SIDE, SIDE, flip=False)] * len(keys)
-        features.write(entry, view, keys=keys, crops=crops, features={"clip": values})
+    loader = make_loader(storage, features=store_features(storage, ()), num_views=2)
     batches = take(loader)
     assert replacements_of(batches)
     for batch in batches:
@@ -125,6 +120,145 @@ def test_a_replacement_brings_its_own_features(tmp_path: Path) -> None:
             [int(key[-5:]), view] for key, view in zip(batch.keys, batch.views, strict=True)
         ]
         assert batch.features["clip"].tolist() == expected
+
+
+def store_features(storage: Storage, damaged: Collection[str] = DAMAGED) -> FeatureStore:
+    """Store features that name sample and view; `damaged` had damaged images when it was done."""
+    features = FeatureStore(storage, "features", "a" * 64)
+    for entry, view in itertools.product(Dataset.open(storage).index.shards, range(2)):
+        keys = load_samples(storage, entry).keys
+        features.write(
+            entry,
+            view,
+            keys=keys,
+            crops=[CropRecord(0, 0, SIDE, SIDE, flip=False)] * len(keys),
+            features={"clip": np.array([[int(key[-5:]), view] for key in keys])},
+            damaged=[row for row, key in enumerate(keys) if key in damaged],
+        )
+    return features
+
+
+def test_samples_without_features_are_replaced_as_damaged_ones_are(
+    storage: Storage, tmp_path: Path
+) -> None:
+    expected = take(make_loader(storage, num_views=2))
+    sound = make_dataset(tmp_path, ())
+    for data in (sound, storage):  # whether the images are still damaged or not
+        loader = make_loader(data, num_views=2, features=store_features(data))
+        batches = take(loader)
+        for ours, theirs in zip(batches, expected, strict=True):
+            assert (ours.keys, ours.views) == (theirs.keys, theirs.views)
+            assert torch.equal(ours.images, theirs.images)
+            values = [
+                [int(key[-5:]), view] for key, view in zip(ours.keys, ours.views, strict=True)
+            ]
+            assert ours.features["clip"].tolist() == values
+        found = replacements_of(batches)
+        for ours, theirs in zip(found, replacements_of(expected), strict=True):
+            assert replace(ours, reason=theirs.reason) == theirs
+        reason = "its image was damaged when this file was made" if data is sound else "also when"
+        assert all(reason in each.reason for each in found)
+        report = loader.take_report().replacements
+        assert report == tuple(found)
+    strict = make_loader(sound, num_views=2, features=store_features(sound), max_damaged_in_a_row=1)
+    with pytest.raises(
+        DataError, match=r"features/.*/shard-00000\d.parquet: sample 'sample000\d\d'"
+    ):
+        take(strict)
+
+
+def store_codes(storage: Storage, damaged: Collection[str] = DAMAGED) -> CodeStore:
+    """Store codes that name sample and view, of three views."""
+    store = CodeStore(storage, "codes", "b" * 64)
+    for entry in Dataset.open(storage).index.shards:
+        keys = load_samples(storage, entry).keys
+        codes = np.zeros((len(keys), 3, 2, 1, 1), np.int64)
+        codes[:, :, 0, 0, 0] = np.array([[int(key[-5:])] for key in keys])
+        codes[:, :, 1, 0, 0] = np.arange(3)
+        store.write(
+            entry,
+            keys=keys,
+            crops=[[CropRecord(0, 0, SIDE, SIDE, flip=False)] * 3 for _ in keys],
+            codes=codes,
+            codebooks=["visual", "semantic"],
+            damaged=[row for row, key in enumerate(keys) if key in damaged],
+        )
+    return store
+
+
+def take_codes(
+    storage: Storage, store: CodeStore, steps: int = STEPS, *, start: int = 0, **changes: object
+) -> list[CodeBatch]:
+    group = changes.pop("loss_group", ALONE)
+    options = {
+        "codes": store,
+        "seed": 5,
+        "micro_batch_size": BATCH,
+        "micro_batches_per_step": MICRO_BATCHES,
+        "window_shards": 2,
+        "loader_workers": 0,
+        "max_damaged_in_a_row": 5,
+    }
+    loader = CodeLoader(Dataset.open(storage), **(options | changes))  # pyright: ignore[reportArgumentType]
+    stream = loader.batches(start, range(MICRO_BATCHES), loss_group=group)  # pyright: ignore[reportArgumentType]
+    found = list(itertools.chain.from_iterable(itertools.islice(stream, steps)))
+    stream.close()
+    reported = loader.take_report().replacements
+    assert reported == tuple(each for batch in found for each in batch.report.replacements)
+    return found
+
+
+def test_samples_without_codes_are_replaced_as_damaged_images_are(
+    storage: Storage, tmp_path: Path
+) -> None:
+    sound = make_dataset(tmp_path, ())
+    store = store_codes(sound)
+    expected = take(make_loader(storage))
+    found = take_codes(sound, store)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys == theirs.keys
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.codes[:, 0, 0, 0].tolist() == [int(key[-5:]) for key in ours.keys]
+        assert ours.codes[:, 1, 0, 0].tolist() == ours.views
+        for one, other in zip(ours.report.replacements, theirs.report.replacements, strict=True):
+            assert replace(one, reason=other.reason) == other
+            assert f"{store.folder}/shard-00000" in one.reason
+    # But for the damaged ones the stream is that of the undamaged codes.
+    whole = take_codes(sound, store_codes(make_dataset(tmp_path / "whole", ()), ()))
+    for ours, theirs in zip(found, whole, strict=True):
+        kept = [row for row, key in enumerate(theirs.keys) if key not in DAMAGED]
+        assert torch.equal(ours.codes[kept], theirs.codes[kept])
+        assert [ours.views[row] for row in kept] == [theirs.views[row] for row in kept]
+
+
+def test_codes_are_replaced_alike_by_ranks_and_after_a_restart(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, ())
+    store = store_codes(storage)
+    whole = take_codes(storage, store, steps=6)
+    resumed = take_codes(storage, store, steps=3, start=3)
+    for ours, theirs in zip(resumed, whole[3 * MICRO_BATCHES :], strict=True):
+        assert (ours.keys, ours.views, ours.report) == (theirs.keys, theirs.views, theirs.report)
+        assert torch.equal(ours.codes, theirs.codes)
+    parts = [
+        take_codes(storage, store, steps=6, loss_group=LossGroup(member=member, size=3))
+        for member in range(3)
+    ]
+    for number, batch in enumerate(whole):
+        shares = [part[number] for part in parts]
+        assert batch.keys == [key for share in shares for key in share.keys]
+        assert torch.equal(batch.codes, torch.cat([share.codes for share in shares]))
+        assert merge_reports(share.report for share in shares) == batch.report
+
+
+def test_codes_end_a_training_by_the_limit(tmp_path: Path) -> None:
+    storage = make_dataset(tmp_path, ())
+    with pytest.raises(DataError, match=r"codes/.*parquet: sample 'sample000\d\d': its image was"):
+        take_codes(storage, store_codes(storage), max_damaged_in_a_row=1)
+    every = store_codes(storage, {key_of(number) for number in range(SIZE)})
+    with pytest.raises(DataError, match=r"^3 damaged sample.*max_damaged_in_a_row is 3"):
+        take_codes(storage, every, max_damaged_in_a_row=3)
+    with pytest.raises(ValueError, match="max_damaged_in_a_row 0"):
+        take_codes(storage, every, max_damaged_in_a_row=0)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,76 @@ def test_codes_keep_views_and_codebooks_apart(storage: Storage) -> None:
     crops = [make_crops(4) for _ in KEYS]
     store.write(make_entry(), keys=KEYS, crops=crops, codes=codes, codebooks=["visual", "semantic"])
     assert store.exists(make_entry())
-    assert np.array_equal(store.read(make_entry(), KEYS), codes)
+    found, damaged = store.read(make_entry(), KEYS)
+    assert np.array_equal(found, codes)
+    assert not damaged
+
+
+def test_damaged_images_are_told_and_have_zeros(storage: Storage) -> None:
+    features = FeatureStore(storage, "features", FINGERPRINT)
+    values, crops = make_features(), make_crops(3)
+    features.write(make_entry(), 0, keys=KEYS, crops=crops, features=values, damaged=[1])
+    table = features.read(make_entry(), 0, KEYS)
+    assert table.damaged == {1}
+    for name, column in table.columns.items():
+        assert not column[1].any()
+        assert np.array_equal(column[[0, 2]], values[name].astype(np.float16)[[0, 2]])
+    store = CodeStore(storage, "codes", FINGERPRINT)
+    codes = np.arange(1, 1 + 3 * 4 * 2 * 6).reshape(3, 4, 2, 2, 3)
+    books = ["visual", "semantic"]
+    per_key = [make_crops(4) for _ in KEYS]
+    store.write(
+        make_entry(), keys=KEYS, crops=per_key, codes=codes, codebooks=books, damaged={0, 2}
+    )
+    found, damaged = store.read(make_entry(), KEYS)
+    assert damaged == {0, 2}
+    assert np.array_equal(found[1], codes[1])
+    assert not found[[0, 2]].any()
+    assert codes.all(), "what was handed in is left alone"
+    assert store.read_drawn(make_entry(), KEYS, lambda *_: 3).damaged == {0, 2}
+
+
+def read_metadata(storage: Storage, path: str) -> dict[str, object]:
+    local = storage.local_path(path)
+    assert local is not None
+    return json.loads(pq.read_metadata(local).metadata[b"fqgan_records"])
+
+
+def test_files_without_damage_are_those_of_former_software(storage: Storage) -> None:
+    store = write_features(storage)
+    former = {"format", "fingerprint", "shard_sha256", "num_rows", "content_sha256", "columns"}
+    path = store.path(make_entry(), 0)
+    assert set(read_metadata(storage, path)) == former
+    assert store.read(make_entry(), 0, KEYS).damaged == set()
+    store.write(
+        make_entry(), 0, keys=KEYS, crops=make_crops(3), features=make_features(), damaged=[2]
+    )
+    assert set(read_metadata(storage, path)) == {*former, "damaged_rows"}
+
+
+@pytest.mark.parametrize("rows", [[], [0], [1, 2], [2**70], [-1], ["x"]])
+def test_other_damaged_rows_than_those_written_are_refused(
+    storage: Storage, rows: list[object]
+) -> None:
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    store.write(
+        make_entry(), 0, keys=KEYS, crops=make_crops(3), features=make_features(), damaged=[2]
+    )
+    path = store.path(make_entry(), 0)
+    metadata = read_metadata(storage, path) | {"damaged_rows": rows}
+    table = pq.read_table(storage.local_path(path))
+    table = table.replace_schema_metadata({b"fqgan_records": json.dumps(metadata)})
+    pq.write_table(table, storage.local_path(path))
+    with pytest.raises(DataError, match="not a file of records"):
+        store.read(make_entry(), 0, KEYS)
+
+
+def test_damaged_rows_that_are_not_there_are_a_mistake(storage: Storage) -> None:
+    store = FeatureStore(storage, "features", FINGERPRINT)
+    with pytest.raises((ValueError, IndexError)):
+        store.write(
+            make_entry(), 0, keys=KEYS, crops=make_crops(3), features=make_features(), damaged=[3]
+        )
 
 
 def write_features(storage: Storage) -> FeatureStore:

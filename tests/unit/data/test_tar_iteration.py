@@ -21,7 +21,7 @@ from support.synthetic_shards import (
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from fqgan_dist.data.index import ShardEntry, load_samples
-from fqgan_dist.data.tar_iteration import iterate_shard
+from fqgan_dist.data.tar_iteration import iterate_images, iterate_shard
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
 
@@ -115,6 +115,19 @@ def test_flipped_bit_in_an_image_is_found_before_it_is_given_out(storage: Storag
     assert next(samples) == ("a", 3, b"first")
     with pytest.raises(DataError, match=rf"{FILE}: sample 'b': damaged"):
         next(samples)
+
+
+def test_a_damaged_image_is_told_in_its_place_and_reading_goes_on(storage: Storage) -> None:
+    entry = publish(storage, [*TWO, ("c.jpg", b"third")], {"a.jpg": 3, "b.jpg": 4, "c.jpg": 5})
+    flip_byte(storage, PATH, storage.read_bytes(PATH).index(b"second"))
+    folder = storage.child("data")
+    for is_strict in (True, False):
+        first, second, third = iterate_images(
+            folder, entry, load_samples(folder, entry), is_strict=is_strict
+        )
+        assert (first, third) == (b"first", b"third")
+        assert isinstance(second, DataError)
+        assert f"{FILE}: sample 'b': damaged" in str(second)
 
 
 @pytest.mark.parametrize("offset", [0, 512 + 512 + 512, -1])

@@ -12,13 +12,13 @@ from support.datasets import build_photographs
 from support.stage_records import WEIGHTS, save_stage
 
 from fqgan_dist.config import load_config
-from fqgan_dist.data.config import ViewConfig, ViewMode
+from fqgan_dist.data.config import DataConfig, ViewConfig, ViewMode
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import DatasetIndex
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.stages.codes import CodesStage, CodeWork
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.images import center_view, read_shard
+from fqgan_dist.stages.images import ImageReader, center_view
 from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.teachers import TeachersStage, TeacherWork
 from fqgan_dist.stages.tokenizer import TokenizerStage
@@ -77,8 +77,10 @@ def test_teachers_see_the_very_pixels_of_training(
     view = ViewConfig(policy="random_crop_flip", image_size=16, mode=mode)
     seen: dict[str, torch.Tensor] = {}
     images = Dataset(storage.child("data/photographs/train"), index)
-    for entry in index.shards:
-        for batch in read_shard(images, entry, view, (0,), seed=4, batch_size=5):
+    data = DataConfig.model_validate({"source": "images", "views": view, "seed": 4})
+    reader = ImageReader(images, data, view)
+    for shard in range(len(index.shards)):
+        for batch in reader.read_shard(shard, batch_size=5):
             seen |= dict(zip(batch.keys, batch.images, strict=True))
     loader = ImageLoader(
         Dataset.open(storage.child("data/photographs/train")),
