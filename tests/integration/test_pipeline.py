@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections import Counter
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from support.layouts import LAYOUTS
 from support.memory_store import open_memory_bucket
 from support.radosgw import S3_BUCKET, SECRET_KEY
 from support.tiny_shards import damage_samples
@@ -159,6 +162,30 @@ def test_run_with_a_damaged_image_goes_through_all_stages(
 
 
 @pytest.mark.data
+@pytest.mark.full("every layout goes through shards in unit/stages/test_layouts.py")
+def test_run_on_kaggles_layout_goes_to_the_end(tmp_path: Path) -> None:
+    classes = ["n01440764", "n01443537", "n01484850"]
+    train, val = (
+        [(classes[row % 3], _noise(first + row)) for row in range(count)]
+        for first, count in ((0, 18), (100, 6))
+    )
+    layout = LAYOUTS["kaggle"](tmp_path, train, val)
+    summary = _run(str(tmp_path / "run"), *layout.settings(tmp_path))
+    assert {stage["state"] for stage in summary.values()} == {"done"}
+    shards = summary["shards"]["metrics"]
+    assert (shards["train_images"], shards["val_images"], shards["classes"]) == (18, 6, 3)
+    assert np.isfinite(summary["samples"]["metrics"]["gfid"])
+    index = load_index(Storage(next((tmp_path / "run" / "data").glob("*/train"))))
+    assert index.class_descriptions[classes[0]] == f"a {classes[0]}, or b"
+
+
+def _noise(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 56, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
 def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -> None:
     source = test_data_dir / "tiny-imagenet-20"
     for split, per_class in (("train", 3), ("val", 2)):
