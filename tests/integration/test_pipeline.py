@@ -161,7 +161,6 @@ def test_run_with_a_damaged_image_goes_through_all_stages(
     assert _run(str(tmp_path)) == summary
 
 
-@pytest.mark.data
 @pytest.mark.full("every layout goes through shards in unit/stages/test_layouts.py")
 def test_run_on_kaggles_layout_goes_to_the_end(tmp_path: Path) -> None:
     classes = ["n01440764", "n01443537", "n01484850"]
@@ -186,6 +185,7 @@ def _noise(seed: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.data
 def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -> None:
     source = test_data_dir / "tiny-imagenet-20"
     for split, per_class in (("train", 3), ("val", 2)):
