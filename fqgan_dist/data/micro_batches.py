@@ -24,6 +24,7 @@ from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.damage import find_stand_in
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import SampleTable, load_samples
+from fqgan_dist.data.node_copies import NodeCopies
 from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
 from fqgan_dist.data.records import CodeStore, DrawnCodes, FeatureStore, RecordTable
@@ -243,6 +244,7 @@ class ImageSource(_Samples):
         self._view = view
         self._num_views = num_views
         self._features = features
+        self._copies = NodeCopies(cache) if features is not None and cache is not None else None
         self._feature_tables = BoundedCache(self._load_features, self.cached_shards)
 
     def __call__(self, index: MicroBatchIndex) -> ImageBatch:
@@ -345,7 +347,7 @@ class ImageSource(_Samples):
         assert self._features is not None, "asked for only with a feature store"
         shard, view = shard_and_view
         keys = self.table(shard).keys
-        return self._features.read(self.shards[shard], view, keys)
+        return self._features.read(self.shards[shard], view, keys, copies=self._copies)
 
 
 def _stack_features(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ from pydantic import Field
 
 from fqgan_dist.config import Config
 from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.node_copies import NodeCopies
 from fqgan_dist.data.parquet_tables import read_table
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import ConfigError, DataError
@@ -309,16 +310,25 @@ class _RecordStore:
         data = encode_records(table, fingerprint=self.fingerprint, shard_sha256=entry.sha256)
         self.storage.write_bytes(path, data)
 
-    def _read(self, path: str, entry: ShardEntry) -> RecordTable:
+    def _read(self, path: str, entry: ShardEntry, copies: NodeCopies | None = None) -> RecordTable:
         try:
-            return self._read_once(path, entry)
+            return self._read_once(path, entry, copies)
         except DataError:
-            return self._read_once(path, entry)  # the way, not the store, may have changed bytes
+            # The way or the copy, not the store, may have changed bytes.
+            if copies is not None:
+                copies.drop(self.storage, path, self._identify(entry))
+            return self._read_once(path, entry, None)
 
-    def _read_once(self, path: str, entry: ShardEntry) -> RecordTable:
+    def _identify(self, entry: ShardEntry) -> str:
+        return f"{self.fingerprint} {entry.sha256}"
+
+    def _read_once(self, path: str, entry: ShardEntry, copies: NodeCopies | None) -> RecordTable:
         source = self.storage.uri(path)
         try:
-            data = self.storage.read_bytes(path)
+            if copies is None:
+                data = self.storage.read_bytes(path)
+            else:
+                data = copies.read(self.storage, path, self._identify(entry))
         except FileNotFoundError as error:
             raise DataError(f"{source}: no such file; run the stage that computes it") from error
         return decode_records(
@@ -378,14 +388,27 @@ class FeatureStore(_RecordStore):
         )
         self._write(self.path(entry, view), entry, table)
 
-    def read(self, entry: ShardEntry, view: int, keys: Sequence[str]) -> RecordTable:
+    def read(
+        self,
+        entry: ShardEntry,
+        view: int,
+        keys: Sequence[str],
+        *,
+        copies: NodeCopies | None = None,
+    ) -> RecordTable:
         """Read a shard's features of one view.
+
+        Args:
+            entry: the shard.
+            view: the view.
+            keys: all keys of the shard.
+            copies: where other processes of the node find what this one reads; None: nowhere.
 
         Raises:
             DataError: missing, damaged, of something else, or not of these keys in this order.
         """
         path = self.path(entry, view)
-        table = self._read(path, entry)
+        table = self._read(path, entry, copies)
         if table.keys != list(keys) or not (table.views == view).all():
             raise DataError(
                 f"{self.storage.uri(path)}: its keys or views are not those of {entry.file!r}, "
