@@ -15,6 +15,8 @@ MAX_TEXT_BYTES = 2**18
 
 _MAX_DEPTH = 50
 _MAX_NODES = 50_000
+# Python refuses to write numbers of thousands of digits, as messages do.
+_MAX_NUMBER_BITS = 1024
 # What PyYAML's constructors raise for values of an explicit tag (`!!bool maybe`, `!!int ''`), for
 # dates that are none, and for numbers of thousands of digits.
 _CONSTRUCTION_ERRORS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
@@ -101,7 +103,9 @@ def _check(found: int, limit: int, what: str, mark: yaml.Mark) -> None:
 def _unshare(value: Any) -> Any:
     # So that an override changes one place only.
     if isinstance(value, dict):
-        return {key: _unshare(item) for key, item in value.items()}
+        return {_unshare(key): _unshare(item) for key, item in value.items()}
+    if isinstance(value, int) and value.bit_length() > _MAX_NUMBER_BITS:
+        raise ValueError(f"a whole number of {value.bit_length()} bits; settings have at most 64")
     if isinstance(value, str):
         value.encode()  # half of a surrogate pair, escaped, can be written nowhere
     return [_unshare(item) for item in value] if isinstance(value, list) else value

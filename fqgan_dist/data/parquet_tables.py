@@ -43,6 +43,19 @@ def read_table(
         ValueError: more rows, other columns, or more bytes than an honest file expands to.
         pa.ArrowException, OSError: it is no such file, or damaged.
     """
+    try:
+        return _read_table(source, schema, max_rows, row_group, metadata)
+    except KeyError as error:  # pyarrow's, of a column whose name is no text
+        raise ValueError(f"its columns cannot be told: {error}") from error
+
+
+def _read_table(
+    source: bytes | BinaryIO,
+    schema: pa.Schema,
+    max_rows: int,
+    row_group: int | None,
+    metadata: pq.FileMetaData | None,
+) -> pa.Table:
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     texts = [field.name for field in schema if _is_text(field.type)]
     footer = pq.read_metadata(stream) if metadata is None else metadata

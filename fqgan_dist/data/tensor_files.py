@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.weights.files import parse_safetensors
 
 
 class TensorFiles:
@@ -50,12 +50,12 @@ class TensorFiles:
         """
         path = self._path(chunk)
         try:
-            return load(self.storage.read_bytes(path))
+            return parse_safetensors(self.storage.read_bytes(path))
         except FileNotFoundError as error:
             raise DataError(
                 f"{self.storage.uri(path)}: no such file; run the stage that writes it"
             ) from error
-        except SafetensorError as error:
+        except ValueError as error:
             raise DataError(
                 f"{self.storage.uri(path)}: not a safetensors file ({error}); delete it, and the "
                 f"same command makes it again"

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from fqgan_dist.chunks import ProcessLocalCaches
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.data.index import ClassName, Sha256
 from fqgan_dist.data.parquet_tables import read_table
 from fqgan_dist.errors import DataError
@@ -65,7 +65,7 @@ class PlanFile(Config):
     """What the source was taken for."""
     source_options: dict[str, Any]
     """How the source is read."""
-    num_problems: int = Field(ge=0)
+    num_problems: int = Field(ge=0, le=MAX_COUNT)
     """Members of the source that are no usable images by their names and kinds."""
     options: dict[str, Any]
     """What is made."""

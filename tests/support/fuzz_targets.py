@@ -63,7 +63,7 @@ from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.diagnosis.weights import check_file
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import CheckpointError, DataError
 from fqgan_dist.evaluation.moments import Moments, load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
 from fqgan_dist.sharding.class_files import read_class_map, read_classes
@@ -96,11 +96,11 @@ from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.observer import SILENT
-from fqgan_dist.tokenizer.published import read_published_file
+from fqgan_dist.tokenizer.published import from_published_state_dict, read_published_file
 from fqgan_dist.training.checkpoint import CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_attempt import Attempt
 from fqgan_dist.training.checkpoint_format import RankReport, checkpoint_folder
-from fqgan_dist.training.commit_log import CommitRecord, canonical_json, seal, sha256_hex, utc_now
+from fqgan_dist.training.commit_log import CommitRecord, canonical_json, seal, sha256_hex
 from fqgan_dist.training.config import RetentionPolicy
 from fqgan_dist.weights.files import load_safetensors_checked, load_torch_checked
 from fqgan_dist.weights.tensors import hash_tensors, load_into
@@ -141,6 +141,22 @@ def _sha256(data: bytes) -> str:
 
 
 # The index and the tables of samples.
+
+
+def _make_indices() -> list[bytes]:
+    """Make the index of a dataset of ours, of one of smaller images, and of others' shards."""
+    values = json.loads(_dataset()[INDEX_NAME])
+    policies = (
+        {"kind": "original", "order_seed": 0},
+        {"kind": "short_side", "short_side": 64, "jpeg_quality": 90, "only_if_bigger": True},
+        {"kind": "indexed", "class_key": "cls", "image_key": "png", "label_kind": "numbers"},
+    )
+    problem = {"name": "a", "reason": "b", "action": "skipped"}
+    others = {"problems": [problem], "class_descriptions": {"class0": "x"}, "plans": ["0" * 64]}
+    return [
+        DatasetIndex.model_validate(values | others | {"image_policy": policy}).to_bytes()
+        for policy in policies
+    ]
 
 
 def _read_index(data: bytes, folder: Path) -> None:
@@ -270,9 +286,7 @@ def _read_stage_record(data: bytes, folder: Path) -> None:
 
 
 def _entry() -> ShardEntry:
-    return ShardEntry(
-        file=_SHARD, count=3, bytes=1024, sha256="1" * 64, samples_sha256="2" * 64
-    )
+    return ShardEntry(file=_SHARD, count=3, bytes=1024, sha256="1" * 64, samples_sha256="2" * 64)
 
 
 _KEYS = ["a", "b", "c"]
@@ -422,9 +436,7 @@ def _read_checkpoint_tensors(data: bytes, folder: Path) -> None:
     encoded = canonical_json(manifest)
     commit = _commit().model_copy(update={"manifest_sha256": sha256_hex(encoded)})
     manifest_path = f"{name.rpartition('/')[0]}/manifest.json"
-    _use_checkpoints(
-        folder, {name: data, manifest_path: encoded, _commit_name(): seal(commit)}
-    )
+    _use_checkpoints(folder, {name: data, manifest_path: encoded, _commit_name(): seal(commit)})
 
 
 def _make_rank_report() -> list[bytes]:
@@ -484,9 +496,7 @@ def _make_torch_files(content: Any) -> list[bytes]:
 
 
 def _make_published() -> list[bytes]:
-    return _make_torch_files(
-        {"ema": _tensors(), "args": argparse.Namespace(a=1), "steps": 3}
-    )
+    return _make_torch_files({"ema": _tensors(), "args": argparse.Namespace(a=1), "steps": 3})
 
 
 def _mutate_torch(data: bytes, random: Random) -> bytes:
@@ -504,7 +514,12 @@ def _read_torch_file(data: bytes, folder: Path) -> None:
 def _read_published_weights(data: bytes, folder: Path) -> None:
     path = folder / "x.pt"
     path.write_bytes(data)
-    read_published_file(path)
+    config = load_config(_TINY_CONFIG, [], RunConfig).tokenizer.model
+    try:
+        from_published_state_dict(read_published_file(path), config)
+    except CheckpointError as error:
+        if "do not fit" not in str(error):  # a tiny file is of no tokenizer
+            raise
 
 
 def _make_moments() -> list[bytes]:
@@ -547,7 +562,7 @@ def _read_config(data: bytes, folder: Path) -> None:
 
 
 def _make_overrides() -> list[bytes]:
-    lines = ["name=x", "tokenizer.model.codebooks.1.name=y", "samples.count=3", "seed=2"]
+    lines = ["name=x", "tokenizer.model.codebooks.1.name=y", "samples.count=3", "num_threads=2"]
     return ["\n".join(lines).encode()]
 
 
@@ -740,16 +755,19 @@ def _of_dataset(name: str) -> Callable[[], Sequence[bytes]]:
 
 def _mutate_index(data: bytes, random: Random) -> bytes:
     # Canonical, or it is refused for not being so.
-    return dump_json(
-        mutate_json(json.loads(data), random), indent=1, sort_keys=True, ensure_ascii=False
-    ) + b"\n"
+    return (
+        dump_json(
+            mutate_json(json.loads(data), random), indent=1, sort_keys=True, ensure_ascii=False
+        )
+        + b"\n"
+    )
 
 
 _JSON = json_mutator()
 _ANY_IMAGE_TAR = splice([mutate_tar, mutate_tar, mutate_bytes])
 
 TARGETS: tuple[Target, ...] = (
-    Target("index", _of_dataset(INDEX_NAME), splice([_mutate_index] * 4 + [_JSON]), _read_index),
+    Target("index", _make_indices, splice([_mutate_index] * 4 + [_JSON]), _read_index),
     Target(
         "table of samples",
         _of_dataset("shard-000000.samples.parquet"),
@@ -793,9 +811,7 @@ TARGETS: tuple[Target, ...] = (
         _mutate_reference,
         lambda data, _: ReferenceStatistics.from_bytes(data),
     ),
-    Target(
-        "ADM statistics", _make_adm, archive_mutator({".npy": mutate_npy}), _read_adm
-    ),
+    Target("ADM statistics", _make_adm, archive_mutator({".npy": mutate_npy}), _read_adm),
     Target("config", lambda: [_TINY_CONFIG.read_bytes()], mutate_yaml, _read_config),
     Target("overrides", _make_overrides, mutate_text, _read_overrides),
     Target(

@@ -1,8 +1,8 @@
 """Readers fed with mutated files: only errors of ours may come out, in bounded time and memory.
 
-    PYTHONPATH=tests python -m support.fuzzing                      # what there is to be fed
-    PYTHONPATH=tests python -m support.fuzzing manifest 17          # one case again: its traceback
-    PYTHONPATH=tests python -m support.fuzzing manifest 1000 50000  # first seed, number of cases; `all`
+    PYTHONPATH=tests python -m support.fuzzing                    # what there is to be fed
+    PYTHONPATH=tests python -m support.fuzzing manifest 17        # one case again: its traceback
+    PYTHONPATH=tests python -m support.fuzzing all 1000 50000     # first seed, number of cases
 
 A case is a pure function of the reader's name and a seed. Cases run in a forked process, as a fault
 may end it: what that process did last is known, and the next one goes on behind it.
@@ -139,7 +139,9 @@ def _run_in_child(target: Target, seeds: Sequence[int], tally: Tally) -> Sequenc
     if status == 0:
         return []
     seed = struct.unpack("<q", place[:8])[0]
-    cause = f"signal {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else status
+    cause = (
+        f"signal {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else status
+    )
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         cause = f"nothing for {_MAX_WALL_S} s"
     tally.num_cases += 1
@@ -162,7 +164,7 @@ def _work(
                 signal.setitimer(signal.ITIMER_REAL, _MAX_WALL_S)
                 file.write(json.dumps([seed, *run_case(target, seed, folder / "case")]) + "\n")
         code = 0
-    except BaseException:  # whatever it is, this process is not pytest's
+    except BaseException:  # noqa: BLE001  whatever it is, this process is not pytest's
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -200,7 +202,7 @@ def run_case(target: Target, seed: int, folder: Path) -> tuple[str | None, float
             what = f"a message of {len(str(error))} characters"
     except target.documented:
         what = None
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # noqa: BLE001  a panic of Rust is no Exception
         what = _describe(error)
     cpu_s = time.process_time() - start
     num_bytes = _read_status("VmHWM") - memory
@@ -212,7 +214,9 @@ def run_case(target: Target, seed: int, folder: Path) -> tuple[str | None, float
 
 
 def _describe(error: BaseException) -> str:
-    frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    frames = [
+        f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)
+    ]
     return f"{type(error).__name__} ({str(error)[:300]!a}) at {' > '.join(frames[-4:])}"
 
 

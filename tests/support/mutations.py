@@ -1,4 +1,4 @@
-"""Damage to files that keeps their structure: each takes whole bytes, and gives others by a seed."""
+"""Damage to files that keeps their structure: whole bytes go in, others come out, by a seed."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _retype(node: Any) -> Any:
         case list():
             return {str(number): item for number, item in enumerate(node)}
         case _:
-            return list(node.items())
+            return [list(item) for item in node.items()]
 
 
 def mutate_text(data: bytes, random: Random) -> bytes:
@@ -250,7 +250,16 @@ def _odd_text(random: Random) -> str:
 _YAML_SCALARS = (
     *("!!python/object/apply:os.system [x]", "!!bool maybe", "!!int ''", "!!float x", "!!set {a}"),
     *("!!binary abc", "!!timestamp 2001-99-99", "2001-13-01", "2001-01-01T99:99:99Z", "!!omap [a]"),
-    *("!!pairs [a]", "!x y", "&a [*a]", "&a {x: *a}", "*missing", "<<: {a: 1}", "{<<: [1]}", "=: 1"),
+    *(
+        "!!pairs [a]",
+        "!x y",
+        "&a [*a]",
+        "&a {x: *a}",
+        "*missing",
+        "<<: {a: 1}",
+        "{<<: [1]}",
+        "=: 1",
+    ),
     *("1_000", "0o17", "0b1", "1:60:60", ".inf", ".nan", "-.INF", "~", "{? [a] : b}", "{1: 2}"),
     *("{[a]: b}", "{{}: 1}", "? |\n  a\n: b", "|\n  x\n", ">-\n  y", "--- a", "...", "%YAML 9.9"),
     *("'\\ud800'", '"\\ud800"', '"\\U00110000"', '"\\x1b"', "0x" + "f" * 5000, "1e5", "1.e+9"),
@@ -306,7 +315,7 @@ def mutate_parquet(data: bytes, random: Random) -> bytes:
 _TYPES = (
     *(pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_()),
     *(pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.binary(16), pa.binary(3)),
-    *(pa.date32(), pa.timestamp("ns"), pa.time64("us"), pa.duration("s"), pa.decimal128(38, 3)),
+    *(pa.date32(), pa.timestamp("us"), pa.time64("us"), pa.duration("s"), pa.decimal128(38, 3)),
     *(pa.list_(pa.int64()), pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     pa.dictionary(pa.int32(), pa.string()),
 )
@@ -320,7 +329,9 @@ def _mutate_table(table: pa.Table, random: Random) -> pa.Table:
             column = _build_column(random.choice(_TYPES), len(table), random)
             return table.set_column(position, names[position], column)
         case 2 | 3 if names:
-            return table.set_column(position, names[position], _spoil(table.column(position), random))
+            return table.set_column(
+                position, names[position], _spoil(table.column(position), random)
+            )
         case 4:
             metadata = dict(table.schema.metadata or {})
             for key, value in metadata.items():
@@ -441,7 +452,14 @@ _TAR_FIELDS = {
     "prefix": (345, 155),
 }
 _TAR_NUMBERS = (
-    *(b"0" * 11 + b"\0", b"7" * 12, b"-1", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\x80" + b"\0" * 11),
+    *(
+        b"0" * 11 + b"\0",
+        b"7" * 12,
+        b"-1",
+        b"\xff" * 12,
+        b"\x80" + b"\xff" * 11,
+        b"\x80" + b"\0" * 11,
+    ),
     *(b"\x80\0\0\0\x7f" + b"\xff" * 7, b"00000001000", b"9999", b" ", b"", b"0x10", b"1 2"),
     *(b"1_0", "٣".encode()),
 )
@@ -460,7 +478,9 @@ def mutate_tar(data: bytes, random: Random) -> bytes:
         return mutate_bytes(data, random)
     mutated = bytearray(data)
     for _ in range(random.choice((1, 1, 2, 3))):
-        headers = [at for at in range(0, len(mutated), 512) if mutated[at + 257 : at + 262] == b"ustar"]
+        headers = [
+            at for at in range(0, len(mutated), 512) if mutated[at + 257 : at + 262] == b"ustar"
+        ]
         if not headers:
             break
         at = random.choice(headers)
@@ -582,7 +602,9 @@ def mutate_pickle(data: bytes, random: Random) -> bytes:
         at = random.randrange(len(mutated))
         match random.randrange(4):
             case 0:
-                mutated[at] = random.choice(b".()0NIJKMUXVcbq\x80\x81\x85\x86}]edsuthjRQP\x8a\x8b\x8c\x93")
+                mutated[at] = random.choice(
+                    b".()0NIJKMUXVcbq\x80\x81\x85\x86}]edsuthjRQP\x8a\x8b\x8c\x93"
+                )
             case 1:
                 mutated[at] = random.randrange(256)
             case 2:
@@ -652,7 +674,9 @@ def _mutate_segments(data: bytes, random: Random) -> bytes:
     segment = data[at : at + 2 + length]
     match random.randrange(5):
         case 0:
-            mutated[at + 1] = random.choice(b"\xc0\xc1\xc2\xc4\xc9\xda\xd8\xd9\xdb\xdd\xe0\xe1\xe2\xee")
+            mutated[at + 1] = random.choice(
+                b"\xc0\xc1\xc2\xc4\xc9\xda\xd8\xd9\xdb\xdd\xe0\xe1\xe2\xee"
+            )
         case 1:
             mutated[at + 2 : at + 4] = random.choice((0, 1, 2, 3, 0xFFFF)).to_bytes(2, "big")
         case 2:
