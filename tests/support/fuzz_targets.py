@@ -858,6 +858,7 @@ TARGETS: tuple[Target, ...] = (
     Target("packed tar", _make_packed_tars, mutate_bytes, _source_reader("a.tar.gz")),
     Target("zip", _make_zips, mutate_zip, _source_reader("a.zip")),
     Target("parquet table", _make_image_tables, mutate_parquet, _source_reader("a.parquet")),
-    Target("image", _make_images, mutate_image, _read_image),
+    # 4 bytes for each pixel that may be, of two copies where a palette has a transparency.
+    Target("image", _make_images, mutate_image, _read_image, max_bytes=2**30),
 )
 """What `test_fuzzing` and `fuzzing.py` feed."""
