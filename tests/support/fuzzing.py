@@ -38,7 +38,6 @@ MAX_CPU_S = 2.0
 """Longest time of processors for a case; none that was looked at takes a tenth of it."""
 MAX_MESSAGE_CHARACTERS = 2**18
 """Longest message of an error."""
-_MAX_WALL_S = 60
 _HEADROOM_BYTES = 4 * 2**30
 _MIB = 2**20
 
@@ -57,6 +56,8 @@ class Target:
     """What the reader raises beside errors of ours, as its docstring says."""
     max_bytes: int = 256 * _MIB
     """Memory that a case may take."""
+    max_wall_s: float = 60
+    """When a case is taken to hang, whatever it waits for."""
 
     @cached_property
     def examples(self) -> Sequence[bytes]:
@@ -143,7 +144,7 @@ def _run_in_child(target: Target, seeds: Sequence[int], tally: Tally) -> Sequenc
         f"signal {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else status
     )
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        cause = f"nothing for {_MAX_WALL_S} s"
+        cause = f"nothing for {target.max_wall_s:g} s"
     tally.num_cases += 1
     tally.findings.append(Finding(target.name, seed, f"the process died of it: {cause}"))
     return seeds[seeds.index(seed) + 1 :]
@@ -161,7 +162,7 @@ def _work(
         with results.open("w", encoding="utf-8", buffering=1) as file:
             for seed in seeds:
                 place[:8] = struct.pack("<q", seed)
-                signal.setitimer(signal.ITIMER_REAL, _MAX_WALL_S)
+                signal.setitimer(signal.ITIMER_REAL, target.max_wall_s)
                 file.write(json.dumps([seed, *run_case(target, seed, folder / "case")]) + "\n")
         code = 0
     except BaseException:  # noqa: BLE001  whatever it is, this process is not pytest's

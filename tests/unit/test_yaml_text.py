@@ -81,3 +81,11 @@ def test_a_bomb_in_a_file_of_settings_is_an_error_that_names_it(tmp_path: Path, 
     base.write_text("base: x.yaml")
     with pytest.raises(ConfigError, match=r"x\.yaml: cannot be read as YAML"):
         read_config_file(base)
+
+
+@pytest.mark.parametrize(
+    "text", ["0x" + "f" * 5000, "? 0x" + "f" * 5000 + "\n: 1", ":".join(["59"] * 999)]
+)
+def test_numbers_too_long_to_be_written_again_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"a whole number of [0-9]+ bits"):
+        parse_yaml(text)

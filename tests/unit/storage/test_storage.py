@@ -174,3 +174,10 @@ def test_library_does_not_import_s3fs_for_local_roots(storage: Storage) -> None:
         "Storage(sys.argv[1]).write_bytes('x', b''); assert 's3fs' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, storage.root], check=True)
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**63 - 1, 2**63, 2**64])
+def test_a_part_far_beyond_the_end_is_a_short_object(storage: Storage, offset: int) -> None:
+    storage.write_bytes("a", b"123")
+    with pytest.raises(DataError, match=f"has no 5 bytes at offset {offset}, only 0"):
+        storage.read_bytes("a", offset=offset, length=5)
