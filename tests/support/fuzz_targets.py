@@ -63,7 +63,7 @@ from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.diagnosis.weights import check_file
-from fqgan_dist.errors import CheckpointError, DataError
+from fqgan_dist.errors import DataError
 from fqgan_dist.evaluation.moments import Moments, load_adm_statistics
 from fqgan_dist.evaluation.reference import ReferenceStatistics
 from fqgan_dist.sharding.class_files import read_class_map, read_classes
@@ -96,7 +96,7 @@ from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.telemetry.observer import SILENT
-from fqgan_dist.tokenizer.published import from_published_state_dict, read_published_file
+from fqgan_dist.tokenizer.published import read_published_file
 from fqgan_dist.training.checkpoint import CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_attempt import Attempt
 from fqgan_dist.training.checkpoint_format import RankReport, checkpoint_folder
@@ -514,12 +514,7 @@ def _read_torch_file(data: bytes, folder: Path) -> None:
 def _read_published_weights(data: bytes, folder: Path) -> None:
     path = folder / "x.pt"
     path.write_bytes(data)
-    config = load_config(_TINY_CONFIG, [], RunConfig).tokenizer.model
-    try:
-        from_published_state_dict(read_published_file(path), config)
-    except CheckpointError as error:
-        if "do not fit" not in str(error):  # a tiny file is of no tokenizer
-            raise
+    hash_tensors(read_published_file(path))
 
 
 def _make_moments() -> list[bytes]:

@@ -339,7 +339,7 @@ def _mutate_table(table: pa.Table, random: Random) -> pa.Table:
                     metadata[key] = _mutate_metadata(value, random)
             return table.replace_schema_metadata(metadata)
         case 5:
-            count = random.choice((0, 1, 5, 3000)) if len(table) else 0
+            count = random.choice((0, 1, 5, 500)) if len(table) else 0
             rows = [random.randrange(len(table)) for _ in range(count)]
             return table.take(pa.array(rows, pa.int64()))
         case 6 if names:
