@@ -254,12 +254,6 @@ def _read_published_shard(data: bytes, folder: Path) -> None:
     shards.check(shard)
 
 
-def _make_scan() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        storage = _spread(Path(folder), {"a.tar": _shard_tar()})
-        return [scan_shard(storage, "a.tar", SampleRules(), is_deep=False).to_bytes()]
-
-
 # Records of stages; records, features and tensors of chunks.
 
 
