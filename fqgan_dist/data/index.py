@@ -408,8 +408,6 @@ def decode_samples(
         }
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{source}: not a table of samples: {error}") from error
-    if any(column.null_count for column in columns):
-        raise DataError(f"{source}: not a table of samples: a value is missing")
     keys: list[str] = columns[0].to_pylist()
     numbers = [column.to_numpy() for column in columns[1:-1]]
     labels, offsets, sizes, widths, heights = numbers

@@ -40,7 +40,8 @@ def read_table(
         metadata: the footer, if it was read before.
 
     Raises:
-        ValueError: more rows, other columns, or more bytes than an honest file expands to.
+        ValueError: more rows, other columns, more bytes than an honest file expands to, or no value
+            where there must be one.
         pa.ArrowException, OSError: it is no such file, or damaged.
     """
     try:
@@ -74,6 +75,9 @@ def _read_table(
             if row_group is None
             else file.read_row_group(row_group, columns=names, use_threads=False)
         )
+    for field in schema:
+        if table.column(field.name).null_count and not field.nullable:
+            raise ValueError(f"column {field.name!r}: a value is missing")
     limit = max(_HARMLESS_BYTES, MAX_TEXT_BYTES * len(table))
     columns = [_write_out(table.column(field.name), field.type, limit) for field in schema]
     return pa.Table.from_arrays(columns, schema=pa.schema(schema, metadata=table.schema.metadata))

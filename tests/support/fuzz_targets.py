@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ from fqgan_dist.sharding.sample_checks import check_shard
 from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.sharding.sources.file_list import read_image_list
 from fqgan_dist.sharding.sources.opening import open_source
+from fqgan_dist.sharding.sources.zip_archive import ZipReader
 from fqgan_dist.sharding.tasks import ShardFolder
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage_record import (
@@ -205,7 +207,7 @@ def _plan_files() -> dict[str, bytes]:
         with open_source(str(source)) as listing:
             plan = plan_dataset(listing, config)
             publish_plan(target, BASE_PLAN, plan, listing, config, source_options={"format": "zip"})
-        return _collect(Path(folder) / "made")
+        return _collect(Path(folder) / "made") | {source.name: source.read_bytes()}
 
 
 def _sharding() -> ShardingConfig:
@@ -223,13 +225,25 @@ def _read_plan(data: bytes, folder: Path) -> None:
     check_settings(storage, _sharding())
 
 
+def _rehash(rows: PlannedRows, number: int, shard: PlannedShard) -> PlannedShard:
+    """Give a shard the hash that its rows have, as far as it can be told."""
+    try:
+        rows.read(number, shard)
+    except DataError as error:
+        if found := re.search(r"have hash ([0-9a-f]{64})", str(error)):
+            return shard.model_copy(update={"sha256": found[1]})
+    return shard
+
+
 def _read_plan_rows(data: bytes, folder: Path) -> None:
     storage = _spread(folder, _plan_files() | {"plan.parquet": data})
     plan = load_plan(storage, BASE_PLAN)
     assert plan is not None, "it was written"
     rows = PlannedRows(storage, BASE_PLAN, plan.header_sha256)
     for number, shard in enumerate(plan.shards):
-        rows.read(number, shard)
+        shard = _rehash(rows, number, shard)
+        for sample in rows.read(number, shard):
+            ZipReader(storage).read(sample.name, sample.place)
 
 
 @functools.cache
