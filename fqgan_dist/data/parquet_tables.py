@@ -75,11 +75,11 @@ def _read_table(
             if row_group is None
             else file.read_row_group(row_group, columns=names, use_threads=False)
         )
-    for field in schema:
-        if table.column(field.name).null_count and not field.nullable:
-            raise ValueError(f"column {field.name!r}: a value is missing")
     limit = max(_HARMLESS_BYTES, MAX_TEXT_BYTES * len(table))
     columns = [_write_out(table.column(field.name), field.type, limit) for field in schema]
+    for field, column in zip(schema, columns, strict=True):
+        if column.null_count and not field.nullable:
+            raise ValueError(f"column {field.name!r}: a value is missing")
     return pa.Table.from_arrays(columns, schema=pa.schema(schema, metadata=table.schema.metadata))
 
 

@@ -112,9 +112,9 @@ def check_inputs(
     grown = {
         name
         for name in growing
-        if _is_number(former := record.inputs.get(name))
+        if _is_number(was := record.inputs.get(name))
         and _is_number(now := current.get(name))
-        and now > former
+        and now > was
     }
     groups = {name.split(".")[0] for name in current}
     former = {name: value for name, value in record.inputs.items() if name.split(".")[0] in groups}
