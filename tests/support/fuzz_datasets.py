@@ -261,7 +261,7 @@ def _reseal_records(data: bytes) -> bytes:
 
 def _read_tensor_file(data: bytes, folder: Path) -> None:
     spread_files(folder, {f"x/{FINGERPRINT}/chunk-000000.safetensors": data})
-    TensorFiles(Storage(folder), "x", FINGERPRINT).read(0)
+    _ = TensorFiles(Storage(folder), "x", FINGERPRINT).read(0)["0.weight"]
 
 
 def _of_dataset(name: str) -> Callable[[], Sequence[bytes]]:
