@@ -25,6 +25,12 @@ from fqgan_dist.yaml_text import MAX_TEXT_BYTES, parse_yaml
 # Type of a pydantic error that holds several problems, and their place in its context.
 _SEVERAL = "problems"
 
+_MAX_INDEX_DIGITS = 9
+
+MAX_COUNT = 2**63 - 1
+"""Greatest size, place or number of anything: what files, tables and NumPy have room for. Numbers
+that others wrote are held to it, so that no sum of two wraps around or is too long to be shown."""
+
 Value = Any
 """A plain YAML value: scalar, list or mapping."""
 
@@ -210,7 +216,8 @@ def _child(target: Value, part: str, where: str) -> Value:
 
 
 def _list_index(target: list[Value], part: str, where: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
+    is_number = part.isascii() and part.isdecimal() and len(part) <= _MAX_INDEX_DIGITS
+    if not is_number or int(part) >= len(target):
         raise ConfigError(
             f"override: {where}: expected a list index below {len(target)}, got {part!r}"
         )

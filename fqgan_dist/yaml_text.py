@@ -14,7 +14,9 @@ MAX_TEXT_BYTES = 2**18
 """Longest file or value; a whole configuration has some 10 kB."""
 
 _MAX_DEPTH = 50
-_MAX_NODES = 50_000
+_MAX_NODES = 20_000
+# Python refuses to write numbers of thousands of digits, as messages do.
+_MAX_NUMBER_BITS = 1024
 # What PyYAML's constructors raise for values of an explicit tag (`!!bool maybe`, `!!int ''`), for
 # dates that are none, and for numbers of thousands of digits.
 _CONSTRUCTION_ERRORS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
@@ -45,15 +47,17 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._open = 0
+        self._open = self._num_nodes = 0
         # Values below each node, and levels, with aliases written out; by identity.
         self._extents: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._open += 1
         mark = self.peek_event().start_mark
-        # Before what is inside: composing is recursive.
+        # Before what is inside: composing is recursive, and takes half a second for so many values.
         _check(self._open, _MAX_DEPTH, "levels", mark)
+        self._num_nodes += 1
+        _check(self._num_nodes, _MAX_NODES, "values", mark)
         is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         self._open -= 1
@@ -101,7 +105,9 @@ def _check(found: int, limit: int, what: str, mark: yaml.Mark) -> None:
 def _unshare(value: Any) -> Any:
     # So that an override changes one place only.
     if isinstance(value, dict):
-        return {key: _unshare(item) for key, item in value.items()}
+        return {_unshare(key): _unshare(item) for key, item in value.items()}
+    if isinstance(value, int) and value.bit_length() > _MAX_NUMBER_BITS:
+        raise ValueError(f"a whole number of {value.bit_length()} bits; settings have at most 64")
     if isinstance(value, str):
         value.encode()  # half of a surrogate pair, escaped, can be written nowhere
     return [_unshare(item) for item in value] if isinstance(value, list) else value

@@ -86,8 +86,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def _find_summary(report: pytest.TestReport) -> list[object]:
+    return [value for name, value in report.user_properties if name == "summary"]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was not tested for want of something that this machine lacks."""
+    """Say what was not tested for want of something that this machine lacks, and what was measured.
+
+    A test records `summary` as a property.
+    """
+    reports = [each for each in terminalreporter.stats.get("passed", []) if each.when == "call"]
+    if summary := [str(value) for each in reports for value in _find_summary(each)]:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(summary))
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         if isinstance(report.longrepr, tuple):

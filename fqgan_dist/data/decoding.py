@@ -198,7 +198,7 @@ def _open_image(data: bytes, *, name: str, max_pixels: int) -> Iterator[Image.Im
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
-        high_bytes = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        high_bytes = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(high_bytes).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         # Pillow warns where such a palette is converted to RGB directly; the colours are the same.

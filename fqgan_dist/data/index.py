@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, Field, ValidationError
 
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config, ConfigT, parse_config
 from fqgan_dist.data.parquet_tables import read_table
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.config import THE_ONLY_CLASS
 from fqgan_dist.storage.documents import read_document
 
@@ -121,7 +121,7 @@ class ShardEntry(Config):
     """Name of the tar file, in the dataset's folder."""
     count: int = Field(ge=1, le=MAX_SHARD_SAMPLES)
     """Number of samples."""
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=MAX_COUNT)
     """Size of the tar file."""
     sha256: Sha256
     """Hash of the tar file."""
@@ -155,7 +155,7 @@ class ProblemTable(Config):
 
     file: Annotated[str, AfterValidator(_check_problems_name)]
     """Name of the file, in the dataset's folder."""
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=MAX_COUNT)
     """Number of its lines."""
     sha256: Sha256
     """Hash of the file."""
@@ -329,6 +329,28 @@ def parse_index(data: bytes, *, source: str) -> DatasetIndex:
     return index
 
 
+def parse_policy(
+    image_policy: Mapping[str, Any], names: Collection[str], config_type: type[ConfigT]
+) -> ConfigT:
+    """Read some of the settings in an index's image policy, which has no fixed form.
+
+    Args:
+        image_policy: of an index.
+        names: the settings that are read, where they are there.
+        config_type: what they are settings of.
+
+    Raises:
+        DataError: a value is wrong.
+    """
+    values = {name: image_policy[name] for name in sorted(names) if name in image_policy}
+    try:
+        return parse_config(values, config_type, source=f"{INDEX_NAME}: image_policy")
+    except ConfigError as error:
+        raise DataError(
+            f"{error}\nmake the index again, or copy it from where it is whole"
+        ) from None
+
+
 def write_index(folder: Storage, index: DatasetIndex) -> None:
     """Publish a dataset by writing its index, once all its shards are there.
 
@@ -386,8 +408,6 @@ def decode_samples(
         }
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{source}: not a table of samples: {error}") from error
-    if any(column.null_count for column in columns):
-        raise DataError(f"{source}: not a table of samples: a value is missing")
     keys: list[str] = columns[0].to_pylist()
     numbers = [column.to_numpy() for column in columns[1:-1]]
     labels, offsets, sizes, widths, heights = numbers

@@ -40,9 +40,23 @@ def read_table(
         metadata: the footer, if it was read before.
 
     Raises:
-        ValueError: more rows, other columns, or more bytes than an honest file expands to.
+        ValueError: more rows, other columns, more bytes than an honest file expands to, or no value
+            where there must be one.
         pa.ArrowException, OSError: it is no such file, or damaged.
     """
+    try:
+        return _read_table(source, schema, max_rows, row_group, metadata)
+    except KeyError as error:  # pyarrow's, of a column whose name is no text
+        raise ValueError(f"its columns cannot be told: {error}") from error
+
+
+def _read_table(
+    source: bytes | BinaryIO,
+    schema: pa.Schema,
+    max_rows: int,
+    row_group: int | None,
+    metadata: pq.FileMetaData | None,
+) -> pa.Table:
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     texts = [field.name for field in schema if _is_text(field.type)]
     footer = pq.read_metadata(stream) if metadata is None else metadata
@@ -63,6 +77,9 @@ def read_table(
         )
     limit = max(_HARMLESS_BYTES, MAX_TEXT_BYTES * len(table))
     columns = [_write_out(table.column(field.name), field.type, limit) for field in schema]
+    for field, column in zip(schema, columns, strict=True):
+        if column.null_count and not field.nullable:
+            raise ValueError(f"column {field.name!r}: a value is missing")
     return pa.Table.from_arrays(columns, schema=pa.schema(schema, metadata=table.schema.metadata))
 
 

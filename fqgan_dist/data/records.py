@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.data.index import ShardEntry
 from fqgan_dist.data.node_copies import NodeCopies
 from fqgan_dist.data.parquet_tables import read_table
@@ -83,7 +83,7 @@ class _ColumnType(Config):
     """Shape and type of one row of a binary column."""
 
     dtype: Literal["float16", "uint16"]
-    shape: list[Annotated[int, Field(ge=0, le=2**30)]] = Field(min_length=1)
+    shape: list[Annotated[int, Field(ge=0, le=2**30)]] = Field(min_length=1, max_length=8)
 
     @property
     def num_bytes(self) -> int:
@@ -96,7 +96,7 @@ class _Metadata(Config):
     format: Literal["fqgan-records-1"] = "fqgan-records-1"
     fingerprint: str
     shard_sha256: str
-    num_rows: int
+    num_rows: int = Field(ge=0, le=MAX_COUNT)
     content_sha256: str
     columns: dict[str, _ColumnType]
     damaged_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -242,6 +242,8 @@ def _read_table(parquet: pa.Table, metadata: _Metadata) -> RecordTable:
         for name, column in metadata.columns.items()
     }
     views, damaged = numbers[0].astype(np.int8), frozenset(metadata.damaged_rows)
+    if not np.array_equal(views, numbers[0]):
+        raise ValueError(f"views from {numbers[0].min()} to {numbers[0].max()}")
     return RecordTable(fixed[0].to_pylist(), views, np.stack(numbers[1:], axis=1), columns, damaged)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -85,8 +86,12 @@ def _find_damage(file: BinaryIO, size: int) -> str | None:
         return "not a safetensors file"
     try:
         header = parse_json(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        ends = [
+            operator.index(entry["data_offsets"][1])
+            for key, entry in header.items()
+            if key != "__metadata__"
+        ]
+    except (ValueError, TypeError, LookupError, AttributeError):
         return "not a safetensors file"
     expected = _LENGTH_BYTES + length + max(ends, default=0)
     return None if size == expected else f"has {size} bytes, expected {expected}"

@@ -6,14 +6,18 @@ the result has the same bits for any number of actors, any order of arrival and 
 
 from __future__ import annotations
 
+import io
+import operator
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import safetensors.numpy
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -76,7 +80,7 @@ class Moments:
         try:
             parts = safetensors.numpy.load(data)
             moments = cls(int(parts["count"][0]), parts["mean"], parts["m2"])
-        except (SafetensorError, KeyError, ValueError, IndexError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"moments: cannot be read ({error}) - compute them again") from error
         if not moments.mean.dtype == moments.m2.dtype == np.float64:
             raise DataError(f"moments: stored as {moments.m2.dtype} - expected float64")
@@ -155,18 +159,16 @@ def load_adm_statistics(file: BinaryIO, *, name: str) -> tuple[Moments, int | No
     Source: openai/guided-diffusion, evaluations; VIRTUAL_imagenet256_labeled.npz.
     """
     try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, NpzFile):
-            raise ValueError("one array, not an archive of several")
-        with archive:
-            mean = np.asarray(archive["mu"], np.float64)
-            covariance = np.asarray(archive["sigma"], np.float64)
-            known = int(archive["count"]) if "count" in archive else None
+        with ZipFile(file) as archive:
+            mean = _read_array(archive, "mu").astype(np.float64)
+            covariance = _read_array(archive, "sigma").astype(np.float64)
+            has_count = _member_name("count") in archive.namelist()
+            known = operator.index(_read_array(archive, "count")[()]) if has_count else None
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("not all values are finite")
         count = _IMAGENET_TRAIN_IMAGES if known is None else known
         return Moments(count, mean, covariance * (count - 1)), known
-    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
+    except _ARCHIVE_ERRORS as error:
         raise DataError(
             f"{name}: no ADM reference statistics ({error}) - expected arrays 'mu' (d,) and "
             "'sigma' (d, d) - use an ADM reference file such as VIRTUAL_imagenet256_labeled.npz"
@@ -174,6 +176,49 @@ def load_adm_statistics(file: BinaryIO, *, name: str) -> tuple[Moments, int | No
 
 
 _IMAGENET_TRAIN_IMAGES = 1_281_167
+_MAX_ARRAY_BYTES = 2**28  # `sigma` of Inception's 2048 features has 33 MB
+# What Python's reader of zips (encrypted, compressed otherwise, damaged) and NumPy's of headers,
+# which are literals of Python, raise.
+_ARCHIVE_ERRORS = (
+    OSError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    BadZipFile,
+    TokenError,
+    struct.error,
+    zlib.error,
+)
+
+
+def _member_name(array: str) -> str:
+    return f"{array}.npy"
+
+
+def _read_array(archive: ZipFile, name: str) -> NDArray[Any]:
+    """Read an array of numbers of an `.npz`, whose header may claim to be of any size.
+
+    Raises:
+        ValueError: it holds something else, or has not the bytes that its header says.
+    """
+    member = archive.getinfo(_member_name(name))
+    if member.file_size > _MAX_ARRAY_BYTES:
+        raise ValueError(f"{name}: {member.file_size} bytes; at most {_MAX_ARRAY_BYTES} are read")
+    stream = io.BytesIO(archive.read(member))
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.kind not in "iuf":
+        raise ValueError(f"{name}: {dtype}; expected numbers")
+    values = np.frombuffer(stream.read(), dtype)
+    return values.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

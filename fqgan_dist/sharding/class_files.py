@@ -50,10 +50,10 @@ def read_class_map(uri: str) -> dict[str, str]:
             labels.
     """
     lines = _read_lines(uri, "class_map")
-    pairs = [re.fullmatch(r"(\d+)[\s,]+(\S.*)", line) for line in lines]
+    pairs = [re.fullmatch(r"([0-9]+)[\s,]+(\S.*)", line) for line in lines]
     rows: list[tuple[str, str]]
     if lines and all(pairs):
-        rows = [(str(int(pair[1])), pair[2].strip()) for pair in pairs if pair]
+        rows = [(pair[1].lstrip("0") or "0", pair[2].strip()) for pair in pairs if pair]
     elif _are_wordnet_lines(lines) or not any("\t" in line for line in lines):
         classes, _ = read_classes(uri)
         rows = [(str(label), name) for label, name in enumerate(classes)]

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from fqgan_dist.chunks import RunChunks, run_in_processes
-from fqgan_dist.config import Config
+from fqgan_dist.config import Config, parse_config
 from fqgan_dist.data.config import DEFAULT_SAMPLES_PER_SHARD
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import (
@@ -32,7 +32,7 @@ from fqgan_dist.data.index import (
     load_samples,
     parse_index,
 )
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.building import (
     FinishedPlan,
     ShardingReport,
@@ -57,7 +57,7 @@ from fqgan_dist.sharding.problems import NUM_INDEXED_PROBLEMS, load_problems
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
 
-_PLAN_NAME = re.compile(r"extension-(\d{4})\.json")
+_PLAN_NAME = re.compile(r"extension-([0-9]{4})\.json")
 _CONCURRENT_READS = 16
 _SHOWN_NAMES = 5
 
@@ -250,10 +250,14 @@ def _choose_plan(dataset: Dataset, request: str) -> tuple[str, Dataset]:
 
 
 def _open_base(dataset: Dataset, plan: PlanFile, stem: str) -> Dataset:
-    assert plan.extends is not None, "the plan of an extension names the dataset"
+    folder = dataset.folder
+    if plan.extends is None:
+        raise DataError(
+            f"{folder.uri(stem)}.json: not the plan of an extension, which names the dataset that "
+            f"it extends; delete the files {stem}* if no job runs"
+        )
     if plan.extends == dataset.id:
         return dataset
-    folder = dataset.folder
     path = former_index_name(plan.extends)
     try:
         index = parse_index(read_document(folder, path), source=folder.uri(path))
@@ -351,16 +355,20 @@ def _find_new_classes(
 def _inherit_config(
     index: DatasetIndex, policy: ImagePolicy, config: ExtensionConfig
 ) -> ShardingConfig:
-    settings = policy.model_dump(include=policy.model_fields_set)
+    """Give the settings of a dataset for its new shards.
+
+    Raises:
+        DataError: they are such as no dataset of ours has.
+    """
+    settings: dict[str, Any] = policy.model_dump(include=policy.model_fields_set)
     if index.image_policy.get("lossy_evaluation"):
         settings["allow_lossy_evaluation"] = True
-    return ShardingConfig(
-        name=index.name,
-        split=index.split,
-        samples_per_shard=config.samples_per_shard,
-        seed=config.seed,
-        **settings,
-    )
+    settings |= {"name": index.name, "split": index.split, "seed": config.seed}
+    settings["samples_per_shard"] = config.samples_per_shard
+    try:
+        return parse_config(settings, ShardingConfig, source=INDEX_NAME)
+    except ConfigError as error:
+        raise DataError(f"{error}\ncopy the index from where it is whole") from None
 
 
 def _replace_index(extension: PlannedExtension, done: FinishedPlan) -> DatasetIndex:

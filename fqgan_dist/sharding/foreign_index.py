@@ -239,7 +239,7 @@ def _load_finished(
         and config.label_kind in ("auto", kind)
         and (classes is None or index.classes == list(classes))
         and {shard.file: shard.bytes for shard in index.shards}.items() <= files.items()
-        and len(files) == len(index.shards) + num_empty
+        and len(files) - len(index.shards) == num_empty
     )
     if not is_same:
         raise DataError(

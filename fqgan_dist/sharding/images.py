@@ -14,7 +14,7 @@ from pydantic import Field
 from fqgan_dist.config import Config
 from fqgan_dist.data.config import USUAL_VIEW_SHORT_SIDE, ViewConfig
 from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS, decode_image
-from fqgan_dist.data.index import SourceProblem
+from fqgan_dist.data.index import SourceProblem, parse_policy
 from fqgan_dist.data.views import apply_view, find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.terminal import printable
@@ -80,11 +80,15 @@ class ImagePolicy(Config):
 
     @classmethod
     def parse_description(cls, values: dict[str, Any]) -> ImagePolicy:
-        """Restore the policy from what an index tells; of foreign shards, the original bytes."""
+        """Restore the policy from what an index tells; of foreign shards, the original bytes.
+
+        Raises:
+            DataError: it is none.
+        """
         names = {"view_short_side"}
         if values.get("kind") in ("short_side", "crop"):
             names |= {"short_side", "crop", "jpeg_quality", "only_if_bigger"}
-        return ImagePolicy(**{name: values[name] for name in names & set(values)})
+        return parse_policy(values, names, ImagePolicy)
 
 
 def describe_view_short_side(short_side: int) -> dict[str, int]:

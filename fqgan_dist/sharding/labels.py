@@ -29,10 +29,8 @@ def order_classes(names: Set[str]) -> list[str]:
     Where all names are numbers, they are the labels: the classes are 0, 1, ... up to the greatest.
     Else the names are sorted.
     """
-    if all(name.isdecimal() and name.isascii() and name == str(int(name)) for name in names):
-        greatest = max(map(int, names), default=0)
-        if greatest <= _MAX_CLASS_NUMBER:
-            return [str(label) for label in range(greatest + 1)]
+    if all(map(_is_class_number, names)):
+        return [str(label) for label in range(max(map(int, names), default=0) + 1)]
     return sorted(names)
 
 
@@ -42,6 +40,13 @@ def describe_classes(classes: Sequence[str]) -> str:
     if len(shown) > 2 * _SHOWN_CLASSES:
         shown[_SHOWN_CLASSES:-_SHOWN_CLASSES] = ["..."]
     return f"labels: {', '.join(shown)}"
+
+
+def _is_class_number(name: str) -> bool:
+    # Of so many digits before Python counts them: it refuses to read thousands.
+    is_short = len(name) <= len(str(_MAX_CLASS_NUMBER))
+    is_number = is_short and name.isdecimal() and name.isascii() and name == str(int(name))
+    return is_number and int(name) <= _MAX_CLASS_NUMBER
 
 
 def class_from_value(value: Any) -> str | None:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from fqgan_dist.chunks import ProcessLocalCaches
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.data.index import ClassName, Sha256
 from fqgan_dist.data.parquet_tables import read_table
 from fqgan_dist.errors import DataError
-from fqgan_dist.sharding.listing import Place, SourceListing
+from fqgan_dist.sharding.listing import MAX_IMAGE_BYTES, Place, SourceListing
 from fqgan_dist.sharding.plan import DatasetPlan, PlannedShard, ShardingConfig, hash_shard
 from fqgan_dist.sharding.shard_building import PlannedSample
 from fqgan_dist.storage.documents import read_document
@@ -65,7 +65,7 @@ class PlanFile(Config):
     """What the source was taken for."""
     source_options: dict[str, Any]
     """How the source is read."""
-    num_problems: int = Field(ge=0)
+    num_problems: int = Field(ge=0, le=MAX_COUNT)
     """Members of the source that are no usable images by their names and kinds."""
     options: dict[str, Any]
     """What is made."""
@@ -236,6 +236,7 @@ class PlannedRows(ProcessLocalCaches):
                 PlannedSample(key, label, name, Place(file or name, *place))
                 for key, label, name, file, *place in zip(*columns.values(), strict=True)
             ]
+            _check_numbers(samples)
             found = hash_shard(
                 self._header_sha256,
                 [(sample.key, sample.label, sample.name, sample.place.size) for sample in samples],
@@ -258,6 +259,20 @@ class PlannedRows(ProcessLocalCaches):
         # Of thousands of row groups it takes megabytes: read once per process.
         with self._folder.open_read(self._file) as stream:
             return pq.read_metadata(cast(BinaryIO, stream))
+
+
+def _check_numbers(samples: Sequence[PlannedSample]) -> None:
+    """Refuse places that no listing gives, and no reader expects.
+
+    Raises:
+        ValueError: one is.
+    """
+    for sample in samples:
+        _, offset, size, packed_size, _ = sample.place
+        if min(sample.label, offset, size, packed_size) < 0:
+            raise ValueError(f"{sample.name!r}: a negative number")
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{sample.name!r}: {size} bytes; an image may have {MAX_IMAGE_BYTES}")
 
 
 def _publish_rows(folder: Storage, stem: str, data: bytes, found: PlanFile | None) -> bool:

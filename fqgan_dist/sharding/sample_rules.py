@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from fqgan_dist.config import Config
-from fqgan_dist.data.index import DatasetIndex
+from fqgan_dist.data.index import DatasetIndex, parse_policy
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.config import NO_CLASSES
 from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES
@@ -55,11 +55,14 @@ class SampleRules(Config):
 
     @staticmethod
     def of_dataset(image_policy: Mapping[str, Any]) -> SampleRules:
-        """Give the rules by which a dataset was indexed; the default ones if it was made by us."""
+        """Give the rules by which a dataset was indexed; the default ones if it was made by us.
+
+        Raises:
+            DataError: the policy holds what are no rules.
+        """
         if image_policy.get("kind") != INDEXED:
             return SampleRules()
-        names = SampleRules.model_fields
-        return SampleRules(**{name: image_policy[name] for name in names if name in image_policy})
+        return parse_policy(image_policy, SampleRules.model_fields, SampleRules)
 
     def describe(self) -> dict[str, Any]:
         """Give what an image policy tells about the rules."""

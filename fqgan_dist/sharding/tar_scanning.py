@@ -7,6 +7,7 @@ is read into memory only where the caller asks for it, and only up to a limit.
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +100,10 @@ class TarScan:
             file: the tar.
             source: its name, for errors.
         """
+        # tarfile steps over a member block by block, also behind the end of the file: a header of
+        # 512 bytes that states 2**88 of them would take it forever.
+        self._blocks_end = -(-file.seek(0, io.SEEK_END) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        file.seek(0)
         self._stream = HashedStream(file)
         self._source = source
         self._end: int | None = None
@@ -117,6 +122,10 @@ class TarScan:
                 while (info := archive.next()) is not None:
                     # The members of a tar of a million images would take gigabytes.
                     archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
+                    if archive.offset > self._blocks_end:
+                        raise tarfile.ReadError(
+                            f"{show_name(info.name)!r} of {info.size} bytes ends behind the file"
+                        )
                     if not info.isdir():
                         yield _read_member(archive, info, is_wanted)
                 end = archive.offset

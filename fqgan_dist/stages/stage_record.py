@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from pydantic import Field, ValidationError
 
@@ -112,7 +112,9 @@ def check_inputs(
     grown = {
         name
         for name in growing
-        if name in current and name in record.inputs and current[name] > record.inputs[name]
+        if _is_number(was := record.inputs.get(name))
+        and _is_number(now := current.get(name))
+        and now > was
     }
     groups = {name.split(".")[0] for name in current}
     former = {name: value for name, value in record.inputs.items() if name.split(".")[0] in groups}
@@ -131,6 +133,10 @@ def check_inputs(
         return record
     history = {name: [*record.history.get(name, []), record.inputs[name]] for name in sorted(grown)}
     return record.model_copy(update={"state": "started", "history": record.history | history})
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_equal(name: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> bool:

@@ -61,8 +61,9 @@ class LocalBackend:
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
         size = self.size(uri)
         with open(uri, "rb") as file:
-            file.seek(offset)
-            # Memory for as many bytes as are there: the length may be a number of a hostile table.
+            # No further than the file goes, and memory for as many bytes as are there: offset and
+            # length may be numbers of a hostile table.
+            file.seek(min(offset, size))
             return file.read(-1 if length is None else min(length, max(0, size - offset)))
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from fqgan_dist.errors import ConfigError
+from fqgan_dist.errors import ConfigError, DataError
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -18,6 +18,14 @@ STORES = {
 }
 """By the scheme of its URIs what stands in no URI of a store, and where it is given instead; the
 stores themselves are in `storage.BACKENDS`."""
+
+
+class UnsafePathError(DataError, ValueError):
+    """A path that no object may have.
+
+    A wrong argument of a caller's, but names come from folders and files of others too: whoever
+    reads them need not look at each, for this is an error of ours.
+    """
 
 
 def find_scheme(uri: str) -> str | None:
@@ -41,11 +49,13 @@ def check_relative_path(path: str) -> str:
     """Return a path from an index, manifest or caller if it stays below its root.
 
     Raises:
-        ValueError: it is absolute, or has an empty, `.` or `..` part, a backslash or a null byte.
+        UnsafePathError: it is absolute, or has an empty, `.` or `..` part, a backslash or a null
+            byte.
     """
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or "\0" in path:
-        raise ValueError(
-            f"path {path!r}: expected a relative path below the storage root, such as 'a/b.json'"
+        raise UnsafePathError(
+            f"path {path!r}: expected a relative path below the storage root, such as 'a/b.json', "
+            "without '..' or a backslash: rename what has this name"
         )
     return path
 

@@ -17,7 +17,6 @@ Source: reference/fqgan.md, sections 1.12 and 1.13, and the recorded key lists.
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 from fqgan_dist.errors import CheckpointError, ConfigError
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
+from fqgan_dist.weights.files import UNPICKLING_ERRORS, is_state_dict
 
 USAGE_WINDOW = 65536
 """Length of the released quantizers' usage buffer; it is written as zeros and ignored when read."""
@@ -165,20 +165,18 @@ def read_published_file(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except UNPICKLING_ERRORS as error:
         raise CheckpointError(
             f"{path}: cannot be read as a released model: {error}; expected a .pt file of tensors"
         ) from error
     entries = content if isinstance(content, dict) else {}
     weights = next((entries[name] for name in _WEIGHTS_ENTRIES if name in entries), None)
-    if not isinstance(weights, dict) or not all(
-        isinstance(each, Tensor) for each in weights.values()
-    ):
+    if not is_state_dict(weights):
         raise CheckpointError(
             f"{path}: holds no state dict under 'ema', 'model' or 'state_dict'; "
             "name a released model"
         )
-    return weights
+    return dict(weights)
 
 
 def _branch_key(rest: str, names: _BranchNames) -> str:

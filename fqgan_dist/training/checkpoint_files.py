@@ -14,8 +14,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from fqgan_dist.storage.hashing import hash_object
 from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import FileRecord, TensorRecord, part_file_name
+from fqgan_dist.weights.files import parse_safetensors
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -195,11 +194,11 @@ def _read_file(storage: Storage, folder: str, file: FileRecord) -> dict[str, Ten
     if problem:
         raise CheckpointError(f"{where}: {problem}; fall back to an older checkpoint")
     try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+        tensors = parse_safetensors(data)
+    except ValueError as error:
         raise CheckpointError(f"{where}: not a safetensors file: {error}") from error
-    expected = {name: (_DTYPES.get(r.dtype), r.count) for name, r in file.tensors.items()}
-    if {name: (tensor.dtype, tensor.numel()) for name, tensor in tensors.items()} != expected:
+    expected = {name: (_DTYPES.get(r.dtype), _stored_shape(r)) for name, r in file.tensors.items()}
+    if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()} != expected:
         raise CheckpointError(f"{where}: holds other tensors than its manifest says")
     return tensors
 
@@ -249,13 +248,17 @@ def _layout(records: Mapping[str, TensorRecord]) -> tuple[bytes, dict[str, int]]
         record = records[name]
         starts[name] = position
         position += _num_bytes(record)
-        shape = record.shape if record.start is None else [record.count]
+        shape = _stored_shape(record)
         offsets = [starts[name], position]
         entries[name] = {"dtype": record.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def _stored_shape(record: TensorRecord) -> list[int]:
+    return record.shape if record.start is None else [record.count]
 
 
 def _num_bytes(record: TensorRecord) -> int:

@@ -19,19 +19,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.training.commit_log import AttemptId, Sha256
 
 MANIFEST_NAME = "manifest.json"
-STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
-ATTEMPT_FOLDER = re.compile(r"^attempt-([0-9a-f]{32})$")
+STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
+ATTEMPT_FOLDER = re.compile(r"attempt-([0-9a-f]{32})")
+# Of PyTorch.
+_MAX_DIMENSIONS = 64
 
 # One flat file name: no separator, so a hostile manifest cannot lead out of its folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
 PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)]
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class TensorRecord(Config):
@@ -39,7 +41,7 @@ class TensorRecord(Config):
 
     dtype: str
     """Name as in safetensors, such as `BF16`."""
-    shape: list[Size]
+    shape: list[Size] = Field(max_length=_MAX_DIMENSIONS)
     """Shape of the whole tensor."""
     start: Size | None = None
     """First element of the fragment in the flattened tensor; None when the whole tensor is here."""
@@ -52,7 +54,7 @@ class FileRecord(Config):
 
     file: FileName
     part: PartName
-    bytes: int = Field(gt=0)
+    bytes: int = Field(gt=0, le=MAX_COUNT)
     sha256: Sha256
     """Of the file's bytes."""
     tensors: dict[str, TensorRecord]
@@ -64,7 +66,7 @@ class RankReport(Config):
     step: Size
     attempt: AttemptId
     rank: Size
-    world_size: int = Field(gt=0)
+    world_size: int = Field(gt=0, le=MAX_COUNT)
     parts: list[PartName]
     """All parts, also those of which this rank owns nothing."""
     files: list[FileRecord]
@@ -77,7 +79,7 @@ class Manifest(Config):
     """Version of this layout."""
     step: Size
     attempt: AttemptId
-    world_size: int = Field(gt=0)
+    world_size: int = Field(gt=0, le=MAX_COUNT)
     """Number of ranks that wrote it; any number may read it."""
     dataset_id: str
     """sha256 of the dataset's index.json."""

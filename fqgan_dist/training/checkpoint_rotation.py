@@ -145,10 +145,10 @@ def _sweep(storage: Storage, state: LogState, fence: int) -> None:
     live = {checkpoint_folder(commit.step, commit.attempt) for commit in state.live}
     pruned = {checkpoint_folder(commit.step, commit.attempt) for commit in state.pruned}
     for step_name in storage.list():
-        if not STEP_FOLDER.match(step_name):
+        if not STEP_FOLDER.fullmatch(step_name):
             continue
         for name in storage.list(step_name):
-            match = ATTEMPT_FOLDER.match(name)
+            match = ATTEMPT_FOLDER.fullmatch(name)
             folder = f"{step_name}/{name}"
             if match is None or folder in live:
                 continue

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fqgan_dist.config import Config
+from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.documents import parse_json, read_document
 from fqgan_dist.storage.links import RefusedObjectError
@@ -29,13 +29,15 @@ logger = logging.getLogger(__name__)
 ATTEMPT_PATTERN = r"^[0-9a-f]{32}$"
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
 
+_MAX_NUMBER = 10**10 - 1
+
 AttemptId = Annotated[str, Field(pattern=ATTEMPT_PATTERN)]
 """uuid4 of one start of a training job, as hex."""
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
 class _Numbered(Config):
-    number: int = Field(ge=1)
+    number: int = Field(ge=1, le=_MAX_NUMBER)
     """Position in the log."""
     written_at: str
     """UTC, ISO 8601; for people only."""
@@ -55,9 +57,9 @@ class CommitRecord(_Numbered):
     kind: Literal["commit"] = "commit"
     attempt: AttemptId
     """Who wrote the checkpoint."""
-    parent: int | None
+    parent: Annotated[int, Field(ge=1, le=_MAX_NUMBER)] | None
     """Number of the commit that training went on from; None at the first."""
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=MAX_COUNT)
     """Optimizer steps done."""
     manifest_sha256: Sha256
     """Of the manifest's bytes; it names all parts."""
@@ -69,7 +71,7 @@ class PruneRecord(_Numbered):
     kind: Literal["prune"] = "prune"
     attempt: AttemptId | None
     """Who rotates; None for a person's `fqgan checkpoints prune`, which fences nobody off."""
-    removed: list[int]
+    removed: list[Annotated[int, Field(ge=1, le=_MAX_NUMBER)]]
     """Numbers of the commits."""
 
 
@@ -78,7 +80,7 @@ _RECORD: TypeAdapter[LogRecord] = TypeAdapter(Annotated[LogRecord, Field(discrim
 RecordT = TypeVar("RecordT", StartRecord, CommitRecord, PruneRecord)
 
 _FOLDER = "commits"
-_NAME = re.compile(r"^(\d{10})\.json$")
+_NAME = re.compile(r"([0-9]{10})\.json")
 
 
 def utc_now() -> str:
@@ -135,7 +137,7 @@ class CommitLog:
         return self._storage.uri(_path(number))
 
     def numbers(self) -> list[int]:
-        matches = (_NAME.match(name) for name in self._storage.list(_FOLDER))
+        matches = (_NAME.fullmatch(name) for name in self._storage.list(_FOLDER))
         return sorted(int(match[1]) for match in matches if match)
 
     def read(self, number: int) -> LogRecord:

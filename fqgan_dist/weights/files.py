@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import safetensors.torch
 import torch
@@ -14,6 +16,36 @@ from torch import Tensor
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.disk_errors import clear_disk_errors
+
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+"""What torch's reader of pickles raises on damaged files, beside its own errors."""
+
+
+def parse_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Read the bytes of a safetensors file.
+
+    Raises:
+        ValueError: they are none, or hold numbers of a kind that torch has not.
+    """
+    try:
+        return safetensors.torch.load(data)
+    except KeyError as error:
+        raise ValueError(f"tensors of dtype {error}, which torch has not") from error
+    except (SafetensorError, AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def load_safetensors_checked(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -26,8 +58,8 @@ def load_safetensors_checked(path: Path, sha256: str | None = None) -> dict[str,
     """
     data = _read_checked(path, sha256)
     try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
+        return parse_safetensors(data)
+    except ValueError as error:
         raise DataError(
             f"{path}: not a safetensors file ({error}) - expected weights saved by safetensors - "
             "fetch the file again"
@@ -43,11 +75,21 @@ def load_torch_checked(path: Path, sha256: str | None = None) -> dict[str, Tenso
     _read_checked(path, sha256)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"{path}: not a file of plain tensors ({error})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    except UNPICKLING_ERRORS as error:
+        raise DataError(
+            f"{path}: not a file of plain tensors ({error}) - expected a state dict as torch.save "
+            "writes it - fetch the file again"
+        ) from error
+    if not is_state_dict(state):
         raise DataError(f"{path}: holds {type(state).__name__} - expected tensors by name")
     return dict(state)
+
+
+def is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether a value that was read is tensors by name, and nothing else."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
 
 def download_torch_file(url: str, *, field: str) -> Path:

@@ -15,6 +15,7 @@ TESTS_DIR = Path(__file__).resolve().parents[1]
 SECONDS: dict[str, int] = {
     "distributed/test_engine_deepspeed.py": 200,
     "distributed/test_loss_groups.py": 150,
+    "integration/test_fuzzing.py": 350,
     "integration/test_other_readers.py": 20,
     "integration/test_ray_jobs.py": 400,
     "integration/test_ray_two_nodes.py": 850,

@@ -296,6 +296,8 @@ def test_an_override_changes_one_use_of_a_yaml_alias(tmp_path: Path) -> None:
         ("range.0.x=3", r"range\.0 is 1, a single value, not a group of settings"),
         ("range.2=3", r"range\.2: expected a list index below 2, got '2'"),
         ("range.-1=3", r"range\.-1: expected a list index below 2, got '-1'"),
+        ("range.\u00b2=3", r"range\.\u00b2: expected a list index below 2"),
+        (f"range.{'9' * 5000}=3", r"override: range\.9{3000}"),
         ("range.x.y=3", r"range\.x: expected a list index below 2, got 'x'"),
         ("height=[1", r"override 'height': '\[1' is not a YAML value"),
     ],

@@ -151,7 +151,8 @@ def _open_file(storage: Storage, name: str) -> Iterator[pq.ParquetFile]:
             pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file,
         ):
             yield file
-    except (pa.ArrowException, OSError) as error:
+    # The last three: a column's name or text that is no UTF-8, and times that Python does not have.
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
         raise DataError(f"{uri}: not a whole parquet file ({error}); copy it again") from error
 
 
@@ -266,10 +267,15 @@ def _iterate_images(
     with _open_file(storage, name) as file:
         uri, num_bytes = storage.uri(name), storage.size(name)
         _check_row_groups(file.metadata, num_bytes, uri)
-        if missing := sorted(set(wanted) - set(file.schema_arrow.names)):
+        names = file.schema_arrow.names
+        if missing := sorted(set(wanted) - set(names)):
             raise DataError(
                 f"{uri}: has no columns {missing}, unlike the first file; expected files of one "
                 "kind: say with files= which are read together"
+            )
+        if repeated := sorted(name for name in set(wanted) if names.count(name) > 1):
+            raise DataError(
+                f"{uri}: has several columns {repeated}; expected one of each name: write it anew"
             )
         limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):

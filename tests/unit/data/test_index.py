@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from fqgan_dist.data.index import (
     write_index,
 )
 from fqgan_dist.errors import DataError
+from fqgan_dist.sharding.images import ImagePolicy
+from fqgan_dist.sharding.sample_rules import SampleRules
 from fqgan_dist.storage.storage import Storage
 
 ZEROS = "0" * 64
@@ -214,3 +217,36 @@ def test_a_sample_so_far_away_that_its_end_wraps_around_is_refused(tmp_path: Pat
     storage, entry = save_table(tmp_path, table)
     with pytest.raises(DataError, match="beyond the shard"):
         load_samples(storage, entry)
+
+
+@pytest.mark.parametrize("num_bytes", [2**63 - 1, 2**63, 2**64, 10**30])
+def test_the_greatest_numbers_do_not_wrap_around(tmp_path: Path, num_bytes: int) -> None:
+    greatest = 2**63 - 1
+    for offset, size in ((greatest, greatest), (2**62, 2**62), (1, greatest), (greatest, 1)):
+        table = dataclasses.replace(
+            make_table(), offsets=np.array([0, offset]), sizes=np.array([5, size])
+        )
+        if num_bytes > greatest:
+            with pytest.raises(ValueError, match="less than or equal to 9223372036854775807"):
+                save_table(tmp_path, table, bytes=num_bytes)
+            continue
+        storage, entry = save_table(tmp_path, table, bytes=num_bytes)
+        with pytest.raises(DataError, match="beyond the shard"):
+            load_samples(storage, entry)
+
+
+@pytest.mark.parametrize(
+    ("policy", "read"),
+    [
+        ({"kind": "indexed", "class_key": "x"}, SampleRules.of_dataset),
+        ({"kind": "indexed", "image_key": 3}, SampleRules.of_dataset),
+        ({"kind": "crop", "crop": "a"}, ImagePolicy.parse_description),
+        ({"view_short_side": -1}, ImagePolicy.parse_description),
+        ({"kind": "crop", "crop": 64, "short_side": 64}, ImagePolicy.parse_description),
+    ],
+)
+def test_an_image_policy_that_is_none_is_named(
+    policy: dict[str, object], read: Callable[[dict[str, object]], object]
+) -> None:
+    with pytest.raises(DataError, match=r"index\.json: image_policy: 1 problem"):
+        read(policy)

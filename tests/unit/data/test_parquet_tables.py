@@ -103,3 +103,11 @@ def test_a_table_of_samples_is_compared_with_the_count_of_the_index_before_it_is
     assert len(decode_samples(data, source="x", max_rows=3)[0]) == 3
     with pytest.raises(DataError, match="x: not a table of samples: 3 rows; expected at most 2"):
         decode_samples(data, source="x", max_rows=2)
+
+
+def test_a_column_whose_name_is_no_text_is_refused() -> None:
+    data = encode(make_table(3))
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    damaged = data[:start] + data[start:].replace(b"key", b"k\xffy")
+    with pytest.raises((ValueError, pa.ArrowException)):
+        read_table(damaged, SCHEMA, max_rows=3)

@@ -350,3 +350,22 @@ def test_unsafe_names_are_refused(storage: Storage) -> None:
     table = RecordTable(KEYS, np.zeros(3, np.int8), pack_crops(make_crops(3)), columns)
     with pytest.raises(ValueError, match="column 'key'"):
         encode_records(table, fingerprint=FINGERPRINT, shard_sha256="1")
+
+
+def test_a_view_beyond_the_greatest_does_not_become_another() -> None:
+    entry = make_entry()
+    columns = {"clip": np.ones((3, 2), np.float16)}
+    table = RecordTable(KEYS, np.ones(3, np.int8), pack_crops(make_crops(3)), columns)
+    data = encode_records(table, fingerprint=FINGERPRINT, shard_sha256=entry.sha256)
+    stored = pq.read_table(pa.BufferReader(data))
+    views = pa.array([257, 257, 257], pa.int32())
+    sink = pa.BufferOutputStream()
+    pq.write_table(stored.set_column(stored.column_names.index("view"), "view", views), sink)
+    with pytest.raises(DataError, match="views from 257 to 257"):
+        decode_records(
+            sink.getvalue().to_pybytes(),
+            fingerprint=FINGERPRINT,
+            shard_sha256=entry.sha256,
+            source="x",
+            max_rows=3,
+        )

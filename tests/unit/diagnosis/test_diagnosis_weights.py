@@ -120,6 +120,10 @@ def test_a_missing_file_fails(tmp_path: Path) -> None:
         (b"", "not a safetensors file"),
         ((5).to_bytes(8, "little") + b"[1,2]", "not a safetensors file"),
         (safetensors.torch.save({"a": torch.ones(4)})[:-3], "bytes, expected"),
+        *(
+            (len(text).to_bytes(8, "little") + text, "not a safetensors file")
+            for text in (b'{"a":{"data_offsets":[0]}}', b'{"a":{"data_offsets":[0,"9"]}}')
+        ),
     ],
 )
 def test_a_damaged_file_fails(tmp_path: Path, data: bytes, problem: str) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,3 +159,32 @@ def test_adm_reference_never_unpickles(tmp_path: Path):
     np.savez(path, mu=np.array([print], dtype=object), sigma=np.eye(1))
     with pytest.raises(DataError, match="no ADM reference statistics"):
         load_reference(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999999,), }", "cannot reshape"),
+        ("{'descr': '<c16', 'fortran_order': False, 'shape': (4,), }", "complex128"),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (", "EOF"),
+        ("(" * 3000, ""),
+    ],
+)
+def test_an_array_of_adm_that_lies_of_itself_is_refused(
+    tmp_path: Path, header: str, reason: str
+) -> None:
+    text = header.encode() + b"\n"
+    array = b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(64)
+    path = tmp_path / "reference.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mu.npy", array)
+    with pytest.raises(DataError, match=f"no ADM reference statistics.*{reason}"):
+        load_reference(path)
+
+
+def test_moments_of_another_form_are_refused() -> None:
+    data = safetensors.numpy.save(
+        {"count": np.ones((1, 2), np.int64), "mean": np.zeros(2), "m2": np.eye(2)}
+    )
+    with pytest.raises(DataError, match="moments: cannot be read"):
+        Moments.from_bytes(data)

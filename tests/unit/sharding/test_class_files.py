@@ -12,6 +12,7 @@ from support.source_files import png
 from fqgan_dist.data.index import image_digest
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.sharding.class_files import read_class_map, read_classes
+from fqgan_dist.sharding.labels import order_classes
 from fqgan_dist.sharding.listing import class_of
 from fqgan_dist.sharding.sources.opening import open_source
 
@@ -91,3 +92,11 @@ def test_a_label_that_the_map_lacks_is_an_error(tmp_path: Path) -> None:
     class_map = _write(tmp_path / "map.txt", "a\nb\n")
     with pytest.raises(DataError, match=r"1 labels are not among the 2 .*'0' to '1': \['2'\]"):
         open_source(str(source), class_map=class_map).__enter__()
+
+
+def test_labels_of_thousands_of_digits_are_names(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    text = f"0 cat\n{digits} dog\n000 {'x' * 9}\n".replace("000 ", "0001 ")
+    expected = {"0": "cat", digits: "dog", "1": "xxxxxxxxx"}
+    assert read_class_map(_write(tmp_path / "m.txt", text)) == expected
+    assert order_classes({digits, "1"}) == sorted([digits, "1"])

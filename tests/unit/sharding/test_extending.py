@@ -401,3 +401,21 @@ def test_stored_images_are_the_new_ones(dataset: Path, more: Path) -> None:
             data = storage.read_bytes(shard.file, offset=start, length=size)
             assert data == (more / key.replace("_", "/")).with_suffix(".png").read_bytes()
             assert Image.open(io.BytesIO(data)).height == table.heights[row]
+
+
+def test_a_plan_of_no_extension_is_named(dataset: Path, more: Path) -> None:
+    with pytest.raises(KilledError):
+        extend(more, DyingStorage(dataset, 3, after=False))
+    path = dataset / "extension-0001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extends": None}))
+    with pytest.raises(DataError, match="not the plan of an extension"):
+        extend(more, dataset)
+
+
+def test_an_index_of_settings_that_no_dataset_has_is_not_extended(
+    dataset: Path, more: Path
+) -> None:
+    index = load_index(Storage(dataset)).model_copy(update={"name": ""})
+    (dataset / "index.json").write_bytes(index.to_bytes())
+    with pytest.raises(DataError, match=r"index\.json: 1 problem\(s\)\n.*name"):
+        extend(more, dataset)

@@ -462,3 +462,11 @@ def test_a_tar_that_became_shorter_is_named(tmp_path: Path):
         path.write_bytes(path.read_bytes()[: int(source.offsets.min()) + 3])
         with pytest.raises(DataError, match=r"'b/2\.png' changed while it was read.*is shorter"):
             source.read(1)
+
+
+@pytest.mark.parametrize("ending", [".tar", ".zip", ".parquet"])
+def test_a_file_whose_name_no_object_may_have_is_named(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"b\\c{ending}").write_bytes(png(1))
+    named = pytest.raises(DataError, match=rf"'b\\\\c\{ending}'.*rename")
+    with named, open_source(str(tmp_path)):
+        pass

@@ -227,3 +227,21 @@ def test_a_table_that_expands_like_a_bomb_is_refused(tmp_path: Path, monkeypatch
     path = write_bomb(tmp_path / "page.parquet", num_rows=1, num_bytes=2**22)
     with pytest.raises(DataError, match="row group 0 expands from"), open_source(str(path)):
         pass
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    columns = [images("a.png", "b.png"), pa.array([0, 1]), pa.array([0, 1])]
+    table = pa.Table.from_arrays(columns, names=["image", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with (
+        pytest.raises((DataError, ConfigError), match="label"),
+        open_source(str(tmp_path / "a.parquet")),
+    ):
+        pass
+
+
+def test_a_column_whose_name_is_no_text_is_damage(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"image": images("a.png"), "label": ["cat"]})
+    path.write_bytes(path.read_bytes().replace(b"label", b"l\xffbel"))
+    with pytest.raises((DataError, ConfigError)), open_source(str(path)):
+        pass

@@ -115,3 +115,15 @@ def test_a_name_of_a_megabyte_is_shown_by_its_beginning() -> None:
     assert member.danger is not None
     assert "at most 1000" in member.danger
     assert member.name == "x" * 1000 + "..."
+
+
+@pytest.mark.parametrize(
+    "size", [b"\x80" + b"\xff" * 11, b"\x80\0\0\0\x7f" + b"\xff" * 7, b"7" * 11 + b"\0"]
+)
+def test_a_member_that_ends_behind_the_file_is_not_stepped_over(size: bytes) -> None:
+    tar = bytearray(pack(MEMBERS))
+    tar[124:136] = size
+    tar[148:156] = b" " * 8
+    tar[148:156] = b"%06o\0 " % sum(tar[:512])
+    with pytest.raises(DataError, match=r"'a/x\.jpg' of [0-9]+ bytes ends behind the file"):
+        scan(bytes(tar))

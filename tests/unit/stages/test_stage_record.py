@@ -152,3 +152,10 @@ def test_inputs_are_compared_as_they_are_stored_less_exports_of_former_versions(
     assert has_inputs(record, inputs())
     assert not has_inputs(record, inputs(SETTINGS | {"lr": 0.2}))
     assert not has_inputs(record, inputs() | {"upstream.more": 1})
+
+
+@pytest.mark.parametrize("former", ["6", None, [6], {"a": 6}, True])
+def test_what_is_no_number_has_not_grown(storage: Storage, former: Any) -> None:
+    record = save(storage, inputs={"training.steps": former})
+    with pytest.raises(DataError, match=r"training\.steps: was .*, now 8"):
+        check_inputs(record, {"training.steps": 8}, source="a", growing=["training.steps"])

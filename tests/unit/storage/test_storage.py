@@ -194,3 +194,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**63 - 1, 2**63, 2**64])
+def test_a_part_far_beyond_the_end_is_a_short_object(storage: Storage, offset: int) -> None:
+    storage.write_bytes("a", b"123")
+    with pytest.raises(DataError, match=f"has no 5 bytes at offset {offset}, only 0"):
+        storage.read_bytes("a", offset=offset, length=5)

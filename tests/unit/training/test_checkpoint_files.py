@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -203,3 +204,13 @@ def test_a_fragment_outside_its_tensor_is_refused(numel: int, start: int) -> Non
 def test_a_fragment_that_is_not_flat_is_refused() -> None:
     with pytest.raises(ValueError, match="flat"):
         Fragment(torch.zeros(2, 2), start=0, shape=(2, 2))
+
+
+def test_a_tensor_of_another_shape_than_its_record_is_refused(tmp_path: Path) -> None:
+    images = HostStaging(0).copy({"weights": {"a": Fragment(torch.ones(6), 0, (2, 3))}})
+    (record,) = write_images(Storage(tmp_path), "x", images)
+    data = safetensors.torch.save({"a": torch.ones(2, 3)})
+    (tmp_path / "x" / record.file).write_bytes(data)
+    changed = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with pytest.raises(CheckpointError, match="other tensors than its manifest says"):
+        read_tensors(Storage(tmp_path), "x", [record.model_copy(update=changed)], None)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training.checkpoint_format import (
@@ -102,3 +103,18 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str) -> None:
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="here: not a checkpoint manifest"):
         parse_manifest(data, "here")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 2**63},
+        {"shape": [10**400, 10**400]},
+        {"shape": [1] * 100_000},
+        {"start": -1},
+    ],
+)
+def test_numbers_that_no_tensor_has_are_refused(changes: dict[str, Any]) -> None:
+    values = {"dtype": "F32", "shape": [2], "start": None, "count": 2}
+    with pytest.raises(ValidationError):
+        TensorRecord.model_validate(values | changes)

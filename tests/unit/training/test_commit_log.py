@@ -179,3 +179,15 @@ def test_foreign_files_in_the_folder_are_no_records(log: CommitLog, tmp_path: Pa
     (tmp_path / "commits/notes.txt").write_text("mine")
     (tmp_path / "commits/0000000007.json.bak").write_text("mine")
     assert log.numbers() == [1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0667.json", "0000000007.json\n"],
+)
+def test_names_that_only_look_like_records_are_passed_over(
+    log: CommitLog, tmp_path: Path, name: str
+) -> None:
+    LogWriter(log, OLD).append(_commit(OLD))
+    (tmp_path / "commits" / name).write_bytes(b"x")
+    assert CommitLog(Storage(tmp_path)).numbers() == [1, 2]

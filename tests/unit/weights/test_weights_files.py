@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from fqgan_dist.errors import DataError
-from fqgan_dist.weights.files import load_safetensors_checked, load_torch_checked, save_safetensors
+from fqgan_dist.errors import CheckpointError, DataError
+from fqgan_dist.tokenizer.published import read_published_file
+from fqgan_dist.weights.files import (
+    load_safetensors_checked,
+    load_torch_checked,
+    parse_safetensors,
+    save_safetensors,
+)
 from fqgan_dist.weights.tensors import hash_tensors
 
 
@@ -71,3 +79,40 @@ def test_a_torch_file_of_tensors_is_read(tmp_path: Path):
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(DataError, match="expected tensors by name"):
         load_torch_checked(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4"])
+def test_numbers_of_a_kind_that_torch_lacks_are_named(dtype: str) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2]}})
+    size = 1 if dtype == "F4" else 2
+    header = header.replace("[0, 2]", f"[0, {size}]")
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(size)
+    with pytest.raises(ValueError, match=f"dtype '{dtype}', which torch has not"):
+        parse_safetensors(data)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [b"\x80\x02h\x07.", b"\x80\x02}q\0X\x02\0\0\0\xff\xfe.", b"\x80\x020.", b"\x80\x02)R.", b""],
+    ids=["KeyError", "UnicodeDecodeError", "IndexError", "TypeError", "EOFError"],
+)
+def test_a_damaged_pickle_is_named_whatever_its_reader_raises(
+    tmp_path: Path, pickled: bytes
+) -> None:
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", data)
+    with pytest.raises(DataError, match="not a file of plain tensors"):
+        load_torch_checked(path)
+    with pytest.raises(CheckpointError, match="cannot be read as a released model"):
+        read_published_file(path)
+
+
+def test_tensors_have_names(tmp_path: Path) -> None:
+    torch.save({"model": {1: torch.ones(2)}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        read_published_file(tmp_path / "a.pt")
+    torch.save({1: torch.ones(2)}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="expected tensors by name"):
+        load_torch_checked(tmp_path / "a.pth")

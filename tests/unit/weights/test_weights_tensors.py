@@ -43,3 +43,8 @@ def test_drawn_numbers_are_normal_and_keyed():
     assert not torch.equal(numbers, draw_normal((100, 200), 1, "a"))
     assert abs(numbers.mean().item()) < 0.03
     assert abs(numbers.std().item() - 1) < 0.03
+
+
+def test_an_only_element_of_any_stride_has_the_same_hash() -> None:
+    odd = torch.arange(9).as_strided((1,), (7,), 3)
+    assert hash_tensors({"a": odd}) == hash_tensors({"a": torch.tensor([3])})
