@@ -24,7 +24,7 @@ from benchmarks.paired import Finding, WrongResultError, run_rounds
 from fqgan_dist.data.batches import CodeBatch
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import CodeLoader
-from fqgan_dist.data.records import CodeStore
+from fqgan_dist.data.record_stores import CodeStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.storage.storage import Storage
 

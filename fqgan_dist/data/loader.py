@@ -20,7 +20,8 @@ from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.micro_batches import Batching, CodeSource, ImageSource, MicroBatchIndex
 from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
-from fqgan_dist.data.records import MAX_VIEWS, CodeStore, FeatureStore
+from fqgan_dist.data.record_stores import CodeStore, FeatureStore
+from fqgan_dist.data.records import MAX_VIEWS
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import num_views
 from fqgan_dist.errors import ConfigError

@@ -27,7 +27,8 @@ from fqgan_dist.data.index import SampleTable, load_samples
 from fqgan_dist.data.node_copies import NodeCopies
 from fqgan_dist.data.order import SampleOrder
 from fqgan_dist.data.prefetch import BoundedCache
-from fqgan_dist.data.records import CodeStore, DrawnCodes, FeatureStore, RecordTable
+from fqgan_dist.data.record_stores import CodeStore, DrawnCodes, FeatureStore
+from fqgan_dist.data.records import RecordTable
 from fqgan_dist.data.sample_reader import SampleReader
 from fqgan_dist.data.view_loading import load_view
 from fqgan_dist.errors import DataError

@@ -18,7 +18,8 @@ from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
-from fqgan_dist.data.records import CodeStore, check_codebook_size
+from fqgan_dist.data.record_stores import CodeStore
+from fqgan_dist.data.records import check_codebook_size
 from fqgan_dist.data.views import CropRecord, num_views
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.fingerprint import fingerprint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fqgan_dist.chunks import RunChunks
-from fqgan_dist.data.records import FeatureStore
+from fqgan_dist.data.record_stores import FeatureStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.fingerprint import fingerprint
 from fqgan_dist.stages.config import RunConfig

@@ -47,7 +47,7 @@ from fqgan_dist.data.index import (
     load_samples,
 )
 from fqgan_dist.data.parquet_tables import read_table
-from fqgan_dist.data.records import CodeStore, FeatureStore
+from fqgan_dist.data.record_stores import CodeStore, FeatureStore
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.tensor_files import TensorFiles
 from fqgan_dist.data.views import CropRecord

@@ -16,7 +16,7 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
 from fqgan_dist.data.loader import CodeLoader, ImageBatch, ImageLoader
-from fqgan_dist.data.records import CodeStore, FeatureStore
+from fqgan_dist.data.record_stores import CodeStore, FeatureStore
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import CropRecord, apply_view
 from fqgan_dist.errors import ConfigError, DataError

@@ -29,7 +29,7 @@ from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.data.loader import CodeLoader, ImageLoader
-from fqgan_dist.data.records import CodeStore, FeatureStore
+from fqgan_dist.data.record_stores import CodeStore, FeatureStore
 from fqgan_dist.data.views import CropRecord
 from fqgan_dist.errors import DataError
 from fqgan_dist.loss_group import ALONE, LossGroup

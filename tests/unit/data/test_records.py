@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqgan_dist.data.index import ShardEntry
+from fqgan_dist.data.record_stores import CodeStore, FeatureStore
 from fqgan_dist.data.records import (
-    CodeStore,
-    FeatureStore,
     RecordTable,
     check_codebook_size,
     decode_records,

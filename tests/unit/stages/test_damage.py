@@ -20,7 +20,7 @@ from support.tiny_shards import NOT_AN_IMAGE, damage_samples, key_of, write_tiny
 from fqgan_dist.chunks import ChunkWork, find_pending
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_samples
-from fqgan_dist.data.records import FeatureStore
+from fqgan_dist.data.record_stores import FeatureStore
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.autoregressive import HeldOutCodes
 from fqgan_dist.stages.codes import CodesStage, CodeWork, code_store
