@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -198,9 +198,7 @@ def run_plan(
     )
     shards = [one for one in _load_all(shard_folder, plan.shards) if one is not None]
     assert len(shards) == len(plan.shards), "work is over when all shards are there"
-    left_out = [problem for shard in shards for problem in shard.problems]
-    emptied = _find_emptied(source, left_out, filled_classes)
-    problems = sort_problems([*source.problems, *left_out, *emptied])
+    problems = _collect_problems(source, shards, filled_classes)
     table = write_problems(folder, stem, problems)
     report = _report(plan, source, found, shards, problems)
     return FinishedPlan([shard.entry for shard in shards if shard.entry], table, report)
@@ -236,16 +234,26 @@ def check_remade(dataset: Dataset, entries: Sequence[ShardEntry]) -> None:
         )
 
 
-def _find_emptied(
-    source: SourceListing, left_out: Sequence[SourceProblem], filled_classes: Collection[str]
-) -> Iterator[SourceProblem]:
-    """Name the classes whose images were all left out; they keep their labels, as all do."""
+def _collect_problems(
+    source: SourceListing, shards: Sequence[PublishedShard], filled_classes: Collection[str]
+) -> list[SourceProblem]:
+    """Give all that was left out, and the classes of which nothing is left.
+
+    These keep their labels, as all do: labels are fixed before an image is decoded.
+    """
+    left_out = [problem for shard in shards for problem in shard.problems]
     num_lost = Counter(class_of(problem.name) for problem in left_out)
     num_listed = Counter(map(class_of, source.names)) if num_lost else Counter[str]()
-    for name, count in num_lost.items():
-        if count >= num_listed[name] > 0 and name not in filled_classes:
-            reason = f"a class of which none of its {count} images can be used"
-            yield SourceProblem(name=show_name(name), reason=reason, action="skipped")
+    emptied = [
+        SourceProblem(
+            name=show_name(name),
+            reason=f"a class of which none of its {count} images can be used",
+            action="skipped",
+        )
+        for name, count in num_lost.items()
+        if count >= num_listed[name] > 0 and name not in filled_classes
+    ]
+    return sort_problems([*source.problems, *left_out, *emptied])
 
 
 def _make_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import signal
@@ -40,7 +41,7 @@ def test_many_damaged_files_are_read_or_refused(
     record_property("summary", f"fuzzing: {feed(target, range(_FEW, _FEW + _MANY))}")
 
 
-_KEPT: list[bytes] = []
+_KEPT: list[mmap.mmap] = []
 
 
 def _read(data: bytes, folder: Path) -> None:
@@ -56,7 +57,11 @@ def _read(data: bytes, folder: Path) -> None:
         case b"dies":
             os.kill(os.getpid(), signal.SIGKILL)
         case b"grows":
-            _KEPT.append(b"x" * 2**26)  # the kernel may forget a peak that lasts a moment
+            # Not by malloc, which may have as much to spare from tests before.
+            memory = mmap.mmap(-1, 2**26)
+            for start in range(0, len(memory), mmap.PAGESIZE):
+                memory[start] = 1
+            _KEPT.append(memory)  # the kernel may forget a peak that lasts a moment
         case b"slow":
             while True:
                 sum(range(10**6))

@@ -10,6 +10,7 @@ may end it: what that process did last is known, and the next one goes on behind
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import mmap
@@ -177,6 +178,8 @@ def set_bounds() -> None:
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", RuntimeWarning)  # NumPy's, of numbers that wrap
+    # What the process has freed and kept would hide what a case takes.
+    ctypes.CDLL(None).malloc_trim(0)
     limit = _read_status("VmSize") + _HEADROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

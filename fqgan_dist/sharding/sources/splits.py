@@ -186,12 +186,7 @@ def find_split_folder(
     if not are_all and (len(splits) == 1 or not chosen):
         return None, []
     shown = ", ".join(folders)
-    child = storage.child(chosen[0]) if chosen else storage
-    if (
-        chosen
-        and has_classes
-        and any(map(is_image_name, itertools.islice(child.list(), _EXAMINED_NAMES)))
-    ):
+    if chosen and has_classes and _holds_images(storage.child(chosen[0])):
         if len(splits) == 1:
             return None, []
         raise ConfigError(
