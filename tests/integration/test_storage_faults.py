@@ -207,9 +207,10 @@ def test_a_download_goes_on_where_it_broke_off(
     sha256, size = storage.download("large", tmp_path / "copy", progress=came.append)
     assert (sha256, size) == (hash_of(LARGE), len(LARGE))
     assert sum(came) == len(LARGE)
-    # A part of 8 MiB takes three tries; what was sent is little more than the object.
-    assert proxy.counts["reset"] >= 4 * 2  # a reset also drops what lies in the client's buffers
-    assert proxy.bytes_down < 1.5 * len(LARGE)
+    # A part of 8 MiB takes three tries. A reset also drops what lies in the client's buffers, which
+    # is more on a loaded machine; begun anew each time, no part would ever come to its end.
+    assert proxy.counts["reset"] >= 4 * 2
+    assert proxy.bytes_down < 2 * len(LARGE)
 
 
 def test_wrong_bytes_show_in_the_hash(proxy: FaultProxy, storage: Storage, tmp_path: Path) -> None:
