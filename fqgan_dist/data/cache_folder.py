@@ -1,6 +1,7 @@
 """A folder of whole shards on a local disk, shared by all processes of a node and several jobs.
 
-    <sha256>.tar              a shard whose bytes matched this hash when it was put here
+    <sha256>.tar              a shard whose bytes matched this hash when it was put here; or another
+                              file (`node_copies`), by a hash of what it is
     <sha256>.<bytes>.lock     held while one process fetches that shard; reserves these bytes
     <sha256>.<bytes>.part     what has arrived of it
     <dataset id>.dataset      held, shared, by every process that reads the dataset; its shards
@@ -26,6 +27,8 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
+
+from fqgan_dist.data.config import ShardCacheConfig
 
 _SHARD = re.compile(r"([0-9a-f]{64})\.tar")
 _CLAIM = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.lock")
@@ -110,6 +113,19 @@ class CacheFolder:
         self.path = path
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
+
+    @staticmethod
+    def of(config: ShardCacheConfig) -> CacheFolder:
+        """Name the folder of a run's settings.
+
+        Raises:
+            ConfigError: it is not given, and the user has no home.
+        """
+        return CacheFolder(
+            config.find_folder(),
+            max_bytes=int(config.max_gib * 2**30),
+            min_free_bytes=int(config.min_free_gib * 2**30),
+        )
 
     def join(self, dataset_id: str, shards: Iterable[str]) -> DatasetUse:
         """Say that this process reads a dataset of these shards (sha256)."""

@@ -27,11 +27,7 @@ class NodeCopies:
 
     def __init__(self, config: ShardCacheConfig) -> None:
         """Name the folder; nothing is touched before a file is read."""
-        self._folder = CacheFolder(
-            config.find_folder(),
-            max_bytes=int(config.max_gib * 2**30),
-            min_free_bytes=int(config.min_free_gib * 2**30),
-        )
+        self._folder = CacheFolder.of(config)
         self._is_usable = True
 
     def read(self, storage: Storage, path: str, identity: str) -> bytes:
@@ -45,21 +41,18 @@ class NodeCopies:
         Raises:
             FileNotFoundError: the store has no such file.
         """
-        size = storage.size(path)
-        if not self._is_usable:
-            return storage.read_bytes(path)
-        try:
-            return self._read(storage, path, _name(storage, path, identity), size)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            self._is_usable = False
-            _logger.warning(
-                "%s: cannot be used (%s); features are read from the store by every process",
-                self._folder.path,
-                error,
-            )
-            return storage.read_bytes(path)
+        if self._is_usable:
+            size = storage.size(path)  # a copy of another size is none of this file
+            try:
+                return self._read(storage, path, _name(storage, path, identity), size)
+            except OSError as error:  # of the folder: what the store lacks shows below
+                self._is_usable = False
+                _logger.warning(
+                    "%s: cannot be used (%s); every process reads from the store for itself",
+                    self._folder.path,
+                    error,
+                )
+        return storage.read_bytes(path)
 
     def drop(self, storage: Storage, path: str, identity: str) -> None:
         """Remove a copy that is damaged."""

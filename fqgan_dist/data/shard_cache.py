@@ -35,6 +35,9 @@ _FAILED_RETRY_S = 30.0
 _MAX_DAMAGED_COPIES = 2
 """After so many copies with a wrong hash a shard is damaged where it is stored, not on the way."""
 _CLOSE_TIMEOUT_S = 10.0
+
+# Those of this process that have a thread, or had one.
+_RUNNING: weakref.WeakSet[ShardCache] = weakref.WeakSet()
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,11 +71,7 @@ class ShardCache:
         """
         self._dataset = dataset
         self._shards = dataset.index.shards
-        self._folder = CacheFolder(
-            config.find_folder(),
-            max_bytes=int(config.max_gib * 2**30),
-            min_free_bytes=int(config.min_free_gib * 2**30),
-        )
+        self._folder = CacheFolder.of(config)
         self._lock = threading.Lock()
         self._wanted: dict[int, None] = {}
         self._retry_at: dict[int, float] = {}
@@ -303,19 +302,15 @@ class ShardCache:
 
 
 def _stop_all() -> None:
-    """End the threads of this process before the interpreter ends.
-
-    A daemon thread that is within C++ code then, as pyarrow's or torch's, aborts the process
-    (measured: 2 of 9 spawned loader workers on a loaded machine).
-    """
     running = list(_RUNNING)
-    for cache in running:
+    for cache in running:  # all of them before one is waited for
         cache.stop()
     for cache in running:
         cache.close()
 
 
-_RUNNING: weakref.WeakSet[ShardCache] = weakref.WeakSet()
+# A daemon thread that is within C++ code, as torch's, when the interpreter ends, aborts the process
+# (seen in 2 of 9 runs of spawned loader workers on a loaded machine; in none of 8 since).
 atexit.register(_stop_all)
 
 

@@ -19,7 +19,7 @@ from fqgan_dist.data.views import find_fault_of_shape
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.listing import HOLDS_CREDENTIALS, show_name
 from fqgan_dist.sharding.sample_rules import SampleRules
-from fqgan_dist.sharding.sample_scanning import OddMember, ReadSample, SampleReader
+from fqgan_dist.sharding.sample_scanning import OddMember, ReadSample, SampleScan
 from fqgan_dist.sharding.tar_scanning import TarScan
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
@@ -138,7 +138,7 @@ def scan_shard(
     try:
         with storage.open_read(file) as stream:
             scan = TarScan(stream, source=source)
-            for found in SampleReader(scan, rules, shard=file).read(with_images=True):
+            for found in SampleScan(scan, rules, shard=file).read(with_images=True):
                 if isinstance(found, OddMember):
                     problems.append(_describe_problem(file, found))
                     continue

@@ -37,7 +37,7 @@ class OddMember:
     """What was done with it; what is dangerous is refused."""
 
 
-class SampleReader:
+class SampleScan:
     """Reads the samples of one tar, and counts what it cannot use."""
 
     def __init__(self, scan: TarScan, rules: SampleRules, *, shard: str) -> None:

@@ -56,6 +56,7 @@ from fqgan_dist.sharding.images import ImagePolicy
 from fqgan_dist.sharding.plan import PlannedShard, plan_dataset
 from fqgan_dist.sharding.plan_files import (
     BASE_PLAN,
+    PlanFile,
     PlannedRows,
     check_settings,
     load_plan,
@@ -148,11 +149,16 @@ def _plan_files() -> dict[str, bytes]:
         return collect_files(Path(folder) / "made") | {source.name: source.read_bytes()}
 
 
-def _read_plan(data: bytes, folder: Path) -> None:
-    storage = spread_files(folder, _plan_files() | {"plan.json": data})
+def _open_plan(file: str, data: bytes, folder: Path) -> tuple[Storage, PlanFile, PlannedRows]:
+    """Open a whole plan, one of its files replaced."""
+    storage = spread_files(folder, _plan_files() | {file: data})
     plan = load_plan(storage, BASE_PLAN)
     assert plan is not None, "it was written"
-    rows = PlannedRows(storage, BASE_PLAN, plan.header_sha256)
+    return storage, plan, PlannedRows(storage, BASE_PLAN, plan.header_sha256)
+
+
+def _read_plan(data: bytes, folder: Path) -> None:
+    storage, plan, rows = _open_plan("plan.json", data, folder)
     for number, shard in enumerate(plan.shards):
         ShardFolder(storage).load(shard)
         rows.read(number, shard)
@@ -170,10 +176,7 @@ def _rehash(rows: PlannedRows, number: int, shard: PlannedShard) -> PlannedShard
 
 
 def _read_plan_rows(data: bytes, folder: Path) -> None:
-    storage = spread_files(folder, _plan_files() | {"plan.parquet": data})
-    plan = load_plan(storage, BASE_PLAN)
-    assert plan is not None, "it was written"
-    rows = PlannedRows(storage, BASE_PLAN, plan.header_sha256)
+    storage, plan, rows = _open_plan("plan.parquet", data, folder)
     for number, shard in enumerate(plan.shards):
         shard = _rehash(rows, number, shard)
         for sample in rows.read(number, shard):

@@ -221,20 +221,12 @@ _ANY_TAR = splice([mutate_tar, mutate_tar, mutate_bytes])
 TARGETS: tuple[Target, ...] = (
     *(
         Target(
-            f"{ending} list",
+            f"{what}{ending} list",
             functools.partial(lambda text: [text.encode()], text),
             mutate_json_lines if ending == "jsonl" else mutate_text,
-            _list_reader(ending),
+            make_reader(ending),
         )
-        for ending, text in _LISTS.items()
-    ),
-    *(
-        Target(
-            f"source of a {ending} list",
-            functools.partial(lambda text: [text.encode()], text),
-            mutate_json_lines if ending == "jsonl" else mutate_text,
-            _list_source_reader(ending),
-        )
+        for what, make_reader in (("", _list_reader), ("source of a ", _list_source_reader))
         for ending, text in _LISTS.items()
     ),
     Target("classes", _make_class_files, mutate_text, _class_file_reader(read_classes)),

@@ -25,7 +25,7 @@ from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.file_names import TAR_SUFFIX
 from fqgan_dist.sharding.listing import ListingBuilder, Place, SourceListing
 from fqgan_dist.sharding.sample_rules import SampleRules, parse_number
-from fqgan_dist.sharding.sample_scanning import OddMember, SampleReader
+from fqgan_dist.sharding.sample_scanning import OddMember, SampleScan
 from fqgan_dist.sharding.sources.concurrency import map_in_order
 from fqgan_dist.sharding.sources.locations import locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
@@ -235,7 +235,7 @@ def _scan_shard(storage: Storage, rules: SampleRules, shard: str) -> _ShardConte
     content = _ShardContent()
     with storage.open_read(shard) as file:
         scan = TarScan(file, source=storage.uri(shard))
-        for found in SampleReader(scan, rules, shard=shard).read(with_images=False):
+        for found in SampleScan(scan, rules, shard=shard).read(with_images=False):
             if isinstance(found, OddMember):
                 content.odd.append(found)
             else:

@@ -100,3 +100,15 @@ def test_a_folder_that_cannot_be_used_is_said_once(
 def test_a_missing_file_is_missing(tmp_path: Path, storage: CountingStorage) -> None:
     with pytest.raises(FileNotFoundError, match="no such object"):
         open_copies(tmp_path).read(storage, "features/1", "x")
+
+
+def test_a_folder_that_vanishes_is_not_a_missing_file(
+    tmp_path: Path, storage: CountingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = open_copies(tmp_path)
+
+    def vanish(*_: object) -> None:
+        raise FileNotFoundError(tmp_path / "cache")
+
+    monkeypatch.setattr(copies._folder, "claim", vanish)
+    assert copies.read(storage, "features/0", "x") == DATA

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.index import load_samples
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.orchestration.pipeline import open_checked_run, run_stage_here, run_stages
+from fqgan_dist.sharding.verification import verify_dataset
 from fqgan_dist.storage.storage import Storage
 
-Shard = Any
+Shard = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +153,18 @@ def test_13_what_no_view_can_be_made_of_is_not_taken(cases: Path, shard: Shard) 
     assert "90000x1" in found.problems["n01/thin.png"]
 
 
+def test_13_a_run_knows_the_sizes_of_its_views(cases: Path, tmp_path: Path) -> None:
+    train, _ = run_shards(tmp_path, cases / "thin_for_32")
+    assert train.index.num_samples == 12
+    assert [problem.name for problem in train.index.problems] == ["n01/thin.png"]
+    report = verify_dataset(train.folder, is_deep=True)
+    assert report.damages == []
+
+
 def test_15_what_evaluation_will_refuse_is_said_at_once(cases: Path, tmp_path: Path) -> None:
     source = cases / "smaller_than_a_batch"
     config = load_tiny(f"storage.root={tmp_path}/run", f"data.source={source}")
-    with pytest.raises(ConfigError, match="images"):
+    with pytest.raises(ConfigError, match="1 validation image is too few; rFID needs at least 2"):
         run_stages(open_checked_run(config), run_stage_here)
     assert not (tmp_path / "run" / "data").exists()
 
