@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -116,10 +118,21 @@ def load_in_processes(
         num_workers=workers,
         prefetch_factor=_BATCHES_AHEAD,
         multiprocessing_context="spawn",
+        worker_init_fn=_leave_without_finalization,
     )
     # DataLoader's iterator ends its workers when it is freed, and has no other public way. This
     # frame holds the only reference, which goes with the frame when the generator is closed.
     yield from loader
+
+
+def _leave_without_finalization(_: int) -> None:
+    """Let a worker end, when all is done, before the interpreter takes itself apart.
+
+    The thread by which torch sends batches may be within C++ then, and the process aborts
+    ("terminate called without an active exception"), which DataLoader reports as an error of the
+    loader that was just closed.
+    """
+    atexit.register(os._exit, 0)
 
 
 class _BuiltInWorker(Dataset[ValueT]):

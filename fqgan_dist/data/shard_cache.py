@@ -8,13 +8,11 @@ needs it again. So what does not fit stays streamed, and the rest is read from t
 
 from __future__ import annotations
 
-import atexit
 import errno
 import logging
 import os
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,9 +33,6 @@ _FAILED_RETRY_S = 30.0
 _MAX_DAMAGED_COPIES = 2
 """After so many copies with a wrong hash a shard is damaged where it is stored, not on the way."""
 _CLOSE_TIMEOUT_S = 10.0
-
-# Those of this process that have a thread, or had one.
-_RUNNING: weakref.WeakSet[ShardCache] = weakref.WeakSet()
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -126,7 +121,6 @@ class ShardCache:
                 self._thread = threading.Thread(
                     target=self._fetch_wanted, name="shard-cache", daemon=True
                 )
-                _RUNNING.add(self)
                 self._thread.start()
 
     def drop(self, shard: int) -> None:
@@ -299,19 +293,6 @@ class ShardCache:
     def _count(self, **amounts: int) -> None:
         with self._lock:
             self._counts.update(amounts)
-
-
-def _stop_all() -> None:
-    running = list(_RUNNING)
-    for cache in running:  # all of them before one is waited for
-        cache.stop()
-    for cache in running:
-        cache.close()
-
-
-# A daemon thread that is within C++ code, as torch's, when the interpreter ends, aborts the process
-# (seen in 2 of 9 runs of spawned loader workers on a loaded machine; in none of 8 since).
-atexit.register(_stop_all)
 
 
 class _StoppedError(Exception):
