@@ -207,7 +207,8 @@ def train(
         metrics = task.train_step(next(batches), step)
     wait_for(device)
     step_s = (time.perf_counter() - start) / case.steps
-    task.raise_if_not_finite()
+    for engine in task.engines.values():
+        engine.raise_if_not_finite()
     return metrics, step_s
 
 
@@ -229,9 +230,9 @@ def restore(task: Any, store: CheckpointStore) -> None:
         with torch.no_grad():
             for value in engine.local_parameters().values():
                 value.zero_()
-    loaded = store.load_latest()
-    assert loaded is not None, "a checkpoint was just saved"
-    task.load_state_dict({part: loaded.read(part) for part in loaded.manifest.parts})
+    parts = store.read_newest(lambda loaded: loaded.read_parts(task.needed_state()))
+    assert parts is not None, "a checkpoint was just saved"
+    task.load_state_dict(parts)
 
 
 def build_tokenizer_task(

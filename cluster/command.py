@@ -1,13 +1,16 @@
 """Submit a run to a Ray cluster and bring it to its end, whatever happens to the head.
 
     cluster/submit run=NAME [address=http://HOST:8265] [working_dir=DIR] [env=NAME,NAME]
-                   [max_losses=20] [head_wait_s=3600] [poll_s=15] -- fqgan run CONFIG key=value ...
+                   [max_losses=20] [head_wait_s=3600] [patience_s=86400] [poll_s=15]
+                   -- fqgan run CONFIG key=value ...
 
 Ray does not retry jobs. A run does not need more than the same command again (its state is in its
 storage root), so this submits it again when the job was lost: its head went away, or its driver was
-killed. A job that failed by itself (exit code 1 to 127 of the command) is not retried. While the
-head is away, this waits for it. Submissions are numbered under the run's name and its command, so
-a second call of this program joins the job of the first instead of starting another.
+killed. A job whose command says that what it waited for may come yet (exit code 75: the storage,
+the capacity) is submitted again later. One that failed by itself (any other code from 1 to 127) is
+not retried. While the head is away, this waits for it. Submissions are numbered under the run's
+name and its command, so a second call of this program joins the job of the first instead of
+starting another.
 
     run           names the submissions, NAME-xxxxxxxx-1, -2 ...; letters, digits, `.`, `_`, `-`
     address       of the head's dashboard; default RAY_API_SERVER_ADDRESS, then Ray's own default
@@ -17,6 +20,7 @@ a second call of this program joins the job of the first instead of starting ano
                   may look at the dashboard can read them, so names of credentials are refused
     max_losses    lost jobs after which to give up
     head_wait_s   seconds to wait for a head that does not answer
+    patience_s    seconds for which one job after another may end with code 75 or not reach the head
     poll_s        seconds between looks at the job
 
 Exit codes: 0 done; the command's own if it failed; 1 stopped by somebody or given up; 2 wrong usage

@@ -65,6 +65,7 @@ class Settings(Config):
     ] = Field(default=(), validate_default=False)
     max_losses: int = Field(default=20, ge=0)
     head_wait_s: float = Field(default=3600.0, ge=0, allow_inf_nan=True)
+    patience_s: float = Field(default=86400.0, ge=0, allow_inf_nan=True)
     poll_s: float = Field(default=15.0, ge=0)
 
 

@@ -15,7 +15,7 @@ import requests
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from fqgan_dist.errors import ClusterError, ConfigError
+from fqgan_dist.errors import TRY_AGAIN, ClusterError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class Phase(Enum):
     SUCCEEDED = auto()
     STOPPED = auto()
     FAILED = auto()
+    TRY_AGAIN = auto()
+    """Its command says that what it waited for may come yet: exit code 75."""
     LOST = auto()
     """It ended without the command's own exit code: killed, or its node is gone."""
     UNREACHABLE = auto()
@@ -58,8 +60,11 @@ class RayJobs:
         # It tells of every connection to a log that ends.
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
-    def submit(self, job_id: str, command: Sequence[str], runtime_env: dict[str, Any]) -> None:
+    def submit(self, job_id: str, command: Sequence[str], runtime_env: dict[str, Any]) -> bool:
         """Submit under an id; whether it arrived is for `status` to find out.
+
+        Returns:
+            Whether the head said so; it may have arrived all the same.
 
         Raises:
             ConfigError: the cluster refuses the token.
@@ -73,6 +78,8 @@ class RayJobs:
             )
         except ClusterError as error:
             logger.warning("submitting %s: %s", job_id, error)
+            return False
+        return True
 
     def status(self, job_id: str) -> Status:
         """Ask how a submission stands.
@@ -150,6 +157,8 @@ def _find_failure(job: JobDetails) -> Status:
     if code is None:  # the supervisor or the node of the driver died, not the command
         return Status(Phase.LOST, reason=(job.message or "no reason given").splitlines()[0])
     # A shell reports death by signal s as 128 + s, Python as -s: killed, not failed.
+    if code == TRY_AGAIN:
+        return Status(Phase.TRY_AGAIN, exit_code=code, reason="see its last lines")
     if 0 < code < 128:
         return Status(
             Phase.FAILED, exit_code=code, reason=f"its command failed with exit code {code}"

@@ -18,6 +18,8 @@ from fqgan_dist.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_WAIT_S = 300.0
+
 
 class Submission:
     """A run, its settings and the number of its current job."""
@@ -30,6 +32,10 @@ class Submission:
         self._prefix = f"{settings.run}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self._number = 1
         self._num_losses = 0
+        self._num_tries = 0
+        self._waiting_since: float | None = None
+        self._has_arrived = False
+        self._began = time.monotonic()
 
     @property
     def job_id(self) -> str:
@@ -57,6 +63,8 @@ class Submission:
                         "%s failed, which a retry does not mend: %s", self.job_id, end.reason
                     )
                     return end.exit_code or FAILED
+                case Phase.TRY_AGAIN:
+                    self._wait_and_try_again(end)
                 case _:
                     self._note_loss(end)
 
@@ -73,7 +81,8 @@ class Submission:
 
     def _start(self) -> Status:
         logger.info("submitting %s: %s", self.job_id, shlex.join(self._command))
-        self._jobs.submit(self.job_id, self._command, self._runtime_env())
+        self._began = time.monotonic()
+        self._has_arrived = self._jobs.submit(self.job_id, self._command, self._runtime_env())
         return self._follow()
 
     def _runtime_env(self) -> dict[str, Any]:
@@ -92,7 +101,40 @@ class Submission:
                 copier.finish()
             return status
 
+    def _wait_and_try_again(self, end: Status) -> None:
+        """Wait before the next job of a run that waited in vain; not a loss."""
+        now = time.monotonic()
+        # One that ran for longer than that has got somewhere: its own patience is shorter.
+        if self._waiting_since is None or now - self._began > self._settings.patience_s:
+            self._waiting_since, self._num_tries = now, 0
+        self._check_patience(now - self._waiting_since, end.reason)
+        wait_s = min(self._settings.poll_s * 2 ** min(self._num_tries, 20), _LONGEST_WAIT_S)
+        self._num_tries += 1
+        logger.warning(
+            "%s: what it waits for may come yet (%s); submitting the run again in %.0f s",
+            self.job_id,
+            end.reason,
+            wait_s,
+        )
+        time.sleep(wait_s)
+        self._number += 1
+
+    def _check_patience(self, waited_s: float, reason: str) -> None:
+        if waited_s > self._settings.patience_s:
+            raise ClusterError(
+                f"{self.job_id}: no progress for {waited_s:.0f} s, and patience_s="
+                f"{self._settings.patience_s:g} ({reason}); the same command goes on later"
+            )
+
     def _note_loss(self, end: Status) -> None:
+        if end.phase is Phase.UNKNOWN and not self._has_arrived:
+            # The head was away when it was submitted: there is nothing that could be lost.
+            now = time.monotonic()
+            self._waiting_since = self._waiting_since or now
+            self._check_patience(now - self._waiting_since, "the head does not take it")
+            logger.warning("%s did not reach the head; submitting it again", self.job_id)
+            time.sleep(self._settings.poll_s)
+            return
         self._num_losses += 1
         reason = end.reason or "the cluster does not know it"
         if self._num_losses > self._settings.max_losses:

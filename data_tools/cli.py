@@ -10,7 +10,8 @@
     fqgan-data stats SRC [--json]
 
 `fqgan-data COMMAND --help` lists the options of a command. Datasets are folders or s3://bucket/prefix.
-Exit codes: 0 done, 1 failed, 2 wrong usage or option, 3 verification found damage.
+Exit codes: 0 done, 1 failed, 2 wrong usage or option, 3 verification found damage, 75 the storage
+did not answer or a disk was full: the same command goes on.
 """
 
 from __future__ import annotations
@@ -42,15 +43,12 @@ from data_tools.rendering import (
 from data_tools.shard import ShardOptions, ShardSummary, shard
 from data_tools.stats import DatasetStats, StatsOptions, compute_stats
 from data_tools.verify import VerifyOptions, verify
-from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.command_line import DAMAGE_FOUND, DONE, carry_out
 from fqgan_dist.sharding.verification import VerifyReport
-from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver
-from fqgan_dist.terminal import write, write_error, write_json
+from fqgan_dist.terminal import write, write_json
 from fqgan_dist.world import World
-
-DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,22 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse has written its message, or the help
         return int(leaving.code or 0)
     configure_logging(World(), None)
-    try:
-        return _run(parsed.command, parsed)
-    except ConfigError as error:
-        write_error(error)
-        return WRONG_USAGE
-    except FqganError as error:
-        write_error(error)
-        return FAILED
-    except OSError as error:
-        if not is_disk_error(error):
-            raise
-        write_error(explain_disk_error(error.filename or "a file of this machine", error))
-        return FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues\n")
-        return FAILED
+    return carry_out(lambda: _run(parsed.command, parsed))
 
 
 def _run(command: Command, parsed: argparse.Namespace) -> int:

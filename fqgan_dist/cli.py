@@ -6,7 +6,10 @@
     fqgan weights fetch CONFIG to=DIR [key.sub=value ...] [--json]
     fqgan doctor [CONFIG] [key.sub=value ...] [--json]
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found damage.
+Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 verification found damage, 75 what was
+waited for in vain may come yet (storage, capacity, lost nodes): the same command goes on. SIGTERM
+ends a command as Ctrl-C does, with 143. A training finishes its step and saves first, for up to
+`termination.grace_s`; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -17,19 +20,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fqgan_dist.command_line import DAMAGE_FOUND, DONE, carry_out
 from fqgan_dist.config import Config, load_config, parse_config
-from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.errors import FAILED, ConfigError
 from fqgan_dist.stages.catalog import STAGES
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.storage.disk_errors import explain_disk_error, is_disk_error
 from fqgan_dist.storage.uri import parse_path
-from fqgan_dist.terminal import clean_text, write, write_error, write_json
+from fqgan_dist.terminal import clean_text, write, write_json
 from fqgan_dist.training.config import CheckpointTarget
 from fqgan_dist.weights.config import FetchTarget
 
 logger = logging.getLogger(__name__)
-
-DONE, FAILED, WRONG_USAGE, DAMAGE_FOUND = 0, 1, 2, 3
 
 
 # What takes a second or more to import is imported where a command is carried out, so that help and
@@ -41,22 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     # argparse takes settings before or after a flag, but not both: flags go last.
     options = _build_parser().parse_args(sorted(given, key=lambda text: text.startswith("--")))
-    try:
-        return int(options.command_fn(options))
-    except ConfigError as error:
-        write_error(error)
-        return WRONG_USAGE
-    except FqganError as error:
-        write_error(error)
-        return FAILED
-    except OSError as error:
-        if not is_disk_error(error):
-            raise
-        write_error(explain_disk_error(error.filename or "a file of this machine", error))
-        return FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues\n")
-        return FAILED
+    return carry_out(lambda: int(options.command_fn(options)))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +83,10 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")
     for name, help_text in (
         ("list", "list the committed checkpoints"),
-        ("verify", "check every byte of the checkpoints [step=N]; exit 3 on damage"),
+        (
+            "verify",
+            "check every byte [step=N], or what was trained on (ledger=true); exit 3 on damage",
+        ),
         ("export", "write weights to one file: to=FILE [format=ours|published] [step=N]"),
         ("prune", "delete what the retention settings do not keep"),
     ):

@@ -19,6 +19,10 @@ class FqganError(Exception):
         super().__init__(str(clean_text(str(message))))
 
 
+class PassingError(FqganError):
+    """What was waited for in vain may come yet: the same command goes on, later (`waiting`)."""
+
+
 class ConfigError(FqganError):
     """A setting, or the command line, is wrong; the message lists every problem found."""
 
@@ -37,3 +41,32 @@ class ClusterError(FqganError):
 
 class NumericsError(FqganError):
     """A loss, gradient or statistic is not finite or breaks an invariant."""
+
+
+class StorageOutageError(DataError, PassingError):
+    """The storage did not answer, or its disk had no room, for longer than a run's patience."""
+
+
+class NoCapacityError(ClusterError, PassingError):
+    """The cluster did not have the resources of the workers for longer than a run's patience."""
+
+
+class LossError(ClusterError, PassingError):
+    """Processes or nodes were lost, without progress, for longer than a run's patience."""
+
+
+class NoticeError(LossError):
+    """A process or node was given notice that it will be ended; progress was saved before."""
+
+
+class HangError(ClusterError, PassingError):
+    """Ranks did not move for too long, and no one knew what they waited for."""
+
+
+FAILED, TRY_AGAIN = 1, 75
+"""Exit codes; 75 is EX_TEMPFAIL of sysexits.h."""
+
+
+def exit_code_of(error: FqganError) -> int:
+    """Give the exit code of a program that an error ends: 75 if the same command may go on."""
+    return TRY_AGAIN if isinstance(error, PassingError) else FAILED

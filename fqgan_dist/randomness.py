@@ -22,6 +22,10 @@ from fqgan_dist.loss_group import ALONE, LossGroup
 Key = int | str | np.integer[Any]
 
 _SEPARATOR = "\x1f"
+_MASK = 2**64 - 1
+_PHILOX_ROUNDS = 10
+_PHILOX_FACTORS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_PHILOX_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 def derive_seed(*key: Key) -> int:
@@ -37,6 +41,25 @@ def derive_seed(*key: Key) -> int:
 def numpy_generator(*key: Key) -> np.random.Generator:
     """Build a counter-based NumPy generator for a key."""
     return np.random.Generator(np.random.Philox(key=derive_seed(*key)))
+
+
+def philox_words(*key: Key) -> tuple[int, int, int, int]:
+    """Give the first four 64-bit words of `numpy_generator(*key).bit_generator`.
+
+    Philox 4x64-10 at counter 1 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+    without building a generator: less than half of the time, which counts once per image.
+    """
+    words, keys = (1, 0, 0, 0), (derive_seed(*key), 0)
+    for _ in range(_PHILOX_ROUNDS):
+        first, second = words[0] * _PHILOX_FACTORS[0], words[2] * _PHILOX_FACTORS[1]
+        words = (
+            (second >> 64) ^ words[1] ^ keys[0],
+            second & _MASK,
+            (first >> 64) ^ words[3] ^ keys[1],
+            first & _MASK,
+        )
+        keys = ((keys[0] + _PHILOX_STEPS[0]) & _MASK, (keys[1] + _PHILOX_STEPS[1]) & _MASK)
+    return words
 
 
 def torch_generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:

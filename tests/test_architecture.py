@@ -28,18 +28,27 @@ BASE, SETTINGS, STORAGE, WEIGHTS, SIBLING, WORK, USER, STAGES, REPORT, TOP = ran
 
 LEVELS = {
     "fqgan_dist": BASE,
+    "activity": BASE,
     "config": BASE,
     "credentials": BASE,
     "devices": BASE,
+    "ec2_notice": BASE,
     "errors": BASE,
     "fingerprint": BASE,
     "loss_group": BASE,
+    "notice": BASE,
     "randomness": BASE,
+    "process_identity": BASE,
+    "recovery": BASE,
+    "stopped_processes": BASE,
     "terminal": BASE,
+    "termination": BASE,
+    "waiting": BASE,
     "world": BASE,
     "yaml_text": BASE,
     "cluster": STORAGE,
     "storage": STORAGE,
+    "command_line": WEIGHTS,
     "weights": WEIGHTS,
     "autoregressive": SIBLING,
     "data": SIBLING,
@@ -80,7 +89,7 @@ ENTRY_POINTS = {"fqgan_dist.training.run", "data_tools.workers"}
 """Commands, and what starts their processes: they count as top wherever they lie."""
 
 HOMES = {
-    "ray": ("fqgan_dist.orchestration", "cluster"),
+    "ray": ("fqgan_dist.orchestration", "cluster", "benchmarks.fault_campaign.injection"),
     "deepspeed": ("fqgan_dist.training.engine_deepspeed",),
     "cluster": ("cluster",),
     "benchmarks": ("benchmarks",),

@@ -8,18 +8,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.data_loading import bandwidth, codes, decode, loaders, scale
 from benchmarks.data_loading.peers import PEER_PACKAGES
 from benchmarks.data_loading.settings import Settings, SubjectName
+from benchmarks.options import parse_options
 from benchmarks.paired import Finding, WrongResultError
 from benchmarks.reporting import describe_machine, to_json, to_table, write_results
-from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError
-from fqgan_dist.yaml_text import parse_yaml
 
 ALL_MET, MISSED, WRONG_USAGE, NOT_JUDGED = 0, 1, 2, 3
 SUBJECTS: dict[SubjectName, Callable[[Settings, Path], list[Finding]]] = {
@@ -62,13 +60,7 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
     Raises:
         ConfigError: an argument is no option, or every problem of the options.
     """
-    values: dict[str, Any] = {}
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text!r}: expected key=value, or --json")
-        values[key] = value.split(",") if key in _LISTS else parse_yaml(value)
-    return parse_config(values, Settings, source="benchmarks/data.py")
+    return parse_options(arguments, Settings, source="benchmarks/data.py", lists=_LISTS)
 
 
 def measure(settings: Settings) -> list[Finding]:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -158,7 +157,7 @@ class _OurCrop:
         pixels, _ = load_view(
             data, self._view, seed=_SEED, key="sample", view=self._count, name="sample"
         )
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        return torch.from_numpy(pixels)
 
 
 def _loader(kind: Any, dataset: Any, batch_size: int | None, workers: int) -> Iterable[Batch]:

@@ -58,8 +58,8 @@ _PEERS: dict[str, Build] = {
     "litdata": load_litdata,
 }
 _NOTES: dict[CropBy, str] = {
-    "torchvision": "the best peer with torchvision's decoder and crop; all decode whole images "
-    "with libjpeg-turbo, and decoding alone is the most that any of them could reach",
+    "torchvision": "the best peer with torchvision's decoder and crop; all decode with "
+    "libjpeg-turbo, peers whole images, as decoding alone does, ours the crop",
     "ours": "the best peer with our crop function: no target, since nearly all work is the same",
 }
 _WAYS: tuple[CropBy, ...] = ("torchvision", "ours")

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from fqgan_dist.data.config import ShardCacheConfig
+from fqgan_dist.storage.leftovers import Swept
 
 _SHARD = re.compile(r"([0-9a-f]{64})\.tar")
 _CLAIM = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.lock")
@@ -194,6 +195,24 @@ class CacheFolder:
                 os.close(descriptor)
                 raise
         return Claim(self, lock, descriptor, shard), evicted
+
+    def sweep(self) -> Swept:
+        """Remove what killed processes have left of fetching; else the next `claim` does so."""
+        if not self.path.is_dir():
+            return Swept()
+        before = self._measure_parts()
+        with self.locked():
+            self._sweep_claims()
+            left = self._measure_parts()
+        gone = [size for name, size in before.items() if name not in left]
+        return Swept(len(gone), sum(gone))
+
+    def _measure_parts(self) -> dict[str, int]:
+        return {
+            name: _size_if_there(self.path / name)
+            for name in os.listdir(self.path)
+            if name.endswith(".part")
+        }
 
     @contextmanager
     def locked(self) -> Iterator[None]:

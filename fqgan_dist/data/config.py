@@ -69,6 +69,11 @@ class ViewConfig(Config):
                 return self.image_size
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a view."""
+        return 3, self.image_size, self.image_size
+
+    @property
     def ten_crop_side(self) -> int:
         """Side of the centre crop that ten crops are taken from, in pixels."""
         return int(self.image_size * self.crop_ratio)

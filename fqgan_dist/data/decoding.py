@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -16,7 +16,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fqgan_dist.data.decode_limit import limit_decoding
 from fqgan_dist.data.image_work import check_work, count_passes, keep_pixels
+from fqgan_dist.data.plain_jpegs import find_plain_size
 from fqgan_dist.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -70,13 +72,12 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS
     Raises:
         DataError: another format, damaged or truncated data, or too many pixels.
     """
-    with _open_image(data, name=name, max_pixels=max_pixels) as image:
+    with limit_decoding(name), _open_image(data, name=name, max_pixels=max_pixels) as image:
         image.load()
         return _apply_orientation(_convert_to_rgb(image), _read_orientation(image))
 
 
-@dataclass(frozen=True)
-class JpegHeader:
+class JpegHeader(NamedTuple):
     """What is known of an ordinary JPEG before its pixels are decoded."""
 
     width: int
@@ -95,6 +96,9 @@ def read_jpeg_header(
     Raises:
         DataError: as `decode_image`, as far as the header tells.
     """
+    size = find_plain_size(data)
+    if size is not None and size[0] * size[1] <= max_pixels:
+        return JpegHeader(*size, orientation=1)
     with _open_image(data, name=name, max_pixels=max_pixels) as image:
         # A JPEG with further images behind it, from some cameras, is an MPO to Pillow.
         if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):

@@ -1,4 +1,4 @@
-"""Views several times faster than the reference: decode small, crop, resize once, mirror last.
+"""Views several times faster than the reference: decode small, crop, resize once.
 
 The crops are the reference's (`place_view`), and a pixel stands for the same place of the image to
 1/64 pixel. What differs is how the values are made:
@@ -17,18 +17,16 @@ the reference's (of 255):
   displaces what it averages by up to half a pixel. Halved twice (64 pixels): 2.4. Each halving of
   the reference rounds half up twice and so brightens by 0.5; this does not.
 
-Time of one core for crops of 256 pixels, least of nine interleaved runs: 1.9 ms for an original,
-1.1 for one of short side 320 at quality 90 (the reference: 4.8 and 3.5). Decoding is 1.2 and 0.5 of
-it, most of that entropy decoding, which no decoder with wheels does for a part of an image;
-resizing is 0.3. For a whole original torch takes 0.7 to resize, Pillow 3.0, with the same kernel,
-which OpenCV lacks.
+Where an image is shown once, and needs neither reduction nor turning, the crop alone is decoded and
+resized while it is (`jpeg_regions`): the same pixels. For the whole crop of an original torch takes
+0.7 ms to resize, Pillow 3.0, with the same kernel, which OpenCV lacks.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +35,8 @@ from torch import Tensor
 
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.decoding import JpegHeader, decode_image, decode_jpeg, read_jpeg_header
-from fqgan_dist.data.views import CropRecord, find_resize_sizes, place_view
+from fqgan_dist.data.jpeg_regions import ResizedAxis, resize_jpeg_region
+from fqgan_dist.data.views import CropRecord, find_resize_sizes
 
 _PHASE_TOLERANCE = 1 / 64
 """Error in the place of a crop, in pixels of what is resized. At 1/64 the mean difference of the
@@ -46,6 +45,9 @@ above a crop must be resized too."""
 _KERNEL_RADIUS = 2
 """Reach of the bicubic kernel, in pixels of the coarser of the two grids."""
 _LARGEST_REDUCTION = 8
+
+PlaceViews = Callable[[int, int], list[CropRecord]]
+"""Says where the views of an image of a width and height lie."""
 
 _STEPS_UPRIGHT = {
     1: (False, False, False),
@@ -84,6 +86,8 @@ class _Region:
     side: int
     resized_height: int
     resized_width: int
+    flip: bool
+    """Whether it is mirrored, left to right, once it is upright."""
 
 
 class _EncodedImage:
@@ -100,6 +104,15 @@ class _EncodedImage:
             is_transposed = _STEPS_UPRIGHT[self._header.orientation][2]
             size = (self._header.height, self._header.width)
             self.height, self.width = size[::-1] if is_transposed else size
+
+    def resize_alone(self, region: _Region, out: np.ndarray) -> bool:
+        """Resize a region without decoding the rest, as `_resize_upright`; False: decode it."""
+        if self._header is None or self._header.orientation != 1:
+            return False
+        rows, columns = _plan_axes(region, self.height, self.width, (self.height, self.width))
+        return resize_jpeg_region(
+            self._data, self._header, rows, columns, side=region.side, flip=region.flip, out=out
+        )
 
     def decode(self, reduction: int) -> _Pixels:
         """Decode at 1/reduction of the size, if the format and the data allow it."""
@@ -124,34 +137,47 @@ class _EncodedImage:
 
 
 def load_fast_views(
-    data: bytes, config: ViewConfig, *, seed: int, key: str, views: Sequence[int], name: str
-) -> list[tuple[np.ndarray, CropRecord]]:
-    """Do what `view_loading.load_views` describes, in the mode `fast`."""
+    data: bytes, config: ViewConfig, place: PlaceViews, *, name: str, out: np.ndarray
+) -> list[CropRecord]:
+    """Write views of an image, in the mode `fast`; `view_loading.load_views` describes the rest.
+
+    Args:
+        data: the file's bytes.
+        config: the policy and its sizes.
+        place: says where the views lie.
+        name: shard and sample, for errors.
+        out: (views, 3, H, W) uint8, where they are written.
+
+    Returns:
+        Where they lie.
+    """
     image = _EncodedImage(data, name)
+    crops = place(image.width, image.height)
+    regions = [_find_region(crop, config) for crop in crops]
+    reductions = [_choose_reduction(image, crop.short_side, name) for crop in crops]
+    # Where it is the only one, nothing but its pixels is needed.
+    is_alone = reductions == [1] and regions[0].side == config.image_size
+    if is_alone and image.resize_alone(regions[0], out[0]):
+        return crops
     resized: dict[_Region, Tensor] = {}
-    loaded = []
-    for view in views:
-        crop = place_view(
-            image.width, image.height, config, seed=seed, key=key, view=view, name=name
-        )
-        region = _find_region(crop, config)
+    for region, reduction in zip(regions, reductions, strict=True):
         if region not in resized:
-            pixels = image.decode(_choose_reduction(image, crop.short_side, key))
-            resized[region] = _resize_upright(pixels, region)
-        loaded.append((_cut(resized[region], region, crop, config.image_size), crop))
-    return loaded
+            resized[region] = _resize_upright(image.decode(reduction), region)
+    for pixels, crop, region in zip(out, crops, regions, strict=True):
+        pixels[...] = _cut(resized[region], region, crop, config.image_size).numpy()
+    return crops
 
 
 def _find_region(crop: CropRecord, config: ViewConfig) -> _Region:
     """Return what is resized for a crop: a function of the crop alone, so that views are pure."""
     # Never a larger region that several random crops could share: where it began would change the
     # rounding, and a view's pixels with the other views asked for.
-    top, left, side = crop.top, crop.left, config.image_size
+    top, left, side, flip = crop.top, crop.left, config.image_size, crop.flip
     if config.policy == "ten_crop":
         # All ten are cut from this square.
-        side = config.ten_crop_side
+        side, flip = config.ten_crop_side, False
         top, left = (crop.resized_height - side) // 2, (crop.resized_width - side) // 2
-    return _Region(top, left, side, crop.resized_height, crop.resized_width)
+    return _Region(top, left, side, crop.resized_height, crop.resized_width, flip)
 
 
 def _choose_reduction(image: _EncodedImage, short_side: int, name: str) -> int:
@@ -172,51 +198,61 @@ def _resize_upright(pixels: _Pixels, region: _Region) -> Tensor:
         top = height - region.side - top
     if flip_columns:
         left = width - region.side - left
-    resized = _resize(pixels, _Region(top, left, region.side, height, width))
-    flipped = [axis for axis, flip in ((1, flip_rows), (2, flip_columns)) if flip]
-    if flipped:
-        resized = resized.flip(flipped)
-    return resized.transpose(1, 2) if transpose else resized
+    resized = _resize(pixels, _Region(top, left, region.side, height, width, flip=False))
+    if transpose:
+        flip_rows, flip_columns = flip_columns, flip_rows
+        resized = resized.transpose(1, 2)
+    # Mirrored where it is upright: in an image that is turned, stored rows are columns.
+    flipped = [axis for axis, flip in ((1, flip_rows), (2, flip_columns != region.flip)) if flip]
+    return resized.flip(flipped) if flipped else resized
 
 
 def _resize(pixels: _Pixels, region: _Region) -> Tensor:
     """Resize a region of the stored image: (3, side, side) uint8."""
-    row_step = pixels.height / region.resized_height
-    column_step = pixels.width / region.resized_width
-    first_row, rows = _source_range(region.top, region.side, row_step, len(pixels.values))
-    first_column, columns = _source_range(
-        region.left, region.side, column_step, pixels.values.shape[1]
+    rows, columns = _plan_axes(region, pixels.height, pixels.width, pixels.values.shape[:2])
+    source = np.ascontiguousarray(
+        pixels.values[
+            rows.first : rows.first + rows.num_source,
+            columns.first : columns.first + columns.num_source,
+        ]
     )
-    source = np.ascontiguousarray(pixels.values[rows, columns])
-    skipped_rows, skipped_columns = region.top - first_row, region.left - first_column
     resized = torch.ops.aten._upsample_bicubic2d_aa(
         # Not source[None]: by that axis' stride, torch would not take the channels for last, and
         # would need twice the time.
         torch.from_numpy(source.reshape(1, *source.shape)).permute(0, 3, 1, 2),
         # Not `interpolate`, which takes a size or scales: here the scales are the whole image's.
-        [
-            _output_size(skipped_rows + region.side, source.shape[0], row_step),
-            _output_size(skipped_columns + region.side, source.shape[1], column_step),
-        ],
+        [rows.num_resized, columns.num_resized],
         False,  # align_corners
-        1 / row_step,
-        1 / column_step,
+        rows.scale,
+        columns.scale,
     )
-    rows = slice(skipped_rows, skipped_rows + region.side)
-    columns = slice(skipped_columns, skipped_columns + region.side)
-    return resized[0, :, rows, columns]
+    return resized[
+        0,
+        :,
+        rows.skipped : rows.skipped + region.side,
+        columns.skipped : columns.skipped + region.side,
+    ]
 
 
-def _output_size(needed: int, given: int, step: float) -> int:
-    """Return how many pixels of an axis to ask torch for, to get as many as are needed.
+def _plan_axes(
+    region: _Region, height: float, width: float, shape: tuple[int, ...]
+) -> tuple[ResizedAxis, ResizedAxis]:
+    """Plan how rows and columns of a region are made.
 
-    Where as many are asked for as there are, torch copies them, whatever the scale.
+    Args:
+        region: of the stored image.
+        height: rows that the image covers.
+        width: columns that the image covers.
+        shape: rows and columns of pixels.
     """
-    return needed + 1 if needed == given and step != 1 else needed
+    return (
+        _plan_axis(region.top, region.side, height / region.resized_height, shape[0]),
+        _plan_axis(region.left, region.side, width / region.resized_width, shape[1]),
+    )
 
 
-def _source_range(first: int, count: int, step: float, length: int) -> tuple[int, slice]:
-    """Find the pixels of one axis that a run of resized pixels is made of.
+def _plan_axis(first: int, count: int, step: float, length: int) -> ResizedAxis:
+    """Plan how a run of resized pixels is made.
 
     torch resizes what starts at a whole pixel; the run does not. So resizing starts some pixels
     before it, where the difference is within the tolerance.
@@ -226,24 +262,23 @@ def _source_range(first: int, count: int, step: float, length: int) -> tuple[int
         count: its length.
         step: source pixels per resized pixel.
         length: source pixels there are.
-
-    Returns:
-        The resized pixel that resizing starts at, and the source pixels from there to where the
-        run ends, with the kernel's reach at both ends, or up to the image's border.
     """
     reach = _KERNEL_RADIUS * max(step, 1) + 1
     start = max(0, math.floor(first - reach / step))
-    while abs(start * step - round(start * step)) > _PHASE_TOLERANCE:
+    # The part behind the point, which is exact, as is its distance from 1 where that is small.
+    while _PHASE_TOLERANCE < (start * step) % 1.0 < 1.0 - _PHASE_TOLERANCE:
         start -= 1  # ends at 0
-    end = math.ceil((first + count) * step + reach)
-    return start, slice(round(start * step), min(end, length))
+    # To where the run ends, with the kernel's reach at both ends, or up to the image's border.
+    first_source = round(start * step)
+    num_source = min(math.ceil((first + count) * step + reach), length) - first_source
+    skipped = first - start
+    # Where as many are asked for as there are, torch copies them, whatever the scale.
+    is_copy = skipped + count == num_source and step != 1
+    return ResizedAxis(first_source, num_source, 1 / step, skipped + count + is_copy, skipped)
 
 
-def _cut(resized: Tensor, region: _Region, crop: CropRecord, size: int) -> np.ndarray:
-    """Cut a crop out of its region and mirror it: (size, size, 3) uint8."""
+def _cut(resized: Tensor, region: _Region, crop: CropRecord, size: int) -> Tensor:
+    """Cut a crop out of its region: (3, size, size) uint8."""
     top, left = crop.top - region.top, crop.left - region.left
     pixels = resized[:, top : top + size, left : left + size]
-    if crop.flip:
-        # torch's mirroring copies, 15 times faster than NumPy does for pixels of three bytes.
-        return np.ascontiguousarray(pixels.flip(2).permute(1, 2, 0).numpy())
-    return pixels.permute(1, 2, 0).numpy().copy(order="C")
+    return pixels.flip(2) if crop.flip != region.flip else pixels

@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport, merge_reports
+from fqgan_dist.data.batch_memory import BatchMemory
+from fqgan_dist.data.batches import (
+    CodeBatch,
+    ImageBatch,
+    LoadReport,
+    SentImageBatch,
+    merge_reports,
+)
 from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
+from fqgan_dist.data.consumption import OrderId
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.micro_batches import Batching, CodeSource, ImageSource, MicroBatchIndex
-from fqgan_dist.data.prefetch import load_in_processes, load_in_threads
+from fqgan_dist.data.prefetch import AHEAD_PER_WORKER, load_in_processes, load_in_threads
 from fqgan_dist.data.record_stores import CodeStore, FeatureStore
 from fqgan_dist.data.records import MAX_VIEWS
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.data.views import num_views
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.loss_group import ALONE, LossGroup
+from fqgan_dist.waiting import WAITS
 
 __all__ = ["CodeBatch", "CodeLoader", "ImageBatch", "ImageLoader", "iterate_shard"]
 
@@ -33,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 BatchT = TypeVar("BatchT", ImageBatch, CodeBatch)
 LoadedT = TypeVar("LoadedT", covariant=True)
+_Placed = tuple[MicroBatchIndex, int | None]
+"""What to load, and its place in a `BatchMemory`."""
 
 _THREADS = 2
 _AHEAD_STEPS = 2
@@ -74,6 +85,16 @@ class _StepLoader(Generic[BatchT]):
     def dataset_id(self) -> str:
         """The sha256 of the dataset's index."""
         return self.dataset.id
+
+    @property
+    def order_id(self) -> OrderId:
+        """What decides the order of samples."""
+        return OrderId(
+            dataset_id=self.dataset.id,
+            num_samples=self.num_samples,
+            seed=self.batching.seed,
+            window_shards=self.batching.window_shards,
+        )
 
     def take_report(self) -> LoadReport:
         """Tell what was done for the batches handed out since the last call."""
@@ -123,17 +144,25 @@ class _StepLoader(Generic[BatchT]):
             for index in micro_batches
         )
         with ExitStack() as opened:
-            if self._loader_workers:
-                loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
-            else:
-                source = opened.enter_context(closing(self._build()))
-                ahead = _AHEAD_STEPS * len(micro_batches)
-                loaded = load_in_threads(source, wanted, threads=_THREADS, ahead=ahead)
-            opened.enter_context(closing(loaded))
+            loaded = self._load_ahead(wanted, len(micro_batches), opened)
             while True:
-                batches = list(itertools.islice(loaded, len(micro_batches)))
+                with WAITS.during("batches from the loader", is_symptom=True):
+                    batches = list(itertools.islice(loaded, len(micro_batches)))
                 self._account(batches)
                 yield batches
+                del batches  # their memory is used again as soon as the caller is done with them
+
+    def _load_ahead(
+        self, wanted: Iterator[MicroBatchIndex], num_per_step: int, opened: ExitStack
+    ) -> Iterator[BatchT]:
+        """Load micro-batches in the background; `opened` is closed when no more are taken."""
+        if self._loader_workers:
+            loaded = load_in_processes(self._build, wanted, workers=self._loader_workers)
+        else:
+            source = opened.enter_context(closing(self._build()))
+            ahead = _AHEAD_STEPS * num_per_step
+            loaded = load_in_threads(source, wanted, threads=_THREADS, ahead=ahead)
+        return opened.enter_context(closing(loaded))
 
     def _account(self, batches: Sequence[BatchT]) -> None:
         """Add batches that are handed out to the report, and warn of each damaged sample once."""
@@ -209,6 +238,51 @@ class ImageLoader(_StepLoader[ImageBatch]):
             cache=cache,
         )
         super().__init__(dataset, build, batching=batching, loader_workers=loader_workers)
+        self._build_images = build
+        self._view = view
+
+    def _load_ahead(
+        self, wanted: Iterator[MicroBatchIndex], num_per_step: int, opened: ExitStack
+    ) -> Iterator[ImageBatch]:
+        workers = self._loader_workers
+        ahead = AHEAD_PER_WORKER * workers if workers else _AHEAD_STEPS * num_per_step
+        first = next(wanted)
+        memory = BatchMemory(
+            (len(self.batching.positions(first)), *self._view.shape),
+            # Two steps' are with the caller: what is trained on, and what is handed out meanwhile.
+            ahead + 1 + 2 * num_per_step,
+            is_shared=workers > 0,
+        )
+        opened.callback(memory.close)
+        places = ((index, memory.take()) for index in itertools.chain([first], wanted))
+        if workers:
+            build = partial(_PlacedLoad, self._build_images, memory)
+            sent = opened.enter_context(closing(load_in_processes(build, places, workers=workers)))
+            return (batch.unpack(memory) for batch in sent)
+        source = opened.enter_context(closing(self._build_images()))
+
+        def load(placed: _Placed) -> ImageBatch:
+            index, place = placed
+            return source(index, None if place is None else memory.array(place))
+
+        loaded = load_in_threads(load, places, threads=_THREADS, ahead=ahead)
+        return opened.enter_context(closing(loaded))
+
+
+class _PlacedLoad:
+    """Loads images in a loader worker, into memory that it shares with the process of the loader.
+
+    They are not sent, nor is new memory needed for each batch.
+    """
+
+    def __init__(self, build: Callable[[], ImageSource], memory: BatchMemory) -> None:
+        self._source = build()
+        self._memory = memory
+
+    def __call__(self, placed: _Placed) -> SentImageBatch:
+        index, place = placed
+        images = None if place is None else self._memory.view(place)
+        return SentImageBatch(self._source(index, images), place=place)
 
 
 class CodeLoader(_StepLoader[CodeBatch]):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fqgan_dist.activity import ACTIVITY
+from fqgan_dist.data.decode_limit import leave_note_in, read_note
+from fqgan_dist.data.helper_notes import leave_notes, read_notes
+from fqgan_dist.errors import DataError
+from fqgan_dist.storage.scratch import ScratchFolder
 
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
@@ -19,8 +28,8 @@ Load = Callable[[KeyT], ValueT]
 _PARALLEL_LOADS = 8
 """Tables read at once: where each is a request of 30-60 ms, a window's 8 shards cost one of them,
 not eight."""
-_BATCHES_AHEAD = 2
-"""Micro-batches that each loader worker holds ready or in work."""
+AHEAD_PER_WORKER = 2
+"""Keys that each loader worker holds ready or in work."""
 
 
 class BoundedCache(Generic[KeyT, ValueT]):
@@ -106,7 +115,22 @@ def load_in_processes(
             S3 clients and CUDA do not survive a fork.
         keys: picklable keys; may be endless.
         workers: number of processes.
+
+    Raises:
+        DataError: a worker ended itself, since an image takes forever to decode.
     """
+    with ScratchFolder("loader") as folder:
+        try:
+            yield from _load_by_workers(build, keys, workers=workers, notes=Path(folder))
+        except RuntimeError:  # as DataLoader tells that a worker has gone
+            if (text := read_note(Path(folder))) is not None:
+                raise DataError(text) from None
+            raise
+
+
+def _load_by_workers(
+    build: Callable[[], Load[Any, ValueT]], keys: Iterable[Any], *, workers: int, notes: Path
+) -> Generator[ValueT, None, None]:
     loader = DataLoader(
         _BuiltInWorker(build),
         # DataLoader gives results in the order of its keys, whichever worker is the first: the
@@ -116,22 +140,25 @@ def load_in_processes(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
-        prefetch_factor=_BATCHES_AHEAD,
+        prefetch_factor=AHEAD_PER_WORKER,
         multiprocessing_context="spawn",
-        worker_init_fn=_leave_without_finalization,
+        worker_init_fn=partial(_begin_worker, notes),
     )
     # DataLoader's iterator ends its workers when it is freed, and has no other public way. This
     # frame holds the only reference, which goes with the frame when the generator is closed.
-    yield from loader
+    with ACTIVITY.helped_by(partial(read_notes, notes)):
+        yield from loader
 
 
-def _leave_without_finalization(_: int) -> None:
-    """Let a worker end, when all is done, before the interpreter takes itself apart.
-
-    The thread by which torch sends batches may be within C++ then, and the process aborts
-    ("terminate called without an active exception"), which DataLoader reports as an error of the
-    loader that was just closed.
-    """
+def _begin_worker(notes: Path, _: int) -> None:
+    """Prepare a worker for its work, and for its end by itself or by the limit on decoding."""
+    # What was imported stays: looking for garbage in it takes 5 % of a worker's time.
+    gc.freeze()
+    leave_note_in(notes)
+    leave_notes(notes)
+    # When all is done, before the interpreter takes itself apart: the thread by which torch sends
+    # batches may be within C++ then, and the process aborts ("terminate called without an active
+    # exception"), which DataLoader reports as an error of the loader that was just closed.
     atexit.register(os._exit, 0)
 
 

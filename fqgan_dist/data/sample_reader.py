@@ -23,6 +23,24 @@ _STORE_READS = 2
 """Reads of a sample from the store: the bytes of the first may have been changed on the way."""
 
 
+@dataclass
+class ReadCounts:
+    """What several reads gave; for one thread."""
+
+    samples: int = 0
+    """Samples with the right bytes."""
+    cached: int = 0
+    """Of these, samples that the cache had."""
+    bytes: int = 0
+    """Their bytes."""
+
+    def add(self, *, samples: int, cached: int, bytes: int) -> None:
+        """Count one more read."""
+        self.samples += samples
+        self.cached += cached
+        self.bytes += bytes
+
+
 @dataclass(frozen=True)
 class ReaderStats:
     """What one process read since it opened the reader."""
@@ -75,11 +93,14 @@ class SampleReader:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter(samples=0, bytes=0, wrong_reads=0, damaged=0)
 
-    def read(self, pairs: Sequence[tuple[int, int]]) -> list[bytes | DataError]:
+    def read(
+        self, pairs: Sequence[tuple[int, int]], counts: ReadCounts | None = None
+    ) -> list[bytes | DataError]:
         """Read the encoded images of samples.
 
         Args:
             pairs: number of the shard in the index, and row in its table, of each sample.
+            counts: what is read is added to them.
 
         Returns:
             For each sample its bytes, as they were when the dataset was made, or a DataError that
@@ -91,6 +112,7 @@ class SampleReader:
         """
         samples = [self._locate(shard, row) for shard, row in pairs]
         found = self._read_cached(samples)
+        num_cached = len(found)
         pending = [number for number in range(len(samples)) if number not in found]
         for _ in range(_STORE_READS):
             parts = self._read_stored([samples[number] for number in pending])
@@ -99,7 +121,10 @@ class SampleReader:
             self._count(wrong_reads=len(pending))
             if not pending:
                 break
-        self._count(samples=len(found), bytes=sum(map(len, found.values())), damaged=len(pending))
+        num_bytes = sum(map(len, found.values()))
+        self._count(samples=len(found), bytes=num_bytes, damaged=len(pending))
+        if counts is not None:
+            counts.add(samples=len(found), cached=num_cached, bytes=num_bytes)
         return [
             found[number] if number in found else self._describe_damage(sample)
             for number, sample in enumerate(samples)
@@ -110,6 +135,11 @@ class SampleReader:
         if self._cache is not None:
             # The cache begins with the one that it was asked for last.
             self._cache.request(reversed(shards))
+
+    def wait_for(self, shards: Sequence[int], seconds: float) -> None:
+        """Give the cache, if there is one, some time to fetch shards that are needed now."""
+        if self._cache is not None:
+            self._cache.wait_for(shards, seconds)
 
     def stats(self) -> ReaderStats:
         """Return the counts of this process so far."""

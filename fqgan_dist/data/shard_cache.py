@@ -1,7 +1,8 @@
 """Whole shards of a dataset on a local disk, fetched in the background while samples are streamed.
 
-The reader never waits: a shard that is not there yet is fetched by a thread of one process of the
-node, and until then its samples are read from the store by ranges. Shards of datasets in use are
+Reading never waits: a shard that is not there yet is fetched by a thread of one process of the
+node, and until then its samples are read from the store by ranges. Who begins with a cold cache may
+wait a while for the first shards, so as not to read them twice. Shards of datasets in use are
 not evicted for each other: a reader that goes round and round would evict each shard just before it
 needs it again. So what does not fit stays streamed, and the rest is read from the disk.
 """
@@ -33,6 +34,8 @@ _FAILED_RETRY_S = 30.0
 _MAX_DAMAGED_COPIES = 2
 """After so many copies with a wrong hash a shard is damaged where it is stored, not on the way."""
 _CLOSE_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+"""How often who waits looks for a shard that another process may be fetching."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,6 +72,8 @@ class ShardCache:
         self._folder = CacheFolder.of(config)
         self._lock = threading.Lock()
         self._wanted: dict[int, None] = {}
+        self._fetching: int | None = None
+        self._fetched_elsewhere: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._paused_until = 0.0
         self._thread: threading.Thread | None = None
@@ -123,6 +128,16 @@ class ShardCache:
                 )
                 self._thread.start()
 
+    def wait_for(self, shards: Sequence[int], seconds: float) -> None:
+        """Ask for shards and wait until each is there, or is not coming, for a time at most."""
+        deadline = time.monotonic() + seconds
+        self.request(reversed(shards))
+        for shard in shards:
+            while not self._is_there(shard) and self._is_coming(shard):
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(_POLL_S)
+
     def drop(self, shard: int) -> None:
         """Remove a shard of which a sample had wrong bytes; it is fetched again when needed."""
         entry = self._shards[shard]
@@ -168,6 +183,24 @@ class ShardCache:
         finally:
             os.close(descriptor)
 
+    def _is_there(self, shard: int) -> bool:
+        try:
+            return self._read_file(self._shards[shard], []) is not None
+        except OSError:
+            return False  # whether the folder is of no use at all, fetching finds out
+
+    def _is_coming(self, shard: int) -> bool:
+        """Whether a shard is being fetched, or will be, by this process or another one."""
+        with self._lock:
+            if self._stopping or time.monotonic() < self._paused_until:
+                return False
+            if shard in self._wanted or shard == self._fetching:
+                return True
+            is_elsewhere = shard in self._fetched_elsewhere
+        if is_elsewhere:
+            self.request([shard])  # that process may have died
+        return is_elsewhere
+
     def _fetch_wanted(self) -> None:
         """Fetch until nothing is wanted, the latest wish first: the reader is there now."""
         try:
@@ -178,15 +211,18 @@ class ShardCache:
                     self._report_folder(error)
         except BaseException:
             with self._lock:
-                self._thread = None
-            raise
+                self._thread = self._fetching = None
+            # At the end of the process the loop of the store's client may end before this thread.
+            if not self._stopping and threading.main_thread().is_alive():
+                raise
 
     def _pop_wanted(self) -> int | None:
         with self._lock:
             if self._wanted and not self._stopping:
-                return self._wanted.popitem()[0]
+                self._fetching = self._wanted.popitem()[0]
+                return self._fetching
             # Under the same lock: whoever asks now starts a new thread.
-            self._thread = None
+            self._thread = self._fetching = None
             return None
 
     def _fetch(self, shard: int) -> None:
@@ -195,6 +231,11 @@ class ShardCache:
             self._use = self._folder.join(self._dataset.id, (each.sha256 for each in self._shards))
         claim, evicted = self._folder.claim(entry.sha256, entry.bytes)
         self._count(evictions=evicted)
+        with self._lock:
+            if claim is Refusal.BUSY:
+                self._fetched_elsewhere.add(shard)
+            else:
+                self._fetched_elsewhere.discard(shard)
         match claim:
             case Refusal.PRESENT:
                 self._retry_later(shard, _FAILED_RETRY_S)

@@ -18,9 +18,8 @@ from PIL import Image
 from fqgan_dist.data.config import ViewConfig, ViewPolicy
 from fqgan_dist.data.decoding import DEFAULT_MAX_PIXELS
 from fqgan_dist.errors import DataError
-from fqgan_dist.randomness import numpy_generator
+from fqgan_dist.randomness import philox_words
 
-_WORDS_PER_VIEW = 4
 _TEN_CROP_PLACES = 5
 
 
@@ -175,8 +174,7 @@ def _place_random_crop(
 ) -> CropRecord:
     # Raw words, not Generator methods: those may change between NumPy versions, and stored teacher
     # features belong to these very crops.
-    generator = numpy_generator(seed, "view", key, view)
-    words = [int(word) for word in generator.bit_generator.random_raw(_WORDS_PER_VIEW)]
+    words = philox_words(seed, "view", key, view)
     size = config.image_size
     short_side = size + _below(words[0], config.greatest_short_side - size + 1)
     resized_width, resized_height = find_resize_sizes(width, height, short_side, name=name)[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from fqgan_dist.diagnosis.programs import Finished, import_path, python_module, run_programs
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge
+from fqgan_dist.storage.scratch import ScratchFolder
 
 COLLECTIVES = "NCCL and gloo"
 # Twice torch's own limit of 60 s, after which the reason is known, and the imports.
@@ -30,7 +30,7 @@ def check_collectives() -> Verdict:
     """All-reduce between this node's GPUs (nccl), or between two processes (gloo) without GPUs."""
     gpus = torch.cuda.device_count()
     backend, ranks = ("nccl", gpus) if gpus else ("gloo", _CPU_RANKS)
-    with tempfile.TemporaryDirectory() as folder:
+    with ScratchFolder("doctor") as folder:
         # A file, unlike a port, cannot be taken by somebody else between choice and use.
         init_method = (Path(folder) / "store").as_uri()
         finished = run_ranks(backend, range(ranks), ranks, init_method)

@@ -23,6 +23,7 @@ def list_checks(config: RunConfig | None) -> list[Check]:
     checks = [
         Check(software.PYTHON, _QUICK_S, software.check_python),
         Check(software.PACKAGES, _QUICK_S, software.check_packages),
+        Check(software.DECODER, _QUICK_S, software.check_decoder),
         Check(software.DEEPSPEED, software.DEEPSPEED_TIME_LIMIT_S + 10, software.check_deepspeed),
         Check(gpus.GPUS, gpus.QUERY_TIME_LIMIT_S + 30, partial(gpus.check_gpus, config)),
         Check(collectives.COLLECTIVES, collectives.TIME_LIMIT_S, collectives.check_collectives),

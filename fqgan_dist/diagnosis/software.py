@@ -11,11 +11,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fqgan_dist.data.jpeg_regions import explain_absence
 from fqgan_dist.diagnosis.programs import import_path, run_programs
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 
 DISTRIBUTION = "fqgan-dist"
 PYTHON, PACKAGES, DEEPSPEED = "Python", "packages", "DeepSpeed"
+DECODER = "image decoder"
 _SHOWN = ("torch", "ray", "deepspeed")
 _INSTALL = "install the project with its dependencies: pip install -c constraints.txt ."
 
@@ -67,6 +69,15 @@ def _find_problem(requirement: Requirement) -> str | None:
     if requirement.specifier.contains(version, prereleases=True):
         return None
     return f"{requirement.name} is {version}, expected {requirement.specifier}"
+
+
+def check_decoder() -> Verdict:
+    """See whether the compiled part of image loading is there."""
+    finding = "crops of JPEGs are decoded alone"
+    absence = explain_absence()
+    if absence is not None:
+        finding = "JPEGs are decoded whole: the same pixels, for more CPU time"
+    return judge(DECODER, finding, failures=[], warnings=[absence] if absence else [])
 
 
 def check_deepspeed() -> Verdict:

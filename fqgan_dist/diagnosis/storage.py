@@ -20,6 +20,7 @@ from fqgan_dist.diagnosis.connections import explain_silent_url
 from fqgan_dist.diagnosis.verdict import Verdict, failed, judge, ok
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.endpoint import endpoint_variable, find_endpoint
+from fqgan_dist.storage.leftovers import name_mark
 from fqgan_dist.storage.s3_errors import RequestError
 from fqgan_dist.storage.storage import Storage
 
@@ -199,7 +200,7 @@ _OPERATIONS: tuple[tuple[str, Callable[[Storage], None]], ...] = (
 @contextmanager
 def _own_folder(root: str) -> Iterator[Storage]:
     """Give a folder below the root, and remove it at the end; a new root stays, empty."""
-    folder = Storage(root).child(f"doctor-{secrets.token_hex(8)}")
+    folder = Storage(root).child(name_mark("doctor"))
     try:
         yield folder
     finally:
@@ -207,6 +208,7 @@ def _own_folder(root: str) -> Iterator[Storage]:
         with suppress(DataError, OSError):
             for name in folder.list():
                 folder.delete(name)
+            folder.sweep(is_superseded=True)
             if folder.is_local:
                 Path(folder.root).rmdir()
 

@@ -19,6 +19,7 @@ from fqgan_dist.orchestration.authentication import (
 from fqgan_dist.orchestration.config import RayConfig
 from fqgan_dist.orchestration.nodes import list_nodes
 from fqgan_dist.orchestration.private_folder import private_folder
+from fqgan_dist.orchestration.ray_output import short_raylet_errors
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def connected_cluster(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = os.environ.get(ADDRESS_VARIABLE)
-    with _attached(address) if address else _started_here(config):
+    with _attached(address) if address else _started_here(config), short_raylet_errors():
         logger.info("Ray: %s", _describe_cluster())
         yield
 

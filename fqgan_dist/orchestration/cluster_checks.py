@@ -20,7 +20,7 @@ from fqgan_dist.orchestration.node_network import CLOCKS, NETWORK, check_clocks,
 from fqgan_dist.orchestration.nodes import list_nodes, run_on_every_node
 from fqgan_dist.orchestration.shared_root import shared_root
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.placement import used_pools
+from fqgan_dist.stages.placement import least_size, planned_sizes, used_pools
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.environment import collect_environment
 
@@ -156,7 +156,8 @@ def check_resources(config: RunConfig) -> Verdict:
 def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
     """Compare resources, by name, with what the train workers or the smallest pools reserve."""
     train = config.ray.train
-    groups = {"train workers": (train.num_workers, train)} | {
+    least = least_size(config)
+    groups = {"train workers": (least, train)} | {
         f"actors of {stage}": (pool.min_actors, pool) for stage, pool in used_pools(config).items()
     }
     shortages = [
@@ -165,9 +166,13 @@ def judge_resources(config: RunConfig, total: Mapping[str, float]) -> Verdict:
         for name, amount in each.amounts.items()
         if count * amount > total.get(name, 0)
     ]
-    wanted = (
-        f"{train.num_workers} train workers with {train.gpus:g} GPU and {train.cpus:g} CPU each"
-    )
+    wanted = f"{least} train workers with {train.gpus:g} GPU and {train.cpus:g} CPU each"
+    if train.is_elastic:
+        valid = "; ".join(
+            f"{stage}: {', '.join(map(str, each)) or 'none'}"
+            for stage, each in planned_sizes(config).items()
+        )
+        wanted += f" (valid sizes of ray.train.num_workers: {valid})"
     advice = "they start only if the cluster scales up to that: add nodes, or lower `ray`"
     return judge(
         RESOURCES,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-from fqgan_dist.errors import ConfigError
+from fqgan_dist.ec2_notice import Ec2Notice, is_on_ec2
+from fqgan_dist.errors import ConfigError, FqganError
+from fqgan_dist.notice import watching
 from fqgan_dist.orchestration.authentication import ADDRESS_VARIABLE, require_token
 from fqgan_dist.orchestration.pipeline import (
     finish,
@@ -20,6 +22,10 @@ from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.stages.train import join_ranks
 from fqgan_dist.telemetry.log_files import publish_log
+from fqgan_dist.telemetry.notify import Notifier
+from fqgan_dist.termination import clean_termination
+from fqgan_dist.training.heartbeats import watched_rank
+from fqgan_dist.waiting import patient
 from fqgan_dist.world import World
 
 
@@ -38,23 +44,41 @@ def run_pipeline(config: RunConfig) -> Summary:
             f"`fqgan` is one driver process, and a launcher started {launched.world_size}; train "
             f"with python -m fqgan_dist.training.run CONFIG stage=..."
         )
+    notifier = Notifier(config.name)
     try:
-        return _run_on_cluster(config) if config.execution == "ray" else _run_here(config)
+        if config.execution == "ray":
+            summary = _run_on_cluster(config, notifier)
+        else:
+            summary = _run_here(config)
+    except FqganError as error:
+        notifier.tell("end", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        notifier.tell("end", "done")
+        return summary
     finally:
         publish_log()
+        notifier.close()
 
 
-def _run_on_cluster(config: RunConfig) -> Summary:
+def _run_on_cluster(config: RunConfig, notifier: Notifier) -> Summary:
     if not os.environ.get(ADDRESS_VARIABLE):
         require_token()
     # Ray is imported here only, so that a run in one process needs none.
     from fqgan_dist.orchestration.ray_driver import run_on_cluster
 
-    return run_on_cluster(config)
+    return run_on_cluster(config, notifier)
 
 
 def _run_here(config: RunConfig) -> Summary:
     context = open_checked_run(config)
-    with join_ranks(config, context.world):
+    # From here on: a storage that was never found is a mistake, not an outage.
+    with (
+        clean_termination(config.termination.grace_s),
+        patient(config.patience),
+        join_ranks(config, context.world),
+        watching([Ec2Notice()] if is_on_ec2() else []),
+        watched_rank(context.world, config.watchdog),
+    ):
         run_stages(context, run_stage_here)
     return finish(context)

@@ -20,16 +20,23 @@ import ray
 import torch.distributed as dist
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2.api.exceptions import ControllerError
 
-from fqgan_dist.errors import ClusterError, FqganError
+from fqgan_dist.errors import ClusterError, FqganError, HangError, NoticeError, PassingError
 from fqgan_dist.orchestration.pool_actor import Failure
+from fqgan_dist.orchestration.ray_train_configs import POLL_S
+from fqgan_dist.orchestration.restart_policy import Cause
+from fqgan_dist.storage.disk_errors import explain_if_of_disk
 from fqgan_dist.telemetry.log_files import publish_log
 from fqgan_dist.world import World
 
-# How long an echo is held back: Ray Train polls its workers every 2 s.
-HOLD_BACK_S = 5.0
+# How long an echo is held back: until Ray Train has polled the worker that failed first, and once
+# more in case that poll came to nothing.
+HOLD_BACK_S = 3 * POLL_S
 
 FailureKind = Literal["own", "lost", "echo"]
 """`own`: the rank's own error. `lost`: its process or node is gone. `echo`: of another's end."""
@@ -72,11 +79,27 @@ class RankFailure:
     """Unix seconds of the rank's own clock; 0 where it is not known."""
 
     @property
-    def is_permanent(self) -> bool:
+    def cause(self) -> Cause:
+        """What kind of failure it is to whoever decides about another start."""
         if self.kind != "own" or self.failure is None:
-            return False
+            # An echo is first where nobody has an error of its own: a partner did not answer.
+            return "loss"
         names = set(self.failure.type_names)
-        return FqganError.__name__ in names or bool(names & set(_PROGRAM_ERRORS))
+        if NoticeError.__name__ in names:
+            return "notice"
+        if self.is_hang:
+            return "loss"
+        if PassingError.__name__ in names:
+            return "storage"
+        if WorkerGroupStartupTimeoutError.__name__ in names:
+            return "capacity"
+        is_permanent = FqganError.__name__ in names or bool(names & set(_PROGRAM_ERRORS))
+        return "permanent" if is_permanent else "unknown"
+
+    @property
+    def is_hang(self) -> bool:
+        """Whether its watchdog ended it; those of all ranks do, and say the same."""
+        return self.failure is not None and HangError.__name__ in self.failure.type_names
 
     def __str__(self) -> str:
         return f"[{self.place}] {self.text}"
@@ -103,11 +126,19 @@ class FailureReport:
     """What followed, in the order of time."""
 
     @property
-    def is_permanent(self) -> bool:
-        return self.first.is_permanent
+    def cause(self) -> Cause:
+        return self.first.cause
+
+    @property
+    def time(self) -> float | None:
+        """Unix seconds of the first error whose time is known."""
+        times = [each.time for each in (self.first, *self.others) if each.time]
+        return min(times, default=None)
 
     @property
     def text(self) -> str:
+        if self.cause == "notice":  # all ranks say the same
+            return str(self.first)
         return "\n  then ".join(str(failure) for failure in (self.first, *self.others))
 
     @property
@@ -132,10 +163,13 @@ def stamp_errors() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as raw:
+        error = explain_if_of_disk(raw)
         stamped = _stamp(error)
         if stamped.kind == "echo":
             logger.warning("%s (follows from another rank's end)", stamped.text)
+        elif isinstance(error, NoticeError):
+            logger.info("%s", stamped.text)
         else:
             # Our own messages say what to change; of others' errors the place matters.
             is_ours = isinstance(error, FqganError)
@@ -144,11 +178,6 @@ def stamp_errors() -> Iterator[None]:
         if stamped.kind == "echo":
             time.sleep(HOLD_BACK_S)
         raise StampedError(stamped) from None
-
-
-def is_loss(error: ControllerError) -> bool:
-    """Whether a group of train workers did not start because a process or node of it was lost."""
-    return isinstance(error.controller_failure, RayActorError | WorkerGroupStartupFailedError)
 
 
 def explain_failure(error: BaseException) -> FailureReport:
@@ -161,9 +190,12 @@ def explain_failure(error: BaseException) -> FailureReport:
     failures = [
         _examine(failure, place=f"rank {rank}") for rank, failure in error.worker_failures.items()
     ]
-    # Stable: where times are not known, the order of ranks.
-    failures.sort(key=lambda failure: (_ORDER.index(failure.kind), failure.time))
-    return FailureReport(first=failures[0], others=tuple(failures[1:]))
+    # Stable: where times are not known, the order of ranks. Notice excuses no other error.
+    failures.sort(key=lambda each: (_ORDER.index(each.kind), each.cause == "notice", each.time))
+    first, *others = failures
+    if first.is_hang:
+        others = [failure for failure in others if not failure.is_hang]
+    return FailureReport(first=first, others=tuple(others))
 
 
 def describe_loss(error: BaseException) -> str:
@@ -199,6 +231,7 @@ def _examine(error: BaseException, *, place: str) -> RankFailure:
 
 
 def _describe(error: Exception, *, place: str, moment: float) -> RankFailure:
+    error = explain_if_of_disk(error)
     failure = Failure.of(error)
     return RankFailure(
         place=place,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fqgan_dist.errors import ClusterError
 
 _SHORT_ID_DIGITS = 8
+_CONNECT_TIMEOUT_S = 1.0
+_LOOK_INTERVAL_S = 0.25
+# Ray takes a node whose connection broke off for dead at once, and one that says nothing any more
+# after 5 questions of 10 s each at most; after that it is no question of waiting.
+_LONGEST_SETTLING_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,6 +55,43 @@ def list_nodes() -> list[Node]:
         if entry["Alive"]
     ]
     return sorted(nodes, key=lambda node: (not node.is_head, node.address, node.node_id))
+
+
+def wait_for_lost_nodes(*, limit_s: float = _LONGEST_SETTLING_S) -> None:
+    """Wait until every node that Ray counts as alive takes a connection.
+
+    For some seconds after its end a node still counts (8 s after its raylet was killed, measured on
+    two cores), and what is started then waits for it: a group of train workers for as long as its
+    start may take.
+    """
+    deadline = time.monotonic() + limit_s
+    while silent := [label for label, host, port in _raylets() if not _is_listening(host, port)]:
+        if time.monotonic() >= deadline:
+            logger.warning(
+                "Ray counts as alive what takes no connection: node %s", ", ".join(silent)
+            )
+            return
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+def _raylets() -> list[tuple[str, str, int]]:
+    try:
+        entries = ray.nodes()
+    except (RayError, RuntimeError):
+        return []  # the head is away: others say so
+    return [
+        (entry["NodeID"][:_SHORT_ID_DIGITS], entry["NodeManagerAddress"], entry["NodeManagerPort"])
+        for entry in entries
+        if entry["Alive"]
+    ]
+
+
+def _is_listening(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def run_on_every_node(

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from fqgan_dist.chunks import run_in_processes
+from fqgan_dist.notice import NOTICES
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.data_checks import check_sizes
 from fqgan_dist.stages.preflight import check_run
@@ -59,6 +60,9 @@ def run_stages(
     """Run the configured stages in order by `run_one`, and say so when there was nothing to do.
 
     `note_skipped` is told of each that is done already.
+
+    Raises:
+        NoticeError: notice was given to this process.
     """
     has_run = are_sizes_checked = False
     stages = _named_stages(context)
@@ -75,6 +79,7 @@ def run_stages(
             are_sizes_checked = True
         run_one(stage)
         write_summary(context)
+        NOTICES.raise_if_given()
     if not has_run:
         logger.info("nothing to do: every stage of this run is done already")
 

@@ -16,12 +16,19 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import ray
 
 from fqgan_dist import errors
+from fqgan_dist.activity import ACTIVITY, WatchdogConfig
 from fqgan_dist.chunks import ChunkWork
 from fqgan_dist.errors import FqganError
+from fqgan_dist.orchestration.heartbeats import BoardExchange
+from fqgan_dist.storage.disk_errors import explain_if_of_disk
 from fqgan_dist.telemetry.log_files import publish_log
+from fqgan_dist.telemetry.watchdog import Watchdog, WatchedProcess
+from fqgan_dist.waiting import PatienceConfig, apply_patience
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +60,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Describe an exception."""
+        """Describe an exception; what the operating system says of a disk in our words."""
+        error = explain_if_of_disk(error)
         return cls(
             type_names=tuple(item.__name__ for item in type(error).__mro__),
             message=str(error),
@@ -77,12 +85,25 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class PoolWatch:
+    """How the actors of a pool are watched."""
+
+    config: WatchdogConfig = field(default_factory=WatchdogConfig)
+    exchange: BoardExchange | None = None
+    """Where they tell how they are; None: nobody notices that one is stopped."""
+
+
+@dataclass(frozen=True)
 class PoolTask:
     """What all actors of a pool are given for one piece of work."""
 
     work: ChunkWork
     check_node: Callable[[], None] | None
     """Raises on a node that cannot take part; asked once in each process."""
+    patience: PatienceConfig | None = None
+    """Of the run; None: that of a command."""
+    watch: PoolWatch = field(default_factory=PoolWatch)
+    """How it is noticed that an actor hangs."""
 
 
 class PoolActor:
@@ -98,6 +119,7 @@ class PoolActor:
         self._work: ChunkWork | None = None
         self._job: int | None = None
         self._is_configured = False
+        self._watchdog: Watchdog | None = None
         if gpus == 0:
             # Ray 2.60 hides no GPU from who has reserved none: `device: auto` would take one.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -120,11 +142,15 @@ class PoolActor:
             self._drop_work()
             task: PoolTask = pickle.loads(pickled_task)
             if not self._is_configured:
+                if task.patience is not None:
+                    apply_patience(task.patience)
                 if task.check_node is not None:
                     task.check_node()
                 task.work.set_up_process(f"{self._pool} actor", self._number)
+                self._watch(task.watch)
                 self._is_configured = True
             logger.info("%s", task.work.description)
+            ACTIVITY.forget_pace()
             self._work, self._job = task.work, job
         except Exception as error:  # noqa: BLE001  the entry point of this process
             return Failure.of(error)
@@ -132,6 +158,8 @@ class PoolActor:
 
     def process(self, chunk: int) -> Failure | None:
         assert self._work is not None, "a chunk comes after its work"
+        ACTIVITY.begin_unit()
+        ACTIVITY.enter(f"chunk {chunk}", pace="steady", counts_storage=True)
         try:
             self._work.process(chunk)
         except Exception as error:
@@ -139,12 +167,29 @@ class PoolActor:
             logger.info("chunk %d failed", chunk, exc_info=True)
             publish_log()
             return Failure.of(error)
+        finally:
+            ACTIVITY.end_unit()
+            ACTIVITY.rest()
         logger.info("chunk %d is done", chunk)
         return None
 
     def finish(self) -> None:
         """Be ready to be killed: no line of the log is lost."""
         publish_log()
+
+    def _watch(self, watch: PoolWatch) -> None:
+        # To the end of the process, by its own hand if a chunk hangs: the pool gives it to another.
+        process = WatchedProcess(
+            name=f"{self._pool} actor {self._number}",
+            group="here" if watch.exchange is None else watch.exchange.group,
+            number=self._number,
+            world_size=0,
+            node=ray.get_runtime_context().get_node_id(),
+            exchange=watch.exchange,
+            warns=False,  # the driver tells
+        )
+        self._watchdog = Watchdog(process, watch.config)
+        self._watchdog.__enter__()
 
     def _drop_work(self) -> None:
         if self._work is None:

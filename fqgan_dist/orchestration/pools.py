@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,10 +27,17 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError
 from fqgan_dist.chunks import ChunkWork, RunChunks, process_pending
 from fqgan_dist.errors import ClusterError
 from fqgan_dist.orchestration.config import PoolConfig
-from fqgan_dist.orchestration.pool_actor import ActorPlace, Failure, PoolActor, PoolTask
+from fqgan_dist.orchestration.pool_actor import (
+    ActorPlace,
+    Failure,
+    PoolActor,
+    PoolTask,
+    PoolWatch,
+)
 from fqgan_dist.orchestration.pool_queue import ChunkQueue, count_wanted_actors
 from fqgan_dist.orchestration.pool_shortage import describe_shortage
 from fqgan_dist.telemetry.observer import Observer
+from fqgan_dist.waiting import PatienceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,8 @@ def open_pool(
     *,
     observer: Observer,
     check_node: Callable[[], None] | None = None,
+    patience: PatienceConfig | None = None,
+    watch: PoolWatch | None = None,
 ) -> Iterator[RunChunks]:
     """Keep a pool of actors of the connected Ray for a block, which gives it work.
 
@@ -56,6 +66,7 @@ def open_pool(
     of work after another, and actors, whose start takes seconds of imports, serve them all: at
     most `min_actors` wait between two, and the end of the block ends all. `check_node` is called
     once in every actor before its first chunk; picklable; raises on a node that cannot take part.
+    `patience` is the run's. By `watch` an actor that hangs is ended, and its chunk waits again.
 
     Raises:
         FqganError: the first that a chunk or `check_node` raised; the rest is stopped at once.
@@ -65,7 +76,8 @@ def open_pool(
     if not ray.is_initialized():
         raise ClusterError(f"{name}: no Ray is connected - expected one - call ray.init first")
 
-    with _Pool(name, config, check_node) as pool:
+    setup = partial(PoolTask, check_node=check_node, patience=patience, watch=watch or PoolWatch())
+    with _Pool(name, config, setup) as pool:
         yield lambda work: process_pending(
             work, pool.run, observer, fields=lambda: {"actors": pool.num_ready}
         )
@@ -121,11 +133,14 @@ class _Pool:
     """The actors of one stage; leaving the block ends them all."""
 
     def __init__(
-        self, name: str, config: PoolConfig, check_node: Callable[[], None] | None
+        self,
+        name: str,
+        config: PoolConfig,
+        build_task: Callable[[ChunkWork], PoolTask],
     ) -> None:
         self._name = name
         self._config = config
-        self._check_node = check_node
+        self._build_task = build_task
         self._actor_class: Any = ray.remote(PoolActor).options(
             num_cpus=config.cpus,
             num_gpus=config.gpus,
@@ -182,7 +197,7 @@ class _Pool:
             raise
 
     def _open_job(self, work: ChunkWork, chunks: Sequence[int]) -> _Job:
-        task = PoolTask(work, self._check_node)
+        task = self._build_task(work)
         data = cloudpickle.dumps(task)  # pyright: ignore[reportPrivateImportUsage] it is public
         queue = ChunkQueue(
             chunks,

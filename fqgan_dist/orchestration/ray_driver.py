@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,26 +14,32 @@ import torch
 
 from fqgan_dist.chunks import ChunkWork, RunChunks, run_in_processes
 from fqgan_dist.errors import ClusterError, ConfigError
+from fqgan_dist.notice import watching
 from fqgan_dist.orchestration.cluster import connected_cluster, is_attached
 from fqgan_dist.orchestration.config import ProcessResources
+from fqgan_dist.orchestration.notice_sources import DrainNotice
 from fqgan_dist.orchestration.pipeline import (
     finish,
     open_checked_run,
     run_stage_here,
     run_stages,
 )
+from fqgan_dist.orchestration.pool_actor import PoolWatch
 from fqgan_dist.orchestration.pools import open_pool
 from fqgan_dist.orchestration.progress_board import ProgressBoard, start_board
 from fqgan_dist.orchestration.shared_root import SharedRoot, shared_root
 from fqgan_dist.orchestration.train_launch import launch_training
 from fqgan_dist.stages.config import RunConfig, StorageConfig
-from fqgan_dist.stages.placement import training_stages, used_pools
+from fqgan_dist.stages.placement import least_size, training_stages, used_pools
 from fqgan_dist.stages.run import run_stage
 from fqgan_dist.stages.stage import Stage
 from fqgan_dist.stages.summary import Summary
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.notify import Notifier
 from fqgan_dist.telemetry.observer import Observer
 from fqgan_dist.telemetry.run_view import StageState
+from fqgan_dist.termination import clean_termination
+from fqgan_dist.waiting import patient
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ _JOB_FOLDER = "working_dir_files"
 _CPU = torch.device("cpu")
 
 
-def run_on_cluster(config: RunConfig) -> Summary:
+def run_on_cluster(config: RunConfig, notifier: Notifier) -> Summary:
     """Run the configured stages on the cluster of RAY_ADDRESS, or on a Ray started here.
 
     Raises:
@@ -53,21 +60,27 @@ def run_on_cluster(config: RunConfig) -> Summary:
     config = _with_absolute_root(config)
     # The GPUs are the workers'; the head of a cluster often has none.
     context = open_checked_run(config, device=_CPU)
-    with connected_cluster(config.ray):
+    # From here on: a storage that was never found is a mistake, not an outage.
+    with (
+        patient(config.patience),
+        connected_cluster(config.ray),
+        clean_termination(config.termination.grace_s),
+        watching([DrainNotice()]),
+    ):
         if not is_attached():
             check_room(config, ray.cluster_resources())
         with shared_root(context.storage) as root:
-            board = start_board(config.name, config.stages)
+            board = start_board(config.name, config.stages, notifier)
             with board.shown():
                 run_stages(
                     context,
-                    lambda stage: _run_stage(stage, root, board),
+                    lambda stage: _run_stage(stage, root, board, notifier),
                     note_skipped=lambda stage: board.finish_stage(stage.name, "skipped"),
                 )
     return finish(context)
 
 
-def _run_stage(stage: Stage, root: SharedRoot, board: ProgressBoard) -> None:
+def _run_stage(stage: Stage, root: SharedRoot, board: ProgressBoard, notifier: Notifier) -> None:
     board.start_stage(stage.name)
     observer = board.observer(stage.name)
     stage = type(stage)(replace(stage.context, observer=observer))
@@ -76,13 +89,21 @@ def _run_stage(stage: Stage, root: SharedRoot, board: ProgressBoard) -> None:
     try:
         match stage.runs_in:
             case "train_workers":
-                launch_training(config, stage.name, root=root, observer=observer)
+                launch_training(config, stage.name, root=root, observer=observer, notifier=notifier)
                 stage.context.read(stage.output)
             case "pool":
                 pool = config.ray.pool(stage.pool)
-                with open_pool(
-                    stage.name, pool, observer=observer, check_node=root.check
-                ) as run_chunks:
+                with (
+                    closing(observer.exchange()) as exchange,
+                    open_pool(
+                        stage.name,
+                        pool,
+                        observer=observer,
+                        check_node=root.check,
+                        patience=config.patience,
+                        watch=PoolWatch(config.watchdog, exchange),
+                    ) as run_chunks,
+                ):
                     run_stage(stage, partial(_run_chunks, in_pool=run_chunks, observer=observer))
             case "driver":
                 run_stage_here(stage)
@@ -123,7 +144,8 @@ def check_room(config: RunConfig, total: Mapping[str, float]) -> None:
     train = config.ray.train
     wanted: list[tuple[str, int, ProcessResources]] = []
     if training_stages(config):
-        wanted.append((f"ray.train: {train.num_workers} train workers", train.num_workers, train))
+        least = least_size(config)  # a larger group is started where there is room for it
+        wanted.append((f"ray.train: {least} train workers", least, train))
     for name, pool in used_pools(config).items():
         wanted.append((f"ray.pools.{name}: one actor", 1, pool))
     problems = [

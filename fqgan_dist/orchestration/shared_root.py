@@ -6,13 +6,13 @@ own, and the run would come apart after hours.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fqgan_dist.errors import ClusterError, DataError
 from fqgan_dist.orchestration.nodes import run_on_every_node
+from fqgan_dist.storage.leftovers import name_mark
 from fqgan_dist.storage.storage import Storage
 
 _NODE_TIMEOUT_S = 120.0
@@ -56,7 +56,7 @@ def shared_root(storage: Storage) -> Iterator[SharedRoot]:
     Raises:
         ClusterError: a node does not see or cannot reach it; all such nodes are named.
     """
-    root = SharedRoot(storage, f"probe-driver-{secrets.token_hex(8)}")
+    root = SharedRoot(storage, name_mark("probe-driver"))
     storage.write_bytes(root.probe, b"")
     try:
         answers = run_on_every_node(root.check, timeout_s=_NODE_TIMEOUT_S)
@@ -76,4 +76,4 @@ def _delete(storage: Storage, probe: str) -> None:
     try:
         storage.delete(probe)
     except DataError:
-        return  # an empty file stays; the error that matters is the one that made us come here
+        return  # a later run sweeps it; the error that matters is the one that made us come here

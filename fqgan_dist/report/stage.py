@@ -22,6 +22,7 @@ from fqgan_dist.stages.stage import (
 )
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.stages.training_stage import find_trainings
+from fqgan_dist.storage.derived import write_derived
 from fqgan_dist.storage.documents import parse_json, read_document
 from fqgan_dist.telemetry.metrics import Record, parse_metrics
 
@@ -66,10 +67,14 @@ class ReportStage(Stage):
         from fqgan_dist.report.page import build_report
 
         storage = self.context.storage
-        inputs = collect_inputs(self.context)
-        for name, data in render_pngs(inputs).items():
-            storage.write_bytes(f"figures/{name}", data)
-        storage.write_bytes(_PAGE, build_report(inputs).encode())
+
+        def build() -> bytes:
+            inputs = collect_inputs(self.context)
+            for name, data in render_pngs(inputs).items():
+                write_derived(storage, f"figures/{name}", lambda data=data: data)
+            return build_report(inputs).encode()
+
+        write_derived(storage, _PAGE, build)
         return StageOutcome(ReportFile(report=_PAGE))
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fqgan_dist.chunks import RunChunks, run_in_processes
@@ -45,6 +46,7 @@ from fqgan_dist.sharding.problems import (
 )
 from fqgan_dist.sharding.tasks import CheckWork, PublishedShard, ShardFolder, ShardWork
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.sweeping import sweep_leftovers, sweep_root
 
 _CONCURRENT_READS = 32
 _SHOWN_NAMES = 5
@@ -171,6 +173,8 @@ def run_plan(
     Raises:
         DataError: as `build_dataset`.
     """
+    if not is_new:
+        sweep_leftovers(partial(sweep_root, folder))
     shard_folder = ShardFolder(folder)
     found = _load_all(shard_folder, plan.shards)
     kept = [

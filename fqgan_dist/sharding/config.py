@@ -10,6 +10,8 @@ from fqgan_dist.storage.uri import Location
 SourceFormat = Literal["folder", "tar", "zip", "webdataset", "parquet", "manifest"]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
 
+ALL_ROWS = "none"
+"""`split_key` where rows of all splits are meant."""
 NO_CLASSES = "none"
 """As `class_key`: the images have no classes."""
 THE_ONLY_CLASS = "all"
@@ -45,6 +47,10 @@ class SourceOptions(Config):
     only the classes, of the labels 0, 1, ...; None: the labels are the classes' names."""
     id_key: str | None = None
     """Column of the samples' keys (parquet, manifest); None: `key` of a manifest, if there is."""
+    split_key: str | None = None
+    """Column that says which split a row is of (parquet, manifest), of which those of the split
+    asked for are read; `none`: all rows are meant; None: found by its name and values, in manifests
+    also in folders of the paths that are called as splits are."""
     keep_keys: bool = True
     """Whether the images keep the keys that the source gives them; false makes new ones of the
     file's name and the key, for sources that repeat keys."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.optimization import decay_groups
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
@@ -156,6 +157,7 @@ class HeldOutCodes:
         for codes, labels in zip(
             self.codes.split(self.batch_size), self.labels.split(self.batch_size), strict=True
         ):
+            ACTIVITY.move()
             losses = compute_code_losses(
                 model(codes.to(device), labels.to(device)), codes.to(device)
             )

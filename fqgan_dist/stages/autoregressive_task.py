@@ -12,6 +12,7 @@ from fqgan_dist.autoregressive.losses import compute_code_losses
 from fqgan_dist.autoregressive.transformer import FactorizedTransformer
 from fqgan_dist.data.loader import CodeBatch
 from fqgan_dist.stages.training_task import TrainingTask
+from fqgan_dist.training.anomalies import Evidence
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.engine import Engine, accumulate
 from fqgan_dist.training.step_layout import Slot
@@ -59,6 +60,8 @@ class AutoregressiveTask(TrainingTask[FactorizedTransformer, CodeBatch]):
 
         rows = accumulate(self.engine, micro_batches, loss_fn)
         norm = self.engine.step(lr=lr, losses=rows)
+        terms = [f"autoregressive/loss/{name}" for name in self.codebook_names]
+        self._evidence = [Evidence(terms, rows, "autoregressive/gradient_norm", norm)]
         self._update_average()
         per_codebook = rows.mean(dim=0)
         return {

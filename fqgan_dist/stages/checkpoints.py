@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -18,8 +20,12 @@ from rich.text import Text
 from torch import Tensor
 
 from fqgan_dist.autoregressive import published as published_autoregressive
-from fqgan_dist.errors import CheckpointError, ConfigError
+from fqgan_dist.data.consumption import OrderId
+from fqgan_dist.data.order import SampleOrder
+from fqgan_dist.errors import CheckpointError, ConfigError, FqganError
 from fqgan_dist.stages.config import RunConfig
+from fqgan_dist.stages.shards import open_dataset
+from fqgan_dist.stages.stage import RunContext
 from fqgan_dist.stages.training_stage import find_trainings
 from fqgan_dist.storage.storage import Storage, locate_file
 from fqgan_dist.telemetry.progress import render_text
@@ -28,6 +34,10 @@ from fqgan_dist.tokenizer import published as published_tokenizer
 from fqgan_dist.tokenizer.config import TokenizerConfig
 from fqgan_dist.training.checkpoint import CheckpointStore, CommitRecord, LoadedCheckpoint
 from fqgan_dist.training.config import CheckpointTarget
+from fqgan_dist.training.ledger import FindOrder
+from fqgan_dist.world import World
+
+logger = logging.getLogger(__name__)
 
 Action = Literal["list", "verify", "export", "prune"]
 TrainedStage = Literal["tokenizer", "autoregressive"]
@@ -36,7 +46,7 @@ _SUFFIXES = {"ours": ".safetensors", "published": ".pt"}
 # Which options an action takes; another one has no effect, and is an error.
 _OPTIONS: dict[Action, tuple[str, ...]] = {
     "list": (),
-    "verify": ("step",),
+    "verify": ("step", "ledger"),
     "export": ("to", "format", "step"),
     "prune": (),
 }
@@ -73,10 +83,14 @@ def run_checkpoint_action(
             f"{name}: has no effect on `checkpoints {action}`, whose options are: {takes}"
         )
     store = _open_store(config, stage)
+    if action != "verify" and (fault := store.find_fault_of_log()) is not None:
+        raise CheckpointError(fault)
     match action:
         case "list":
             return _list(store)
         case "verify":
+            if target.ledger:
+                return _verify_ledger(store, config, target.step)
             return _verify(store, target.step)
         case "export":
             return _export(store, stage, target)
@@ -87,7 +101,7 @@ def run_checkpoint_action(
 def _open_store(config: RunConfig, stage: TrainedStage) -> CheckpointStore:
     prefix = f"{stage}/checkpoints"
     storage = Storage(config.storage.root)
-    if not storage.list(f"{prefix}/commits"):
+    if not storage.list(prefix):
         raise CheckpointError(
             f"{storage.uri(prefix)}: no checkpoints of stage {stage!r}; check storage.root, or "
             f"train first (fqgan train CONFIG)"
@@ -146,6 +160,58 @@ def _verify(store: CheckpointStore, step: int | None) -> ActionResult:
     return ActionResult(report, f"{store}: every byte of steps {shown} is as it was written")
 
 
+def _verify_ledger(store: CheckpointStore, config: RunConfig, step: int | None) -> ActionResult:
+    report = store.check_ledger(_find_order_of(config), step)
+    lines = [
+        f"epoch {each['epoch']}: {each['images']} of {each['of']} images, {each['stood_in']} of "
+        f"them by another in their place, {each['skipped']} skipped"
+        for each in report.epochs
+    ]
+    lines += report.exceptions
+    if report.problems:
+        head = f"{store}: {len(report.problems)} problem(s) of the ledger at step {report.step}"
+        return ActionResult(
+            report.to_json(), join_lines([head, *report.problems, *lines]), is_damaged=True
+        )
+    how = (
+        f"{report.num_rehashed} of {report.num_commits} commits' hashes computed again from the "
+        "order of the dataset"
+    )
+    head = (
+        f"{store}: up to step {report.step} every image of every epoch was consumed exactly once "
+        f"({report.positions} in all; {how})"
+    )
+    return ActionResult(report.to_json(), join_lines([head, *lines]))
+
+
+def _find_order_of(config: RunConfig) -> FindOrder:
+    """Open the dataset of a run, if it is there, for the order of its samples."""
+
+    @cache
+    def find(order: OrderId) -> SampleOrder | None:
+        context = RunContext(
+            config=config,
+            storage=Storage(config.storage.root),
+            world=World(),
+            device=torch.device("cpu"),
+        )
+        try:
+            dataset = open_dataset(context, "train")
+        except FqganError as error:
+            logger.info("hashes are not computed again: %s", error)
+            return None
+        if dataset.id != order.dataset_id:
+            return None
+        return SampleOrder(
+            [shard.count for shard in dataset.index.shards],
+            dataset_id=dataset.id,
+            seed=order.seed,
+            window_shards=order.window_shards,
+        )
+
+    return find
+
+
 def _prune(store: CheckpointStore, config: RunConfig, stage: TrainedStage) -> ActionResult:
     retention = find_trainings(config)[stage].checkpoint.retention
     removed = [commit.step for commit in store.prune(retention)]
@@ -156,13 +222,18 @@ def _prune(store: CheckpointStore, config: RunConfig, stage: TrainedStage) -> Ac
 
 def _export(store: CheckpointStore, stage: TrainedStage, target: CheckpointTarget) -> ActionResult:
     folder, name = _check_file(target)
-    loaded = store.load_latest(step=target.step)
-    if loaded is None:
-        raise CheckpointError(f"{store}: no checkpoint was ever committed; train first")
     ema = f"{stage}_ema"
+
+    def read(loaded: LoadedCheckpoint) -> tuple[LoadedCheckpoint, dict[str, Tensor]]:
+        # An average covers parameters, not buffers.
+        averages = loaded.read(ema) if ema in loaded.manifest.parts else {}
+        return loaded, loaded.read(stage) | averages
+
+    found = store.read_newest(read, step=target.step)
+    if found is None:
+        raise CheckpointError(f"{store}: no checkpoint was ever committed; train first")
+    loaded, weights = found
     has_ema = ema in loaded.manifest.parts
-    # An average covers parameters, not buffers.
-    weights = loaded.read(stage) | (loaded.read(ema) if has_ema else {})
     if target.format == "published":
         data = _encode_published(stage, weights, loaded)
     else:

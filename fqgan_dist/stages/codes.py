@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.config import ViewConfig
 from fqgan_dist.data.dataset import Dataset
@@ -121,6 +122,7 @@ class CodeWork(RunWork):
         damage: dict[int, DamagedSample] = {}
         codes: list[np.ndarray] = []
         for batch in reader.read_shard(chunk, batch_size=config.codes.batch_size):
+            ACTIVITY.move()
             encoded = encode_images(self._tokenizer, batch.images, self.context.device).numpy()
             codes.append(encoded.reshape(len(batch.keys), len(self.views), *encoded.shape[1:]))
             damage |= {len(keys) + row: sample for row, sample in batch.damage.items()}

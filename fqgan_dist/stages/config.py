@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from fqgan_dist.activity import WatchdogConfig
 from fqgan_dist.autoregressive.config import AutoregressiveConfig, SamplesConfig
 from fqgan_dist.config import Config, describe_unknown
 from fqgan_dist.data.config import DataConfig, ViewConfig
@@ -29,6 +30,7 @@ from fqgan_dist.stages.catalog import stage_names
 from fqgan_dist.storage.uri import Location
 from fqgan_dist.teachers.config import TeachersConfig
 from fqgan_dist.telemetry.config import TelemetryConfig
+from fqgan_dist.termination import TerminationConfig
 from fqgan_dist.tokenizer.config import (
     CodebookConfig,
     DiscriminatorConfig,
@@ -38,6 +40,7 @@ from fqgan_dist.tokenizer.config import (
     modernize_perceptual,
 )
 from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.waiting import PatienceConfig
 from fqgan_dist.weights.config import InitialWeights
 
 
@@ -121,6 +124,12 @@ class RunConfig(Config):
     """Stages that are not run here but taken from another run that has finished them: stage ->
     storage root of that run. Their settings here must be those that they were made from."""
     telemetry: TelemetryConfig = TelemetryConfig()
+    patience: PatienceConfig = PatienceConfig()
+    """How long is waited for what passes by itself."""
+    termination: TerminationConfig = TerminationConfig()
+    """How it ends at SIGTERM or Ctrl-C."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """After how long without a move a rank or actor is believed to hang."""
     data: DataConfig
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerStageConfig

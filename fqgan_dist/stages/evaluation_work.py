@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.chunks import ProcessLocalCaches
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import to_float, to_uint8
@@ -153,6 +154,7 @@ class ImageWork(IdRanges, ABC):
         batch_size = self.context.config.evaluation.batch_size
         features, logits = [], []
         for batch in images.split(batch_size):
+            ACTIVITY.move()
             padding = batch[-1:].expand(batch_size - len(batch), -1, -1, -1)
             padded = torch.cat([batch, padding]).to(self.context.device)
             feature, logit = self.models.inception(padded)
@@ -194,6 +196,7 @@ class ReconstructionWork(ImageWork):
         tokens: list[Mapping[str, Tensor]] = []
         targets: list[Mapping[str, Tensor]] = []
         for batch in images.split(group):
+            ACTIVITY.move()
             output = self.models.tokenizer(to_float(batch.to(context.device)))
             reconstructions.append(to_uint8(output.reconstruction).cpu())
             codes.append(output.codes.cpu())

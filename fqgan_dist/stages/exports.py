@@ -34,6 +34,8 @@ from fqgan_dist.stages.samples import Samples, sample_files
 from fqgan_dist.stages.stage import RunContext, Stage, StageOutcome, StageOutput
 from fqgan_dist.stages.tokenizer import TrainedTokenizer, decode_in_batches, load_tokenizer
 from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.storage.disk_waits import wait_for_disk
+from fqgan_dist.storage.scratch import ScratchFolder
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,9 @@ def export_samples(
     if not context.storage.exists(path):
         run_chunks(work)
         if context.world.is_main:
-            _join_npz(work, path)
+            folder = tempfile.gettempdir()
+            with clear_disk_errors(folder):
+                wait_for_disk(folder, lambda: _join_npz(work, path))
     if context.world.is_main:
         for chunk in work.chunks():  # also those that a kill has left behind
             context.storage.delete(work.commit_path(chunk))
@@ -187,7 +191,7 @@ def _join_npz(work: ExportWork, path: str) -> None:
     storage, config = work.context.storage, work.context.config
     count, side = config.samples.count, config.tokenizer.model.image_size
     labels: list[NDArray[np.int64]] = []
-    with clear_disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
+    with ScratchFolder("export") as folder:
         local = Path(folder) / NPZ_NAME
         with zipfile.ZipFile(local, "w") as archive:
             with archive.open(_npy_member("arr_0"), "w", force_zip64=True) as member:

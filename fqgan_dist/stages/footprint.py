@@ -19,6 +19,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
+from fqgan_dist.training.named_tensors import whole_tensors
 from fqgan_dist.training.step_layout import Slot, build_step_layout
 from fqgan_dist.world import World
 
@@ -118,13 +120,20 @@ class MeasuringEngine:
     def advance(self, num_steps: int) -> None:
         """Move nothing."""
 
+    @property
+    def refused(self) -> Tensor:
+        return torch.zeros((), dtype=torch.bool, device="meta")
+
     def raise_if_not_finite(self) -> None:
         """Nothing was computed."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor | Fragment]]:
         return {"weights": dict(self.module.state_dict()), "optimizer": {}}
 
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def needed_state(self) -> dict[str, Needs]:
+        return {"weights": {}, "optimizer": {}}
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
         """Load nothing: meta tensors have no values."""
 
     def local_parameters(self) -> dict[str, Tensor]:
@@ -133,8 +142,11 @@ class MeasuringEngine:
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
         return dict(values)
 
-    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(values)
+    def needed_parameters(self) -> Needs:
+        return {}
+
+    def localize(self, values: Mapping[str, Tensor | Fragment]) -> dict[str, Tensor]:
+        return whole_tensors(values, values)
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:  # noqa: ARG002  part of Engine

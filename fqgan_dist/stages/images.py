@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.data.config import DataConfig, ViewConfig
 from fqgan_dist.data.damage import find_stand_in
 from fqgan_dist.data.dataset import Dataset
@@ -133,7 +134,7 @@ class ImageReader:
             crops.append([record for _, record in found])
         tables = [(self._tables.get(shard), row) for shard, row in places]
         return CroppedImages(
-            images=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(np.stack(pixels)),
             keys=[table.keys[row] for table, row in tables],
             labels=torch.tensor([int(table.labels[row]) for table, row in tables]),
             crops=crops,
@@ -219,6 +220,7 @@ class HeldOutImages:
         """Compute the mean PSNR of reconstructions; the same on every rank, for any number."""
         values: dict[int, list[float]] = {}
         for chunk, rows in self.batches.items():
+            ACTIVITY.move()
             output = tokenizer(to_float(rows.images.to(self.context.device)))
             psnr = compute_psnr(to_uint8(output.reconstruction).cpu(), rows.images)
             values[chunk] = psnr[rows.is_sound].tolist()
@@ -240,4 +242,4 @@ def _gather_chunks(values: dict[int, list[ValueT]], world_size: int) -> list[Val
 
 def _black_view(view: ViewConfig) -> tuple[np.ndarray, CropRecord]:
     size = view.image_size
-    return np.zeros((size, size, 3), np.uint8), CropRecord(0, 0, 0, 0, flip=False)
+    return np.zeros((3, size, size), np.uint8), CropRecord(0, 0, 0, 0, flip=False)

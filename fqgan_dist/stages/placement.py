@@ -8,11 +8,33 @@ from fqgan_dist.orchestration.config import PoolConfig, ProcessResources
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import find_stages
 from fqgan_dist.stages.training_stage import TrainingStage
+from fqgan_dist.training.config import TrainingConfig
+from fqgan_dist.training.step_layout import can_share
 
 
-def planned_world_size(config: RunConfig) -> int:
-    """Return how many train workers `fqgan run` starts."""
-    return config.ray.train.num_workers if config.execution == "ray" else 1
+def configured_sizes(config: RunConfig) -> range:
+    """Return the numbers of train workers that `fqgan run` may start, valid or not."""
+    if config.execution != "ray":
+        return range(1, 2)
+    return range(config.ray.train.min_workers, config.ray.train.max_workers + 1)
+
+
+def valid_sizes(config: RunConfig, training: TrainingConfig) -> list[int]:
+    """List those of them that can share a step of a training, ascending."""
+    return [size for size in configured_sizes(config) if can_share(training, size)]
+
+
+def planned_sizes(config: RunConfig) -> dict[str, list[int]]:
+    """Give the valid sizes of each stage of the run that trains; of settings that were checked."""
+    return {
+        stage.name: valid_sizes(config, stage.training(config)) for stage in training_stages(config)
+    }
+
+
+def least_size(config: RunConfig) -> int:
+    """Return how many train workers there must be room for, so that every stage can train."""
+    sizes = planned_sizes(config).values()
+    return max((each[0] for each in sizes if each), default=config.ray.train.min_workers)
 
 
 def training_stages(config: RunConfig) -> list[type[TrainingStage]]:
@@ -45,7 +67,9 @@ def plan_placement(config: RunConfig) -> dict[str, Any]:
 def _place_on_cluster(config: RunConfig) -> dict[str, Any]:
     train, pools = config.ray.train, used_pools(config)
     does_train = bool(training_stages(config))
-    workers = [(train.num_workers, train)] if does_train else []
+    sizes = planned_sizes(config)
+    most = max((max(each) for each in sizes.values() if each), default=train.max_workers)
+    workers = [(most, train)] if does_train else []
     # Stages follow each other, so the largest of them is what the cluster must have.
     groups = [*workers, *((pool.max_actors, pool) for pool in pools.values())]
     return {
@@ -55,7 +79,8 @@ def _place_on_cluster(config: RunConfig) -> dict[str, Any]:
         "description": "stages one after the other; training on its workers, chunks on pools of "
         "actors, the report in the driver",
         "train_workers": {
-            "count": train.num_workers,
+            "count": most,
+            "valid_sizes": sizes,
             **_describe(train),
             "strategy": train.placement,
             "max_failures": train.max_failures,

@@ -9,7 +9,13 @@ from __future__ import annotations
 from fqgan_dist.stages.codes import count_code_views
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.frozen_networks import describe_random_weights
-from fqgan_dist.stages.placement import plan_placement, planned_world_size, training_stages
+from fqgan_dist.stages.placement import (
+    configured_sizes,
+    plan_placement,
+    planned_sizes,
+    training_stages,
+    valid_sizes,
+)
 from fqgan_dist.stages.preflight import check_settings, find_missing_files
 from fqgan_dist.stages.shards import ShardsStage
 from fqgan_dist.stages.stage import find_stages
@@ -80,7 +86,7 @@ def _collect_notes(config: RunConfig) -> list[str]:
         notes.append("The teachers run in the training step; their memory is not counted.")
     if config.tokenizer.losses.discriminator_start_step > config.tokenizer.training.steps:
         notes.append("The discriminator never starts: its start step is after the last step.")
-    notes += _describe_idle_passes(config)
+    notes += [*_describe_sizes(config), *_describe_idle_passes(config)]
     missing = [
         problem for stage in find_stages(config) for problem in find_missing_files(stage, config)
     ]
@@ -91,11 +97,26 @@ def _collect_notes(config: RunConfig) -> list[str]:
 def _describe_idle_passes(config: RunConfig) -> list[str]:
     notes: list[str] = []
     for stage in training_stages(config):
-        plan = plan_training(stage.training(config), planned_world_size(config))
-        idle, num = plan["idle_passes_per_step"], plan["micro_batches_per_step"]
-        if idle:
-            notes.append(
-                f"{stage.name}: {idle} of {num + idle} passes per step have no weight, as {num} "
-                f"micro-batches do not divide evenly among the groups of ranks."
-            )
+        training = stage.training(config)
+        sizes = valid_sizes(config, training)
+        for size in sizes:
+            plan = plan_training(training, size)
+            idle, num = plan["idle_passes_per_step"], plan["micro_batches_per_step"]
+            if idle:
+                which = f" with {size} train workers" if len(sizes) > 1 else ""
+                notes.append(
+                    f"{stage.name}: {idle} of {num + idle} passes per step{which} have no weight, "
+                    f"as {num} micro-batches do not divide evenly among the groups of ranks."
+                )
     return notes
+
+
+def _describe_sizes(config: RunConfig) -> list[str]:
+    """Say what holds of a range of train workers: its valid sizes, and which numbers are whose."""
+    if len(configured_sizes(config)) == 1:
+        return []
+    return [
+        f"{stage}: valid numbers of train workers: {', '.join(map(str, sizes))}. Ranks and passes "
+        f"are shown of the largest, memory of the smallest."
+        for stage, sizes in planned_sizes(config).items()
+    ]

@@ -90,10 +90,13 @@ def _stage_table(stage: str, plan: dict[str, Any]) -> Table:
 def _add_processes(table: Table, placement: dict[str, Any]) -> None:
     workers = placement.get("train_workers")
     if workers:
+        sizes = [size for each in workers["valid_sizes"].values() for size in each]
+        least, most = min(sizes, default=workers["count"]), workers["count"]
+        count = f"{most}" if least == most else f"{least} to {most}"
         _add(
             table,
             "train workers",
-            f"{workers['count']} with {_resources(workers)} each, {workers['strategy']}; up to "
+            f"{count} with {_resources(workers)} each, {workers['strategy']}; up to "
             f"{workers['max_failures']} restart(s)",
         )
     for stage, pool in placement.get("pools", {}).items():

@@ -12,8 +12,8 @@ from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.frozen_networks import needed_weights
 from fqgan_dist.stages.placement import (
+    configured_sizes,
     find_device_conflicts,
-    planned_world_size,
     training_stages,
 )
 from fqgan_dist.stages.stage import (
@@ -33,10 +33,11 @@ def check_settings(config: RunConfig, *, world_size: int | None = None) -> None:
     Raises:
         ConfigError: every problem, one line each.
     """
+    sizes = configured_sizes(config) if world_size is None else [world_size]
     problems = [
         problem
         for stage in training_stages(config)
-        for problem in stage.find_rank_problems(config, world_size or planned_world_size(config))
+        for problem in stage.find_size_problems(config, sizes)
     ]
     problems += find_device_conflicts(config)
     stages = all_stages()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ import torch.distributed as dist
 
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.config import dump_config
+from fqgan_dist.data.cache_folder import CacheFolder
 from fqgan_dist.devices import configure_torch, select_device
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext, Stage
 from fqgan_dist.stages.stage_record import (
+    DamagedRecordError,
     StageRecord,
     check_inputs,
     flatten,
@@ -28,7 +31,11 @@ from fqgan_dist.stages.stage_record import (
     record_path,
 )
 from fqgan_dist.stages.summary import load_summary
+from fqgan_dist.storage.derived import write_derived
+from fqgan_dist.storage.leftovers import Swept, name_probe_of_rank
+from fqgan_dist.storage.scratch import sweep_scratch
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.sweeping import sweep_all, sweep_root
 from fqgan_dist.telemetry.environment import collect_environment
 from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
@@ -39,11 +46,15 @@ from fqgan_dist.world import World
 logger = logging.getLogger(__name__)
 
 
+_RUN = "run"
+"""Process of a run's driver; others are named by their stage."""
+
+
 def open_run(
     config: RunConfig,
     world: World,
     *,
-    process: str = "run",
+    process: str = _RUN,
     observer: Observer | None = None,
     device: torch.device | None = None,
 ) -> RunContext:
@@ -58,18 +69,43 @@ def open_run(
     """
     storage = Storage(config.storage.root)
     storage.make_private()
-    probe = f"probe-rank-{world.rank}"
+    sweeps = _list_sweeps(config, storage, world, process)
+    # Of a full disk before the first write, of a bucket when it was found to be there.
+    swept = sweep_all(sweeps) if storage.is_local else None
+    probe = name_probe_of_rank(world.rank)
     storage.write_bytes(probe, b"")  # fails here, not after hours, where the root is read-only
     storage.delete(probe)
     configure_logging(world, open_log_file(storage, f"{process}-rank-{world.rank:05d}"))
+    (swept or sweep_all(sweeps)).log()
     configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
+    device = device or select_device(config.device, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread's own: under a watchdog training has one
     return RunContext(
         config=config,
         storage=storage,
         world=world,
-        device=device or select_device(config.device, world),
+        device=device,
         observer=observer or LocalObserver(),
     )
+
+
+def _list_sweeps(
+    config: RunConfig, storage: Storage, world: World, process: str
+) -> list[Callable[[], Swept]]:
+    """List what removes the leftovers of killed processes; none but for a node's first process.
+
+    Each node looks for itself: only of its own processes it is known that they are gone.
+    """
+    if not (world.is_main or world.local_rank == 0):
+        return []
+    # A group of train workers may start often, and writes in its stage's folder; whoever started it
+    # has looked at all of the root.
+    folder = "" if process == _RUN else process
+    sweeps = [partial(sweep_root, storage, folder), sweep_scratch]
+    if config.data.cache is not None:
+        sweeps.append(CacheFolder.of(config.data.cache).sweep)
+    return sweeps
 
 
 def check_static_inputs(stage: Stage) -> None:
@@ -154,14 +190,17 @@ def wait_for_ranks(world: World) -> None:
 
 def write_run_files(context: RunContext) -> None:
     storage = context.storage
-    storage.write_bytes("config.yaml", dump_config(context.config).encode())
-    environment = json.dumps(collect_environment(), indent=1, sort_keys=True)
-    storage.write_bytes("environment.json", environment.encode())
+    config = dump_config(context.config).encode()
+    environment = json.dumps(collect_environment(), indent=1, sort_keys=True).encode()
+    write_derived(storage, "config.yaml", lambda: config)
+    write_derived(storage, "environment.json", lambda: environment)
 
 
 def write_summary(context: RunContext) -> None:
-    summary = json.dumps(load_summary(context), indent=1)
-    context.storage.write_bytes("summary.json", summary.encode())
+    def build() -> bytes:
+        return json.dumps(load_summary(context), indent=1).encode()
+
+    write_derived(context.storage, "summary.json", build)
 
 
 def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
@@ -170,7 +209,13 @@ def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
     A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
     and goes on.
     """
-    record = stage.load_record()
+    try:
+        record = stage.load_record()
+    except DamagedRecordError as error:
+        # What lies beside the results never stops a run; the stage finds what it has made.
+        if stage.context.world.is_main:
+            logger.warning("%s; it is set aside as %s", error, stage.set_aside_record())
+        record = None
     if record is None or (not record.is_done and not stage.has_output()):
         return None
     match stage.records:

@@ -32,8 +32,11 @@ from fqgan_dist.stages.stage_record import (
     load_record,
     record_path,
     save_record,
+    set_aside_record,
 )
+from fqgan_dist.storage.scratch import sweep_scratch
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.storage.sweeping import sweep_leftovers
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.observer import LocalObserver, Observer
@@ -154,6 +157,7 @@ class RunWork(ProcessLocalCaches):
         name = f"{role.replace(' ', '-')}-{number:05d}"
         log_file = open_log_file(self.context.storage, name)
         configure_logging(World(), log_file, label=f"{role} {number}")
+        sweep_leftovers(sweep_scratch)
         logger.info("%s, device %s", socket.gethostname(), self.context.device)
 
 
@@ -275,6 +279,14 @@ class Stage(ABC):
     def save_record(self, record: StageRecord) -> None:
         save_record(self.context.storage, self._record_path(record.inputs), record)
 
+    def set_aside_record(self) -> str:
+        """Move a damaged record out of the way, and return where it is then."""
+        path = record_path(self.name)
+        if self.records == "one_per_inputs":
+            own = self._record_path(self.collect_inputs())
+            path = own if self.context.storage.exists(own) else path
+        return set_aside_record(self.context.storage, path)
+
     def list_other_records(self) -> list[StageRecord]:
         """Read the records that the run has of other inputs, the stage's alone.
 
@@ -284,7 +296,8 @@ class Stage(ABC):
         if self.records != "one_per_inputs":
             return []
         storage, folder = self.context.storage, record_path(self.name).removesuffix(".json")
-        paths = [f"{folder}/{name}" for name in storage.list(folder)] + [f"{folder}.json"]
+        names = [name for name in storage.list(folder) if name.endswith(".json")]
+        paths = [f"{folder}/{name}" for name in names] + [f"{folder}.json"]
         present = self.find_record()
         found = [load_record(storage, path) for path in paths]
         return [record for record in found if record is not None and record != present]

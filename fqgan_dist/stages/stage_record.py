@@ -9,7 +9,9 @@ a run resumes (design.md section 1).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeGuard
 
@@ -17,13 +19,20 @@ from pydantic import Field, ValidationError
 
 from fqgan_dist.config import Config
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.derived import read_if_there, try_replace
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "manifests"
 
 # Records of runs that were begun before exports were a stage name them here.
 _FORMER_INPUTS = "upstream.exports."
+
+
+class DamagedRecordError(DataError):
+    """What is where a record should be is none."""
 
 
 class StageRecord(Config):
@@ -67,21 +76,57 @@ def load_record(storage: Storage, path: str) -> StageRecord | None:
     """Read a record, None if there is none.
 
     Raises:
-        DataError: the record is damaged.
+        DamagedRecordError: the record is damaged.
     """
     try:
         data = read_document(storage, path)
     except FileNotFoundError:
         return None
-    try:
-        return StageRecord.model_validate_json(data)
-    except ValidationError as error:
-        raise DataError(f"{storage.uri(path)}: not a stage record: {error}") from error
+    return _parse(data, storage.uri(path))
+
+
+def set_aside_record(storage: Storage, path: str) -> str:
+    """Move a damaged record out of the way, where somebody can look at it; return where to."""
+    data = storage.read_bytes(path)
+    # Named by its bytes, so that several who find it do the same.
+    aside = f"{path}.damaged-{hashlib.sha256(data).hexdigest()[:12]}"
+    storage.write_bytes(aside, data)
+    storage.delete(path)
+    return storage.uri(aside)
 
 
 def save_record(storage: Storage, path: str, record: StageRecord) -> None:
-    text = json.dumps(record.model_dump(mode="json"), indent=1)
-    storage.write_bytes(path, text.encode())
+    """Write a record, unless another attempt at the stage has gone further in the meantime.
+
+    Of attempts at once the first that is done counts: equal inputs have equal outputs. One that
+    was believed dead so changes nothing that its successor wrote.
+
+    Raises:
+        DataError: another attempt has begun the stage with other inputs.
+    """
+    data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
+    where, inputs = storage.uri(path), _as_stored(record.inputs)
+    while True:
+        former_data = read_if_there(storage, path)
+        former = _parse(former_data, where) if former_data is not None else None
+        if former is not None and former.inputs == inputs and former.is_done:
+            if record.is_done and former.outputs != record.outputs:
+                logger.info("%s: another attempt was done first; its record stays", where)
+            return
+        if former is not None and former.inputs != inputs and record.is_done:
+            raise DataError(
+                f"{where}: another attempt has begun stage {record.stage!r} with other inputs; "
+                "this one must stop"
+            )
+        if try_replace(storage, path, data, former=former_data):
+            return
+
+
+def _parse(data: bytes, where: str) -> StageRecord:
+    try:
+        return StageRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise DamagedRecordError(f"{where}: not a stage record: {error}") from error
 
 
 def has_inputs(record: StageRecord, inputs: Mapping[str, Any]) -> bool:

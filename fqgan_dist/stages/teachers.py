@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.chunks import RunChunks
 from fqgan_dist.data.record_stores import FeatureStore
 from fqgan_dist.data.views import CropRecord
@@ -124,6 +125,7 @@ class TeacherWork(RunWork):
         damage: dict[int, DamagedSample] = {}
         features: dict[str, list[np.ndarray]] = {name: [] for name in self._teachers}
         for batch in reader.read_shard(shard, batch_size=config.teachers.batch_size):
+            ACTIVITY.move()
             damage |= {len(keys) + row: sample for row, sample in batch.damage.items()}
             keys += batch.keys
             crops += [crop for (crop,) in batch.crops]

@@ -26,10 +26,12 @@ from fqgan_dist.tokenizer.losses import (
 )
 from fqgan_dist.tokenizer.model import FactorizedTokenizer, TokenizerOutput
 from fqgan_dist.tokenizer.usage import CodeUsageWindow
+from fqgan_dist.training.anomalies import Evidence
 from fqgan_dist.training.autocast import autocast
+from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.engine import Engine, accumulate
-from fqgan_dist.training.named_tensors import copy_named_tensors
+from fqgan_dist.training.named_tensors import copy_named_tensors, whole_tensors
 from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.training.task import Parts
 
@@ -120,7 +122,9 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         with self.discriminator_engine.frozen():
             rows = accumulate(self.engine, micro_batches, tokenizer_loss)
         metrics = dict(zip(self._metric_names, rows.mean(dim=0), strict=True))
-        metrics["tokenizer/gradient_norm"] = self.engine.step(lr=lr, losses=rows)
+        norm = self.engine.step(lr=lr, losses=rows)
+        metrics["tokenizer/gradient_norm"] = norm
+        self._evidence = [Evidence(self._metric_names, rows, "tokenizer/gradient_norm", norm)]
         self._fold_state(codes, has_discriminator)
         if has_discriminator:
             metrics |= self._discriminator_step(micro_batches, reconstructions, lr)
@@ -134,9 +138,10 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
         usage = dict(self.usage.state_dict()) if self.layout.world.is_main else {}
         return super().state_dict() | {"usage": usage}
 
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
         super().load_state_dict(parts)
-        copy_named_tensors(parts["usage"], self.usage.state_dict(), what="usage window")
+        usage = whole_tensors(parts["usage"], parts["usage"])
+        copy_named_tensors(usage, self.usage.state_dict(), what="usage window")
 
     def _tokenizer_terms(
         self,
@@ -216,8 +221,22 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
             return self.losses.adversarial_weight * loss, report
 
         rows = accumulate(self.discriminator_engine, micro_batches, discriminator_loss)
-        norm = self.discriminator_engine.step(lr=lr, losses=rows)
-        self._fold_batch_statistics()
+        # What the tokenizer refused to learn from is nothing for the discriminator either.
+        losses = rows.masked_fill(self.engine.refused, torch.nan)
+        norm = self.discriminator_engine.step(lr=lr, losses=losses)
+        self._evidence.append(
+            Evidence(
+                [
+                    "tokenizer/loss/discriminator",
+                    "tokenizer/discriminator/real_logit",
+                    "tokenizer/discriminator/fake_logit",
+                ],
+                rows,
+                "tokenizer/discriminator/gradient_norm",
+                norm,
+            )
+        )
+        self._fold_batch_statistics(self.discriminator_engine.refused)
         loss, real, fake = rows.mean(dim=0)
         return {
             "tokenizer/loss/discriminator": loss,
@@ -229,17 +248,18 @@ class TokenizerTask(TrainingTask[FactorizedTokenizer, ImageBatch]):
     def _fold_state(self, codes: Sequence[Tensor], has_discriminator: bool) -> None:
         # (M, g, K, n): a member's codes are those of consecutive images.
         ordered = self.layout.gather_in_order(torch.stack(list(codes)))
-        self.usage.update(rearrange(ordered, "M g K n -> K (M g n)"))
+        refused = self.engine.refused
+        self.usage.update(rearrange(ordered, "M g K n -> K (M g n)"), refused=refused)
         if has_discriminator:
-            self._fold_batch_statistics()
+            self._fold_batch_statistics(refused)
         self._update_average()
 
-    def _fold_batch_statistics(self) -> None:
+    def _fold_batch_statistics(self, refused: Tensor) -> None:
         passes = torch.stack(self.discriminator.take_batch_statistics())
         per_slot = passes.unflatten(0, (len(self.layout.slots), -1))
         # Synchronised statistics are the same on all members of a group: they count once.
         ordered = self.layout.gather_in_order(per_slot)[:, 0].flatten(0, 1)
-        self.discriminator.fold_batch_statistics(list(ordered))
+        self.discriminator.fold_batch_statistics(list(ordered), refused=refused)
 
     def _teacher_features(self, images: Tensor, batch: ImageBatch) -> dict[str, Tensor]:
         # Copies that block would make the host wait for the pass before.

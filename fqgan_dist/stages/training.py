@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fqgan_dist.data.batches import LoadReport
+from fqgan_dist.activity import ACTIVITY
+from fqgan_dist.data.batches import CodeBatch, ImageBatch, LoadReport
+from fqgan_dist.data.consumption import OrderId
 from fqgan_dist.loss_group import LossGroup
+from fqgan_dist.recovery import RECOVERY
 from fqgan_dist.stages.run import wait_for_ranks
 from fqgan_dist.stages.shards import DatasetIds
 from fqgan_dist.stages.stage import RunContext
@@ -19,10 +22,17 @@ from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.metrics import MetricsFile
 from fqgan_dist.telemetry.observer import LocalObserver, ObserverSink
 from fqgan_dist.telemetry.optional_sinks import build_sinks
-from fqgan_dist.telemetry.published import PublishedRecords
-from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.telemetry.sessions import SessionRecords
+from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.config import TrainingConfig
-from fqgan_dist.training.hooks import AccountForLoading, ShowProgress, WriteMetrics
+from fqgan_dist.training.hooks import (
+    AccountForLoading,
+    MarkSaves,
+    ShowProgress,
+    TellRecovery,
+    WriteMetrics,
+    mark_steps,
+)
 from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.trainer import Trainer, TrainingResult
 from fqgan_dist.weights.tensors import hash_tensors
@@ -37,6 +47,7 @@ UNDECISIVE = {
     "evaluate_every",
     "evaluation_samples",
     "checkpoint",
+    "anomalies",
     "ranks_per_micro_batch",
     "engine",
     "zero_stage",
@@ -64,6 +75,11 @@ class Loader(Protocol[BatchT_co]):
         """Yield some micro-batches of every step from `start_step` on."""
         ...
 
+    @property
+    def order_id(self) -> OrderId:
+        """What decides the order of samples."""
+        ...
+
     def take_report(self) -> LoadReport:
         """Tell what was done for the batches handed out since the last call."""
         ...
@@ -76,20 +92,24 @@ def run_training(
     stage, training, layout, world = task.stage, task.training, task.layout, context.world
 
     def batches(first_step: int) -> Generator[Sequence[BatchT], None, None]:
-        return loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
+        loaded = loader.batches(first_step, layout.micro_batches, loss_group=layout.loss_group)
+        return mark_steps(loaded, first_step)
 
-    ledger = PublishedRecords(context.storage, f"{stage}/damaged_samples.jsonl")
+    ledger = SessionRecords(context.storage, f"{stage}/damaged_samples.jsonl")
     loading = AccountForLoading(
         loader.take_report,
         ledger if world.is_main else None,
+        order=loader.order_id,
         world=world,
         global_batch_size=training.global_batch_size,
     )
     # One rank speaks for all; the other ranks' progress goes to their log files.
     observer = context.observer if world.is_main else LocalObserver(has_bar=False)
     sinks = _build_sinks(context, stage) if world.is_main else []
+    of_main = [TellRecovery(RECOVERY, stage=stage)] if world.is_main else []
     with (
         _deterministic_kernels(training.deterministic),
+        ACTIVITY.during("the start of training"),
         observer.track(training.steps, f"training the {stage}", "steps") as bar,
     ):
         trainer = Trainer(
@@ -99,12 +119,19 @@ def run_training(
             store=checkpoint_store(context, stage, training),
             dataset_id=context.read(DatasetIds).train,
             world=world,
-            hooks=[ShowProgress(bar), loading, WriteMetrics(sinks)],
+            name_images=_name_images,
+            hooks=[*of_main, MarkSaves(), ShowProgress(bar), loading, WriteMetrics(sinks)],
         )
         result = trainer.fit()
-    # The main rank returns when its last checkpoint is committed, and all ranks read that next.
-    wait_for_ranks(world)
+    with ACTIVITY.during("the end of training"):
+        # The main rank returns when its last checkpoint is committed, and all ranks read that next.
+        wait_for_ranks(world)
     return result
+
+
+def _name_images(batch: object) -> tuple[int, list[str]]:
+    assert isinstance(batch, ImageBatch | CodeBatch), f"a batch of {type(batch).__name__}"
+    return batch.micro_batch, batch.keys
 
 
 def _build_sinks(context: RunContext, stage: str) -> list[MetricSink]:
@@ -119,9 +146,11 @@ def _build_sinks(context: RunContext, stage: str) -> list[MetricSink]:
 
 def hash_weights(context: RunContext, stage: str, training: TrainingConfig, step: int) -> str:
     # Not a checkpoint's own id: that names the attempt, which differs between equal runs.
-    loaded = checkpoint_store(context, stage, training).load_latest(step=step)
-    assert loaded is not None, "load_latest raises when a step is named and missing"
-    return hash_tensors(loaded.read(_weights_part(stage, training)))
+    part = _weights_part(stage, training)
+    store = checkpoint_store(context, stage, training)
+    tensors = store.read_newest(lambda loaded: loaded.read(part), step=step)
+    assert tensors is not None, "read_newest raises when a step is named and missing"
+    return hash_tensors(tensors)
 
 
 def load_weights(
@@ -132,10 +161,15 @@ def load_weights(
     Raises:
         CheckpointError: the checkpoint is damaged or of another architecture.
     """
-    loaded = checkpoint_store(context, stage, training).load_latest(step=step)
-    assert loaded is not None, "load_latest raises when a step is named and missing"
     part = _weights_part(stage, training)
-    tensors = loaded.read(stage) | loaded.read(part)  # an average covers parameters, not buffers
+
+    def read(loaded: LoadedCheckpoint) -> dict[str, Tensor]:
+        # An average covers parameters, not buffers.
+        others = loaded.tensor_shapes(stage).keys() - loaded.tensor_shapes(part).keys()
+        return loaded.read(part) | (loaded.read(stage, others) if others else {})
+
+    tensors = checkpoint_store(context, stage, training).read_newest(read, step=step)
+    assert tensors is not None, "read_newest raises when a step is named and missing"
     copy_named_tensors(tensors, module.state_dict(), what=f"{part} of step {step}")
 
 

@@ -22,7 +22,7 @@ from fqgan_dist.stages.model_states import (
     compute_state_sizes,
     name_engine,
 )
-from fqgan_dist.stages.placement import planned_world_size
+from fqgan_dist.stages.placement import valid_sizes
 from fqgan_dist.stages.tokenizer_task import DiscriminatorPasses, TokenizerTask
 from fqgan_dist.tokenizer.discriminator import PatchDiscriminator
 from fqgan_dist.tokenizer.model import FactorizedTokenizer
@@ -43,7 +43,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def plan_tokenizer(config: RunConfig) -> Plan:
     """Work out the tokenizer's training."""
-    stage, ranks = config.tokenizer, planned_world_size(config)
+    stage = config.tokenizer
+    sizes = valid_sizes(config, stage.training)
     with META:
         tokenizer = FactorizedTokenizer(stage.model)
         discriminator = DiscriminatorPasses(PatchDiscriminator(stage.discriminator))
@@ -83,10 +84,10 @@ def plan_tokenizer(config: RunConfig) -> Plan:
     }
     return {
         "parameters": counts,
-        "training": plan_training(stage.training, ranks),
+        "training": plan_training(stage.training, sizes[-1]),
         "memory": _plan_memory(
             stage.training,
-            ranks,
+            sizes[0],  # the fewest have most each
             trained=counts["tokenizer"] + counts["discriminator"],
             averaged=counts["tokenizer"],
             frozen=counts["perceptual_network"],
@@ -101,7 +102,8 @@ def plan_tokenizer(config: RunConfig) -> Plan:
 
 def plan_autoregressive(config: RunConfig) -> Plan:
     """Work out the generator's training."""
-    stage, ranks = config.autoregressive, planned_world_size(config)
+    stage = config.autoregressive
+    sizes = valid_sizes(config, stage.training)
     with META:
         model = FactorizedTransformer(stage.model)
     engine = MeasuringEngine(model)
@@ -130,10 +132,10 @@ def plan_autoregressive(config: RunConfig) -> Plan:
     }
     return {
         "parameters": counts,
-        "training": plan_training(stage.training, ranks),
+        "training": plan_training(stage.training, sizes[-1]),
         "memory": _plan_memory(
             stage.training,
-            ranks,
+            sizes[0],  # the fewest have most each
             trained=total,
             averaged=total,
             frozen=0,

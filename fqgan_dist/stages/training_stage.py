@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fqgan_dist.chunks import RunChunks
@@ -70,6 +70,24 @@ class TrainingStage(Stage):
             )
         except ConfigError as error:
             yield f"{cls.name}.{error}"
+
+    @classmethod
+    def find_size_problems(cls, config: RunConfig, sizes: Sequence[int]) -> Iterator[str]:
+        """Say whether none of several numbers of ranks can share a step; of one, why not."""
+        problems = [list(cls.find_rank_problems(config, size)) for size in sizes]
+        if not all(problems):
+            return
+        if len(sizes) == 1:
+            yield from problems[0]
+            return
+        training = cls.training(config)
+        size = training.ranks_per_micro_batch
+        yield (
+            f"ray.train.num_workers: no number from {sizes[0]} to {sizes[-1]} is valid for the "
+            f"{cls.name}; expected a multiple of {size} ({cls.name}.training."
+            f"ranks_per_micro_batch) of at most {training.micro_batches_per_step * size} in it: "
+            f"change the range, or how many ranks share a micro-batch"
+        )
 
     @classmethod
     def find_data_problems(cls, config: RunConfig, sizes: DataSizes) -> Iterator[str]:

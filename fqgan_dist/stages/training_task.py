@@ -9,9 +9,13 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.config import Config
 from fqgan_dist.randomness import keyed_torch_rng
+from fqgan_dist.training.anomalies import Evidence
 from fqgan_dist.training.autocast import autocast
+from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
 from fqgan_dist.training.config import TrainingConfig
 from fqgan_dist.training.ema import ExponentialMovingAverage
 from fqgan_dist.training.engine import Engine
@@ -42,6 +46,7 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
         self.engines: dict[str, Engine] = {stage: engine}
         """All engines of the task, by the name of their parts of a checkpoint."""
         self.training = training
+        self._evidence: list[Evidence] = []
         self.evaluate_fn = evaluate_fn
         self.ema = (
             ExponentialMovingAverage(engine.local_parameters(), training.ema_decay)
@@ -66,13 +71,16 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
     def layout(self) -> StepLayout:
         return self.engine.layout
 
-    def raise_if_not_finite(self) -> None:
-        for engine in self.engines.values():
-            engine.raise_if_not_finite()
+    def take_evidence(self) -> list[Evidence]:
+        evidence, self._evidence = self._evidence, []
+        return evidence
 
-    def evaluate(self, step: int) -> dict[str, float]:  # noqa: ARG002  part of the Task protocol
+    def evaluate(self, step: int) -> dict[str, float]:
         averages = self.ema.state_dict() if self.ema is not None else None
-        with self.engine.whole_weights(averages) as module:
+        with (
+            ACTIVITY.during(f"the evaluation after step {step}"),
+            self.engine.whole_weights(averages) as module,
+        ):
             model = self._check_type(module)
             model.eval()
             try:
@@ -89,7 +97,16 @@ class TrainingTask(ABC, Generic[ModelT, BatchT]):
             parts[f"{self.stage}_ema"] = self.engine.share(self.ema.state_dict())
         return parts
 
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def needed_state(self) -> dict[str, Needs]:
+        needs: dict[str, Needs] = {}
+        for name, engine in self.engines.items():
+            state = engine.needed_state()
+            needs |= {name: state["weights"], f"{name}_optimizer": state["optimizer"]}
+        if self.ema is not None:
+            needs[f"{self.stage}_ema"] = self.engine.needed_parameters()
+        return needs
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
         for name, engine in self.engines.items():
             engine.load_state_dict(
                 {"weights": parts[name], "optimizer": parts[f"{name}_optimizer"]}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from fqgan_dist.storage.leftovers import Swept
+
 
 class Backend(Protocol):
     """What differs between stores. Made once for a root and its children, used by many threads.
@@ -23,6 +25,11 @@ class Backend(Protocol):
     @property
     def num_retries(self) -> int:
         """Requests that were made again."""
+        ...
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which requests waited to be made again."""
         ...
 
     def size(self, uri: str) -> int:
@@ -73,4 +80,12 @@ class Backend(Protocol):
 
     def delete(self, uri: str) -> None:
         """Remove an object; one that is not there is no error."""
+        ...
+
+    def sweep(self, uri: str, *, is_superseded: bool) -> Swept:
+        """Remove what writers that were killed left unseen in a folder and below it.
+
+        Never what a living one writes: see `owners`; where its objects are not wanted any more
+        (`is_superseded`), that too.
+        """
         ...

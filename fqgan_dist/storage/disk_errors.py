@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import DataError, FqganError, StorageOutageError
 
 _SHOWN_CHARACTERS = 1000
 _ADVICE = {
@@ -23,6 +23,22 @@ _ADVICE = {
     errno.EISDIR: "a folder is where a file should be: remove it, or name another place",
     errno.ENOTDIR: "a file is where a folder should be: remove it, or name another place",
 }
+_OF_NETWORK = "the server of this file system is out of reach: start it, or mend the network"
+_ADVICE |= dict.fromkeys(
+    (
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.ECONNRESET,
+    ),
+    _OF_NETWORK,
+)
+_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_PASSING = _ROOM | {number for number, advice in _ADVICE.items() if advice == _OF_NETWORK}
 
 
 def explain_disk_error(where: str | Path, error: OSError) -> DataError:
@@ -31,7 +47,13 @@ def explain_disk_error(where: str | Path, error: OSError) -> DataError:
     advice = _ADVICE.get(error.errno or 0, "check the disk or the file system")
     if error.errno in (errno.EACCES, errno.EPERM):
         return DataError(f"{where}: access is refused ({reason}); {advice}")
-    return DataError(f"{where}: cannot be read or written ({reason}); {advice}")
+    kind = StorageOutageError if is_passing_disk_error(error) else DataError
+    return kind(f"{where}: cannot be read or written ({reason}); {advice}")
+
+
+def is_passing_disk_error(error: OSError) -> bool:
+    """Whether the same may succeed later: there is no room, or a network's disk is out of reach."""
+    return error.errno in _PASSING
 
 
 def _shorten(text: str) -> str:
@@ -43,6 +65,22 @@ def _shorten(text: str) -> str:
 def is_disk_error(error: OSError) -> bool:
     """Whether somebody can do something about it: a full disk, a refusal, a limit."""
     return error.errno in _ADVICE
+
+
+def explain_if_of_disk(error: Exception) -> Exception:
+    """Give a raw error of a local file as one that says what to do; any other as it is.
+
+    For where processes end: files are written by packages of others too. Sockets raise some of the
+    same numbers, but name no file.
+    """
+    if not isinstance(error, OSError) or isinstance(error, FqganError):
+        return error
+    is_of_disk = error.errno in _ROOM or (error.filename is not None and is_disk_error(error))
+    if not is_of_disk:
+        return error
+    explained = explain_disk_error(error.filename or "a file of this machine", error)
+    explained.__cause__ = error
+    return explained
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A local directory as an object store.
 
 A write goes to a temporary file and is synced; then a rename (replace) or a hard link (create-only)
-gives it its name, and the folder is synced: after a crash the object is whole or not there.
+gives it its name, and the folder is synced: after a crash the object is whole or not there. What a
+killed writer leaves of its temporary file is removed by `sweep`, see `owners`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import secrets
 import stat
-import uuid
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.disk_waits import wait_for_disk
 from fqgan_dist.storage.download_target import create_target
+from fqgan_dist.storage.leftovers import Swept, is_abandoned
 from fqgan_dist.storage.links import RefusedObjectError, check_link
+from fqgan_dist.storage.owners import FOREIGN_S, OWNER_PATTERN, name_owner
 
 _TEMPORARY_MARK = ".writing-"
+# Before this version names did not say whose they are: 32 digits.
+_TEMPORARY = re.compile(
+    rf"\..*{re.escape(_TEMPORARY_MARK)}(?:({OWNER_PATTERN})-[0-9a-f]{{8}}|[0-9a-f]{{32}})",
+    re.DOTALL,
+)
 _COPY_BYTES = 8 * 2**20
 
 
@@ -28,7 +40,8 @@ class LocalBackend:
     """Objects as files; names are absolute paths. What is read is said in `links`."""
 
     num_retries = 0
-    """Nothing is repeated on a disk."""
+    """Nothing is counted on a disk."""
+    waited_s = 0.0
 
     def __init__(self, root: str, named_file: str | None = None) -> None:
         """Keep the links of a root.
@@ -59,17 +72,28 @@ class LocalBackend:
         return entry.st_size
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
+        return wait_for_disk(uri, lambda: self._read(uri, offset, length))
+
+    def _read(self, uri: str, offset: int, length: int | None) -> bytes:
         size = self.size(uri)
-        with open(uri, "rb") as file:
-            # No further than the file goes, and memory for as many bytes as are there: offset and
-            # length may be numbers of a hostile table.
-            file.seek(min(offset, size))
-            return file.read(-1 if length is None else min(length, max(0, size - offset)))
+        with open(uri, "rb", buffering=0) as file:
+            return _read_part(file.fileno(), size, offset, length)
 
     def read_many(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
-        return [
-            self.read(uri, start, size) for uri, (start, size) in zip(uris, ranges, strict=True)
-        ]
+        numbers_of: dict[str, list[int]] = {}
+        for number, uri in enumerate(uris):
+            numbers_of.setdefault(uri, []).append(number)
+        parts = [b""] * len(uris)
+
+        def read(uri: str, numbers: list[int]) -> None:
+            size = self.size(uri)
+            with open(uri, "rb", buffering=0) as file:
+                for number in numbers:
+                    parts[number] = _read_part(file.fileno(), size, *ranges[number])
+
+        for uri, numbers in numbers_of.items():
+            wait_for_disk(uri, partial(read, uri, numbers))
+        return parts
 
     def open_read(self, uri: str) -> BinaryIO:
         self.size(uri)  # before it is opened: that would wait for the writer of a pipe
@@ -89,13 +113,19 @@ class LocalBackend:
             return file.sha256, size
 
     def write(self, uri: str, data: bytes | memoryview) -> None:
-        self._replace(uri, [data])
+        wait_for_disk(uri, lambda: self._replace(uri, [data]))
 
     def write_file(self, uri: str, source: Path) -> None:
-        with source.open("rb") as file:
-            self._replace(uri, iter(lambda: file.read(_COPY_BYTES), b""))
+        def write() -> None:
+            with source.open("rb") as file:
+                self._replace(uri, iter(lambda: file.read(_COPY_BYTES), b""))
+
+        wait_for_disk(uri, write)
 
     def create(self, uri: str, data: bytes) -> None:
+        wait_for_disk(uri, lambda: self._create(uri, data))
+
+    def _create(self, uri: str, data: bytes) -> None:
         self._check_folder(os.path.dirname(uri))
         with _temporary_file(uri, [data]) as temporary:
             # Unlike a rename, a link fails where the name is taken, on NFS too.
@@ -130,6 +160,16 @@ class LocalBackend:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return  # a folder is no object
         _sync_directory(os.path.dirname(uri))
+
+    def sweep(self, uri: str, *, is_superseded: bool) -> Swept:
+        try:
+            is_folder = stat.S_ISDIR(os.lstat(uri).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return Swept()
+        if not is_folder:
+            return Swept()
+        self._check_folder(uri)
+        return _sweep(uri, is_superseded)
 
     def _replace(self, uri: str, chunks: Iterable[bytes | memoryview]) -> None:
         self._check_folder(os.path.dirname(uri))
@@ -179,6 +219,20 @@ class LocalBackend:
             self._folders_within.add(folder)
 
 
+def _read_part(descriptor: int, size: int, offset: int, length: int | None) -> bytes:
+    """Read a part of a file of a size, as far as it goes."""
+    # Memory for as many bytes as are there: offset and length may be numbers of a hostile table.
+    end = size if length is None else min(size, offset + length)
+    parts: list[bytes] = []
+    while offset < end:
+        data = os.pread(descriptor, end - offset, offset)  # 2 GiB at most
+        if not data:
+            break
+        parts.append(data)
+        offset += len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 @contextmanager
 def _locked_folder(folder: str) -> Iterator[None]:
     """Hold a folder's lock, which others of this function wait for; not on all network disks."""
@@ -200,9 +254,8 @@ def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[
     """Write data durably beside its final name; whatever is left of it is removed at the end."""
     folder, name = os.path.split(uri)
     make_directory(folder)
-    # In the same folder: neither a rename nor a link crosses file systems. A name has 255 bytes at
-    # most: 42 of ours, and 50 characters of four.
-    temporary = os.path.join(folder, f".{name[:50]}{_TEMPORARY_MARK}{uuid.uuid4().hex}")
+    # In the same folder: neither a rename nor a link crosses file systems.
+    temporary = os.path.join(folder, _name_temporary(name))
     try:
         with open(temporary, "xb") as file:
             for chunk in chunks:
@@ -214,6 +267,48 @@ def _temporary_file(uri: str, chunks: Iterable[bytes | memoryview]) -> Iterator[
     finally:
         if os.path.lexists(temporary):  # a rename took it away, a link did not
             os.unlink(temporary)
+
+
+def _name_temporary(name: str) -> str:
+    # A name has 255 bytes at most: 57 of ours, and 49 characters of four.
+    return f".{name[:49]}{_TEMPORARY_MARK}{name_owner()}-{secrets.token_hex(4)}"
+
+
+def _sweep(folder: str, is_superseded: bool) -> Swept:
+    """Remove what dead writers left in a folder and those below it; links are not followed."""
+    swept = Swept()
+    folders: list[str] = []
+    # What may not be looked at or removed stays, and what is beside it goes.
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif match := _TEMPORARY.fullmatch(entry.name):
+                with suppress(OSError):  # also: finished, or swept by another, meanwhile
+                    info = entry.stat(follow_symlinks=False)
+                    if is_superseded or is_abandoned(
+                        match[1],
+                        lambda since=info.st_mtime: _read_clock(folder) - since,
+                        foreign_s=FOREIGN_S,
+                    ):
+                        os.unlink(entry.path)
+                        swept += Swept(1, info.st_size)
+    for each in folders:
+        swept += _sweep(each, is_superseded)
+    return swept
+
+
+def _read_clock(folder: str) -> float:
+    """Read the time as the file system has it: a network's disk stamps files by its server's."""
+    path = os.path.join(folder, _name_temporary("clock"))
+    try:
+        with open(path, "xb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()  # no room, for example; a day is longer than clocks differ
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def make_directory(folder: str, *, mode: int = 0o777) -> None:

@@ -14,13 +14,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import DataError, StorageOutageError
 from fqgan_dist.storage.endpoint import endpoint_variable
-
-# Tries of a request against a server that throttles or breaks off: up to 25 s of waiting.
-PASSING_ATTEMPTS = 8
-# Tries of a request that finds no server at all: up to 6 s of waiting, for a restart.
-UNREACHABLE_ATTEMPTS = 6
 
 Kind = Literal["answer", "broken", "unreachable", "credentials", "other"]
 
@@ -90,7 +85,9 @@ class RequestError(Exception):
     server_time: str = ""
     """The `Date` header of an answer."""
     tries: int = 1
-    """How often the request was tried."""
+    """How often the request was tried, since it last achieved something."""
+    waited_s: float = 0.0
+    """Seconds that this took."""
 
     @classmethod
     def of_answer(cls, response: Mapping[str, Any]) -> RequestError:
@@ -107,18 +104,11 @@ class RequestError(Exception):
         )
 
     @property
-    def max_attempts(self) -> int:
-        """How often to try before such an error is given up on."""
-        match self.kind:
-            case "answer":
-                is_passing = self.code in _PASSING_CODES or self.status in _PASSING_STATUSES
-                return PASSING_ATTEMPTS if is_passing else 1
-            case "broken":
-                return PASSING_ATTEMPTS
-            case "unreachable":
-                return UNREACHABLE_ATTEMPTS
-            case _:
-                return 1
+    def is_passing(self) -> bool:
+        """Whether to try again: the server is out of reach, disturbed, or asks for patience."""
+        if self.kind == "answer":
+            return self.code in _PASSING_CODES or self.status in _PASSING_STATUSES
+        return self.kind in ("broken", "unreachable")
 
     @property
     def is_missing(self) -> bool:
@@ -140,7 +130,7 @@ class RequestError(Exception):
     @property
     def is_other_region(self) -> bool:
         """Whether the bucket is elsewhere; AWS names its region in answers to other errors too."""
-        is_known = self.code in _FAULTS or self.code in _REFUSALS or self.max_attempts > 1
+        is_known = self.code in _FAULTS or self.code in _REFUSALS or self.is_passing
         is_told = bool(self.region) and self.status in (301, 307, 400)
         return self.code in _OTHER_REGION or (is_told and not is_known)
 
@@ -183,24 +173,25 @@ def explain(uri: str, error: RequestError) -> Exception:
             f"{uri}: was replaced while it was read; expected an object at rest; "
             "stop its other writer and read it again"
         )
-    return DataError(_explain_failure(uri, error))
-
-
-def _explain_failure(uri: str, error: RequestError) -> str:
-    if error.kind == "unreachable":
-        return (
-            f"{uri}: cannot be read or written ({error.code}; {error.tries} attempts); expected an "
-            f"S3 server; correct {endpoint_variable()}, start the server, or mend the network"
-        )
-    if error.max_attempts > 1:
-        return (
-            f"{uri}: cannot be read or written: {error.tries} attempts failed, the last by "
-            f"{error}; the store throttles or is disturbed: ask for less at once (fewer processes "
-            "or loader workers), or check the server and the network"
-        )
-    return (
+    if error.is_passing:
+        return StorageOutageError(_explain_outage(uri, error))
+    return DataError(
         f"{uri}: cannot be read or written ({error}); "
         f"check the name, {endpoint_variable()} and the server"
+    )
+
+
+def _explain_outage(uri: str, error: RequestError) -> str:
+    tried = f"{error.tries} attempts in {error.waited_s:.0f} s"
+    if error.kind == "unreachable":
+        return (
+            f"{uri}: cannot be read or written ({error.code}; {tried}); expected an "
+            f"S3 server; correct {endpoint_variable()}, start the server, or mend the network"
+        )
+    return (
+        f"{uri}: cannot be read or written: {tried} failed, the last by {error}; the store "
+        "throttles or is disturbed: ask for less at once (fewer processes or loader workers), or "
+        "check the server and the network"
     )
 
 

@@ -14,21 +14,23 @@ import asyncio
 import io
 import re
 import threading
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage.async_tasks import cancel, gather, wait_for_first
 from fqgan_dist.storage.download_target import TargetFile, create_target
+from fqgan_dist.storage.leftovers import Swept
 from fqgan_dist.storage.names import split_bucket
 from fqgan_dist.storage.object_stream import ObjectStream
 from fqgan_dist.storage.retries import RequestRetries
 from fqgan_dist.storage.s3_connection import as_request_error, client_errors, connect
 from fqgan_dist.storage.s3_errors import RequestError, explain
+from fqgan_dist.storage.s3_uploads import abort_unfinished, upload
 
 _REQUESTS_AT_ONCE = 32
 # Connections for parts of large objects: they keep none of the others from small requests.
@@ -38,14 +40,12 @@ _PART_BYTES = 8 * 2**20
 # byte latencies (60 ms are 5 MB at 90 MB/s).
 _LONGEST_PART_BYTES = 64 * 2**20
 _MULTIPART_FROM_BYTES = 32 * 2**20
-_MAX_UPLOAD_PARTS = 9000  # S3 allows 10 000
 _PIECE_BYTES = 256 * 2**10
 _DISK_WRITE_BYTES = 2**20
 # A try that brought as much of a body counts as progress.
 _PROGRESS_BYTES = 64 * 2**10
 _READS_OF_CHANGING_OBJECT = 3
 _NAMES_PER_PAGE = 1000
-_UPLOAD_MARK = "fqgan-upload"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,6 +78,10 @@ class S3Backend:
     @property
     def num_retries(self) -> int:
         return self._retries.num_retries
+
+    @property
+    def waited_s(self) -> float:
+        return self._retries.waited_s
 
     def size(self, uri: str) -> int:
         return self._run(uri, self._find, uri).total
@@ -156,6 +160,9 @@ class S3Backend:
     def delete(self, uri: str) -> None:
         self._run(uri, self._call, "delete_object", uri)
 
+    def sweep(self, uri: str, *, is_superseded: bool) -> Swept:
+        return self._run(uri, self._sweep, uri, is_superseded)
+
     # Reading
 
     async def _find(self, uri: str) -> _Span:
@@ -169,7 +176,7 @@ class S3Backend:
         return span
 
     async def _read_all(self, uris: list[str], ranges: list[tuple[int, int]]) -> list[bytes]:
-        return await _gather(
+        return await gather(
             [
                 self._named(uri, self._read, uri, start, size)
                 for uri, (start, size) in zip(uris, ranges, strict=True)
@@ -203,13 +210,13 @@ class S3Backend:
         else:
             answered = asyncio.Event()
             head = asyncio.create_task(self._fetch(first, keep, self._requests, answered))
-            await _wait_for_first(head, answered)
+            await wait_for_first(head, answered)
             end = first.total if length is None else min(first.total, offset + length)
             rest = [
                 self._fetch(_Span(uri, start, stop, first.etag), keep, self._transfers)
                 for start, stop in _split(offset + wanted, end, _PART_BYTES)
             ]
-            await _gather([head, *rest])
+            await gather([head, *rest])
         return b"".join(pieces[position] for position in sorted(pieces))
 
     async def _fetch(
@@ -292,7 +299,7 @@ class S3Backend:
                 await task
                 await asyncio.to_thread(file.hash, start, end - start)
         finally:
-            await _cancel(tasks)
+            await cancel(tasks)
 
     # Writing and listing
 
@@ -348,41 +355,14 @@ class S3Backend:
             raise
 
     async def _upload(self, uri: str, size: int, part_of: Callable[[int, int], bytes]) -> None:
-        """Write an object in parts; it appears when all of them are there."""
-        mark = uuid.uuid4().hex
-        upload = await self._call("create_multipart_upload", uri, Metadata={_UPLOAD_MARK: mark})
-        part_bytes = max(_PART_BYTES, -(-size // _MAX_UPLOAD_PARTS))  # S3 limits the number
-        identity = {"UploadId": upload["UploadId"]}
+        def call(method: str, **parameters: Any) -> Awaitable[Any]:
+            return self._call(method, uri, **parameters)
 
-        async def put(number: int, start: int, end: int) -> dict[str, Any]:
-            async with self._transfers:  # bounds the parts in memory
-                data = await asyncio.to_thread(part_of, start, end)
-                answer = await self._call(
-                    "upload_part", uri, PartNumber=number, Body=data, **identity
-                )
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+        await upload(call, size, part_of, part_bytes=_PART_BYTES, transfers=self._transfers)
 
-        spans = _split(0, size, part_bytes)
-        try:
-            parts = await _gather([put(i, *span) for i, span in enumerate(spans, start=1)])
-            await self._complete(uri, mark, {**identity, "MultipartUpload": {"Parts": parts}})
-        except BaseException:
-            # Parts of an upload that is not given up are stored, unseen, and paid for.
-            with suppress(RequestError):  # the first error says more
-                await self._call("abort_multipart_upload", uri, **identity)
-            raise
-
-    async def _complete(self, uri: str, mark: str, parameters: dict[str, Any]) -> None:
-        try:
-            await self._call("complete_multipart_upload", uri, **parameters)
-        except RequestError as error:
-            # The repetition of a request whose answer was lost finds the upload gone. Then the
-            # object bears its mark, or somebody else has replaced it since.
-            if error.code != "NoSuchUpload":
-                raise
-            found = await self._call("head_object", uri)
-            if found["Metadata"].get(_UPLOAD_MARK) != mark:
-                raise
+    async def _sweep(self, uri: str, is_superseded: bool) -> Swept:
+        bucket, prefix = _split_folder(uri)
+        return await abort_unfinished(self._request, bucket, prefix, is_superseded=is_superseded)
 
     def _pages(self, uri: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         # Page by page: one that fails is repeated, not the pages before it.
@@ -463,34 +443,5 @@ def _read_part(source: Path, start: int, end: int) -> bytes:
     return data
 
 
-async def _wait_for_first(head: asyncio.Task[None], answered: asyncio.Event) -> None:
-    """Wait until the answer has begun; raise what came instead of one."""
-    waiting = asyncio.create_task(answered.wait())
-    try:
-        await asyncio.wait((head, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if head.done():
-            head.result()
-    except BaseException:
-        head.cancel()
-        raise
-    finally:
-        waiting.cancel()
-
-
 async def _drop(position: int, piece: bytes) -> None:
     """Take a piece that nobody wants."""
-
-
-async def _gather(work: Sequence[Awaitable[T]]) -> list[T]:
-    # When one fails, the others are cancelled and waited for.
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await _cancel(tasks)
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,8 +6,8 @@ one primitive that decides races; commits of checkpoints and datasets rest on it
 
 The endpoint of S3 comes from `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, credentials from the
 places where AWS tools look (environment, shared files, instance role); a URI never carries them.
-Requests that a server throttles, breaks off or does not answer are repeated, with growing waits, up
-to 8 times.
+Requests that a server throttles, breaks off or does not answer are repeated, with growing waits,
+for as long as the process has patience without progress (`waiting`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.errors import ConfigError, DataError
 from fqgan_dist.storage.backend import Backend
 from fqgan_dist.storage.disk_errors import explain_disk_error
 from fqgan_dist.storage.download_target import TargetFileError
+from fqgan_dist.storage.leftovers import Swept
 from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.local_store import LocalBackend, make_directory
 from fqgan_dist.storage.names import (
@@ -47,7 +49,9 @@ class Storage:
     Every method raises:
         ValueError: the path is absolute, or has an empty, `.` or `..` part.
         FileNotFoundError: an object that is read is missing.
-        DataError: access is refused, or the store cannot be reached after bounded retries.
+        DataError: access is refused.
+        StorageOutageError: the store cannot be reached, or a disk has no room, for longer than the
+            process has patience.
         RefusedObjectError: on a disk, a link leads out of the root, or it is no regular file; see
             `links`.
 
@@ -91,6 +95,11 @@ class Storage:
     def num_retries(self) -> int:
         """Requests that this process repeated so far, for this root, its parent and children."""
         return self._backend.num_retries
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which requests waited to be repeated, as `num_retries`."""
+        return self._backend.waited_s
 
     def uri(self, path: str) -> str:
         """Give the full name of an object, for messages and records."""
@@ -156,7 +165,8 @@ class Storage:
         """
         for _, offset, length in ranges:
             _check_range(offset, length)
-        uris = [self.uri(path) for path, _, _ in ranges]
+        uri_of = {path: self.uri(path) for path in {path for path, _, _ in ranges}}
+        uris = [uri_of[path] for path, _, _ in ranges]
         with _clear_errors(self.root):
             parts = self._backend.read_many(uris, [(start, size) for _, start, size in ranges])
         for uri, (_, offset, length), data in zip(uris, ranges, parts, strict=True):
@@ -270,6 +280,18 @@ class Storage:
         with _clear_errors(uri):
             self._backend.delete(uri)
 
+    def sweep(self, path: str = "", *, is_superseded: bool = False) -> Swept:
+        """Remove what killed writers have left below a folder, of what no reader sees.
+
+        On a disk these are temporary files of processes of this host that are gone, and those of
+        other hosts that nobody has touched for a day; in a bucket uploads begun a day ago. With
+        `is_superseded` all of them, of living writers too, whose writes fail then: of an attempt
+        whose objects nobody will read.
+        """
+        uri = self.uri(path) if path else self.root
+        with _clear_errors(uri):
+            return self._backend.sweep(uri, is_superseded=is_superseded)
+
     @cached_property
     def _backend(self) -> Backend:
         scheme = find_scheme(self.root)
@@ -351,6 +373,7 @@ def _clear_errors(uri: str) -> Iterator[None]:
     """Turn what the operating system raises into errors that say what to change."""
     try:
         yield
+        ACTIVITY.note_storage()
     except TargetFileError:
         raise  # about another file than the object
     except (FileNotFoundError, NotADirectoryError) as error:

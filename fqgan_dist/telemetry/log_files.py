@@ -10,15 +10,20 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import secrets
 import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.errors import FqganError
 from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.storage.disk_waits import wait_for_disk
+from fqgan_dist.storage.scratch import ScratchFolder
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.terminal import clean_text
 
@@ -46,9 +51,14 @@ def open_log_file(
     local = storage.local_path(path)
     if local is None:
         return PublishedLogFile(storage, path, interval_s)
-    with clear_disk_errors(local):
+
+    def open_here() -> _LogFile:
         local.parent.mkdir(parents=True, exist_ok=True)
         return _LogFile(local)
+
+    # A run waits for room here, as its first lines say what it is.
+    with clear_disk_errors(local):
+        return wait_for_disk(str(local), open_here)
 
 
 def publish_log() -> None:
@@ -56,6 +66,19 @@ def publish_log() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PublishedLogFile):
             handler.publish()
+
+
+def write_to_log(text: str) -> None:
+    """Write lines to the log file of this process only, such as stacks that no console shall show.
+
+    Without a log file they go where log lines go.
+    """
+    record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, text, (), None)
+    files = [each for each in logging.getLogger().handlers if isinstance(each, _LogFile)]
+    for handler in files:
+        handler.handle(record)
+    if not files:
+        logger.handle(record)
 
 
 @functools.cache
@@ -71,18 +94,61 @@ def _publish_at_exit() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file; one that cannot be written is said once, and fails nothing."""
+    """A log file; lines that cannot be written are lost, said once, and fail nothing.
+
+    Each line is one write to the file, without a buffer: what a full disk refuses must not be in
+    the way of what comes when there is room again.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8")
-        self._is_failing = False
+        super().__init__(path, encoding="utf-8", delay=True)
+        self._descriptor = self._open_file()
+        self._num_lost = 0
+        self._is_torn = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002
-        # logging's own would print a traceback for every line.
-        error = sys.exc_info()[1]
-        if not self._is_failing and sys.stderr is not None:
-            self._is_failing = True
-            text = f"WARNING {self.baseFilename}: lines of the log are lost ({error})"
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001  arguments that do not fit a message are no end
+            self.handleError(record)
+            return
+        try:
+            if self._num_lost:
+                self._write(f"{self._num_lost} lines of the log are lost here: {self._reason}")
+                self._num_lost = 0
+            self._write(line)
+        except OSError as error:
+            self._lose(error)
+
+    def close(self) -> None:
+        """Close the file; lines that come later open it again."""
+        with self.lock or nullcontext():
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        super().close()
+
+    def _write(self, line: str) -> None:
+        if self._descriptor < 0:
+            self._descriptor = self._open_file()
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        view = memoryview(b"\n" + data if self._is_torn else data)
+        while view:
+            written = os.write(self._descriptor, view)
+            view, self._is_torn = view[written:], True
+        self._is_torn = False
+
+    def _open_file(self) -> int:
+        return os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+
+    def _lose(self, error: OSError) -> None:
+        self._num_lost += 1
+        self._reason = str(error)
+        if self._num_lost == 1 and sys.stderr is not None:
+            text = (
+                f"WARNING {self.baseFilename}: lines of the log are lost ({error}) until it can be "
+                "written again; all else goes on"
+            )
             sys.stderr.write(f"{clean_text(text)}\n")
 
 
@@ -92,7 +158,7 @@ class PublishedLogFile(_LogFile):
     def __init__(self, storage: Storage, path: str, interval_s: float) -> None:
         """Open the file and begin to publish it under a path of the storage."""
         with clear_disk_errors(tempfile.gettempdir()):
-            self._folder = tempfile.TemporaryDirectory(prefix="fqgan-log-")
+            self._folder = wait_for_disk(tempfile.gettempdir(), lambda: ScratchFolder("log"))
             self._file = Path(self._folder.name) / "process.log"
             super().__init__(self._file)
         self._storage = storage
@@ -117,7 +183,8 @@ class PublishedLogFile(_LogFile):
             if len(data) == self._published_bytes:
                 return
             try:
-                self._storage.write_bytes(self._path, data)
+                with ACTIVITY.aside():  # a log grows in a standstill too
+                    self._storage.write_bytes(self._path, data)
             # At the interpreter's end clients raise RuntimeError: their thread pools are gone.
             except (FqganError, OSError, RuntimeError) as error:
                 self._warn_once(error)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.telemetry.sessions import Session
 
 
 class MetricSink(Protocol):
     """Takes the metrics of one training; one process opens it."""
 
-    def open(self, resumed_step: int) -> None:
-        """Begin, or continue a former session's history up to `resumed_step`; 0 starts anew."""
+    def open(self, session: Session) -> None:
+        """Begin, or continue the history of former sessions up to `session.resumed_step`."""
         ...
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import Record, parse_records
-from fqgan_dist.telemetry.published import PublishedRecords
+from fqgan_dist.telemetry.sessions import Session, SessionRecords
 
 __all__ = ["MetricsFile", "Record", "metric_series", "parse_metrics"]
 
@@ -30,12 +30,11 @@ class MetricsFile:
     def __init__(
         self, storage: Storage, path: str, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._records = PublishedRecords(storage, path)
+        self._records = SessionRecords(storage, path)
         self._clock = clock
 
-    def open(self, resumed_step: int) -> None:
-        local = self._records.open(resumed_step)
-        local.touch()  # a run has the file from its first moment
+    def open(self, session: Session) -> None:
+        self._records.open(session)
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
         """Append one record; values that are not finite are stored as null, as JSON has none.

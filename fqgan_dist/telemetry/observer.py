@@ -15,6 +15,7 @@ from typing import Protocol
 from rich.console import Console
 
 from fqgan_dist.telemetry.progress import ProgressBar, track
+from fqgan_dist.telemetry.sessions import Session
 
 
 class Observer(Protocol):
@@ -70,7 +71,7 @@ class ObserverSink:
         self._observer = observer
         self._stage = stage
 
-    def open(self, resumed_step: int) -> None:
+    def open(self, session: Session) -> None:
         """Do nothing: an observer has no history."""
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:  # noqa: ARG002  part of MetricSink

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fqgan_dist.credentials import scrub
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry.sessions import Session
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class _Guarded:
         self._name = name
         self._sink: MetricSink | None = sink
 
-    def open(self, resumed_step: int) -> None:
-        self._try(lambda sink: sink.open(resumed_step))
+    def open(self, session: Session) -> None:
+        self._try(lambda sink: sink.open(session))
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
         self._try(lambda sink: sink.write(step, numbers, images_seen=images_seen))

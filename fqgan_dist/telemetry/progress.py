@@ -29,6 +29,7 @@ from fqgan_dist.telemetry.summary import (
     parse_summary,
 )
 from fqgan_dist.terminal import Lines, join_lines, printable
+from fqgan_dist.waiting import WAITS
 
 LINE_INTERVAL_S = 10.0
 
@@ -52,6 +53,8 @@ class WorkState:
     """None when it is not known."""
     fields: Mapping[str, Metric] = field(default_factory=dict)
     """Newest values of what the work measures."""
+    waiting: str = ""
+    """What its process waits for; "" if nothing worth a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ class WorkProgress(WorkState):
             parts.append(format_seconds(self.elapsed_s))
         if self.fields:
             parts.append(format_fields(self.fields))
+        if self.waiting:
+            parts.append(self.waiting)
         return ", ".join(parts)
 
 
@@ -130,7 +135,8 @@ class ProgressBar:
             self._skipped += count
 
     def state(self) -> WorkState:
-        """Tell how much is done."""
+        """Tell how much is done, and what this process waits for."""
+        wait = WAITS.longest()
         with self._lock:
             return WorkState(
                 description=self._description,
@@ -139,6 +145,7 @@ class ProgressBar:
                 skipped=self._skipped,
                 total=self._total,
                 fields=dict(self._fields),
+                waiting="" if wait is None else str(wait),
             )
 
     def progress(self) -> WorkProgress:

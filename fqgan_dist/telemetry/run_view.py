@@ -36,6 +36,7 @@ from fqgan_dist.terminal import printable
 
 StageState = Literal["waiting", "running", "done", "skipped", "failed"]
 
+WAITING_LINE_INTERVAL_S = 30.0
 _POLL_INTERVAL_S = 1.0
 _REFRESHES_PER_S = 2.0
 _BAR_WIDTH = 20
@@ -82,11 +83,17 @@ class StageView:
     """Since it began, until it ended; None before."""
     work: WorkProgress | None = None
     """Its newest piece of work."""
+    driver_waiting: str = ""
+    """What the driver waits for on its behalf; "" if nothing."""
+
+    @property
+    def waiting(self) -> str:
+        """What it waits for; "" if nothing worth a word."""
+        return self.driver_waiting or ("" if self.work is None else self.work.waiting)
 
     def describe(self) -> str:
-        if self.work is not None:
-            return f"{self.name}: {self.work.describe()}"
-        return f"{self.name}: {self.state}"
+        text = self.state if self.work is None else self.work.describe()
+        return f"{self.name}: " + ", ".join(filter(None, [text, self.driver_waiting]))
 
 
 class RunProgress:
@@ -105,6 +112,7 @@ class RunProgress:
             self._entry(stage).start(self._clock())
 
     def finish(self, stage: str, state: StageState) -> None:
+        """Note how a stage ended."""
         with self._lock:
             entry = self._entry(stage)
             entry.state = state
@@ -228,6 +236,7 @@ class _StageEntry:
             rate=self.rate,
             elapsed_s=end - self.work_started,
             fields={**self.metrics, **work.fields},
+            waiting=work.waiting,
         )
 
 
@@ -244,7 +253,7 @@ def _shown_metrics(values: Mapping[str, float]) -> dict[str, Metric]:
 def _work_cells(stage: StageView) -> tuple[BarGraphic | Text | str, ...]:
     work = stage.work
     if work is None:
-        return ("", "", "", "", "")
+        return ("", "", "", "", Text(printable(stage.waiting), style="yellow"))
     bar = BarGraphic(total=work.total, completed=work.done, width=_BAR_WIDTH)
     of_total = "" if work.total is None else f"/{work.total}"
     rate = "" if work.rate is None else f"{work.rate:.1f}/s"
@@ -252,6 +261,8 @@ def _work_cells(stage: StageView) -> tuple[BarGraphic | Text | str, ...]:
     detail = Text(
         printable(f"{work.description}  {format_fields(work.fields)}".rstrip()), style="dim"
     )
+    if stage.waiting:
+        left, detail = "", Text(printable(stage.waiting), style="yellow")
     return (bar, printable(f"{work.done}{of_total} {work.unit}"), rate, left, detail)
 
 
@@ -280,12 +291,16 @@ class _LineReporter:
     def report(self, stages: Sequence[StageView]) -> None:
         now = self._clock()
         for stage in stages:
-            if stage.work is None:
+            if stage.work is None and not stage.waiting:
                 continue
-            done = (stage.work.description, stage.work.done)
+            done, is_complete = ("", 0), False
+            if stage.work is not None:
+                done = (stage.work.description, stage.work.done)
+                is_complete = stage.work.is_complete
+            interval_s = WAITING_LINE_INTERVAL_S if stage.waiting else LINE_INTERVAL_S
             last_time = self._last_time.setdefault(stage.name, now)
-            is_due = stage.work.is_complete or now - last_time >= LINE_INTERVAL_S
-            if is_due and self._last_done.get(stage.name) != done:
+            is_due = is_complete or now - last_time >= interval_s
+            if is_due and (stage.waiting or self._last_done.get(stage.name) != done):
                 self._last_time[stage.name] = now
                 self._last_done[stage.name] = done
                 logger.info("%s", stage.describe())

@@ -116,17 +116,23 @@ class PatchDiscriminator(nn.Module):
             norm.recorded = []
         return taken
 
-    def fold_batch_statistics(self, statistics: Sequence[Tensor]) -> None:
+    def fold_batch_statistics(
+        self, statistics: Sequence[Tensor], *, refused: Tensor | None = None
+    ) -> None:
         """Move the running statistics by these forward passes, in this order, with momentum 0.1.
 
         Args:
             statistics: tensors of `take_batch_statistics`, of all ranks in micro-batch order.
+            refused: bool (), whether their step was refused: they move nothing then. The device
+                decides: nobody waits for it.
 
         Raises:
             ValueError: a tensor is not of this discriminator.
         """
         norms = self._batch_norms()
         sizes = [2 * norm.num_features for norm in norms]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers] if refused is not None else []
         for each in statistics:
             if each.shape != (sum(sizes),):
                 raise ValueError(
@@ -135,6 +141,9 @@ class PatchDiscriminator(nn.Module):
                 )
             for norm, part in zip(norms, each.split(sizes), strict=True):
                 norm.fold(part)
+        if refused is not None:
+            for buffer, former in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(refused, former, buffer))
 
     def _batch_norms(self) -> list[RecordingBatchNorm]:
         return [layer for layer in self.main if isinstance(layer, RecordingBatchNorm)]

@@ -25,11 +25,16 @@ class CodeUsageWindow(nn.Module):
             "codes", torch.full((num_codebooks, num_tokens), codebook_size, dtype=torch.int32)
         )
 
-    def update(self, codes: Tensor) -> None:
-        """Push codes (K, n), oldest first."""
+    def update(self, codes: Tensor, *, refused: Tensor | None = None) -> None:
+        """Push codes (K, n), oldest first; those of a step that was refused, bool (), do not count.
+
+        The device decides about the step: nobody waits for it.
+        """
         window = self.codes.shape[1]
-        joined = torch.cat([self.codes, codes.to(torch.int32)], dim=1)
-        self.codes.copy_(joined[:, -window:])
+        pushed = torch.cat([self.codes, codes.to(torch.int32)], dim=1)[:, -window:]
+        if refused is not None:
+            pushed = torch.where(refused, self.codes, pushed)
+        self.codes.copy_(pushed)
 
     def compute_usage(self) -> Tensor:
         """Return the fraction of each codebook that occurs in the window, (K,) float32."""

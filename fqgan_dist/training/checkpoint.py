@@ -7,22 +7,35 @@ commit in commit_log.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
+import torch.distributed as dist
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint_attempt import Attempt
-from fqgan_dist.training.checkpoint_files import Fragment, find_damage, read_tensors
+from fqgan_dist.training.checkpoint_attempt import Attempt, read_report
+from fqgan_dist.training.checkpoint_files import Fragment
 from fqgan_dist.training.checkpoint_format import (
     MANIFEST_NAME,
+    STEP_FOLDER,
+    FileRecord,
     Manifest,
+    Needs,
     checkpoint_folder,
     parse_manifest,
+    report_name,
+)
+from fqgan_dist.training.checkpoint_reading import (
+    CheckpointFolder,
+    DamagedCheckpointError,
+    ReadCounter,
+    find_damage,
+    read_tensors,
 )
 from fqgan_dist.training.checkpoint_rotation import read_log, rotate
 from fqgan_dist.training.commit_log import (
@@ -33,11 +46,14 @@ from fqgan_dist.training.commit_log import (
     sha256_hex,
 )
 from fqgan_dist.training.config import RetentionPolicy
+from fqgan_dist.training.ledger import FindOrder, LedgerReport, check_ledger
+from fqgan_dist.world import World
 
 __all__ = [
     "Attempt",
     "CheckpointStore",
     "CommitRecord",
+    "DamagedCheckpointError",
     "Fragment",
     "LoadedCheckpoint",
     "RetentionPolicy",
@@ -45,14 +61,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ResultT = TypeVar("ResultT")
+
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A committed checkpoint; tensors are read on demand, each file's sha256 checked again."""
+    """A committed checkpoint; tensors are read on demand, and every byte of them is verified."""
 
     commit: CommitRecord
     manifest: Manifest
     storage: Storage
+    _counter: ReadCounter = field(default_factory=ReadCounter, compare=False)
 
     @property
     def number(self) -> int:
@@ -63,24 +82,27 @@ class LoadedCheckpoint:
     def step(self) -> int:
         return self.manifest.step
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of its files that were read through this object so far."""
+        return self._counter.num_bytes
+
     def tensor_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Give the shapes of a part's tensors without reading them.
 
         Raises:
             CheckpointError: there is no such part.
         """
-        self._require(part)
         return {
             name: tuple(record.shape)
-            for file in self.manifest.files
-            if file.part == part
+            for file in self._files(part)
             for name, record in file.tensors.items()
         }
 
     def read(self, part: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Read a part, merged from whatever ranks wrote it, as CPU tensors.
 
-        With `names` only these tensors, so that a rank fetches only its own.
+        With `names` only these tensors are read.
 
         Raises:
             CheckpointError: no such part or tensor, or a file is missing or damaged.
@@ -92,26 +114,47 @@ class LoadedCheckpoint:
                 f"{self._uri}: part {part!r} has no tensors {unknown[:5]}; "
                 f"it holds {len(known)} others"
             )
-        files = [file for file in self.manifest.files if file.part == part]
-        return read_tensors(self.storage, self._folder, files, names)
+        wanted = known.keys() if names is None else names
+        found = read_tensors(self._folder, self._files(part), dict.fromkeys(wanted))
+        whole = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        return {name: whole[name] for name in found if name in wanted}
+
+    def read_parts(self, needs: Mapping[str, Needs]) -> dict[str, dict[str, Tensor | Fragment]]:
+        """Read what a rank needs of all parts, each needed byte once.
+
+        Parts that are not named are read whole. Of a part all names are returned: whole tensors,
+        fragments where a span was asked for, and empty fragments of what was not.
+
+        Raises:
+            DamagedCheckpointError: a file is missing or damaged where it is needed.
+            CheckpointError: no such part.
+        """
+        for part in needs:
+            self._files(part)
+        return {
+            part: read_tensors(self._folder, self._files(part), needs.get(part))
+            for part in self.manifest.parts
+        }
 
     def find_damage(self) -> list[str]:
-        """Read every file and compare size and sha256; one line per damaged file."""
-        return find_damage(self.storage, self._folder, self.manifest.files)
+        """Read every file and compare sizes and hashes; one line per damaged file."""
+        return find_damage(self._folder, self.manifest.files)
 
     @property
-    def _folder(self) -> str:
-        return checkpoint_folder(self.step, self.manifest.attempt)
+    def _folder(self) -> CheckpointFolder:
+        path = checkpoint_folder(self.step, self.manifest.attempt)
+        return CheckpointFolder(self.storage, path, self._counter)
 
     @property
     def _uri(self) -> str:
-        return self.storage.uri(self._folder)
+        return self.storage.uri(self._folder.path)
 
-    def _require(self, part: str) -> None:
+    def _files(self, part: str) -> list[FileRecord]:
         if part not in self.manifest.parts:
             raise CheckpointError(
                 f"{self._uri}: no part {part!r}; it has {', '.join(self.manifest.parts)}"
             )
+        return [file for file in self.manifest.files if file.part == part]
 
 
 class CheckpointStore:
@@ -142,7 +185,13 @@ class CheckpointStore:
         """Fence off all older attempts and start to save, as rank 0.
 
         Begin before loading: no older attempt can commit between the load and the first save then.
+
+        Raises:
+            CheckpointError: the commit log is lost, or has gaps; which checkpoints are whole cannot
+                be told.
         """
+        if (fault := self.find_fault_of_log()) is not None:
+            raise CheckpointError(fault)
         return self._attempt(Attempt.new_id(), rank=0, world_size=world_size, log=self._log)
 
     def join_attempt(self, attempt_id: str, *, rank: int, world_size: int) -> Attempt:
@@ -158,25 +207,57 @@ class CheckpointStore:
     def load_latest(self, step: int | None = None) -> LoadedCheckpoint | None:
         """Find the newest commit all of whose files are good, of one step if that is given.
 
-        A damaged checkpoint is named in the log and stepped over. None: nothing was ever committed.
+        It reads all of them: who wants but a part of a checkpoint takes `read_newest`, which this
+        is with a check for reading. Returns and raises alike.
+        """
+
+        def check(loaded: LoadedCheckpoint) -> LoadedCheckpoint:
+            if damage := loaded.find_damage():
+                raise DamagedCheckpointError("; ".join(damage))
+            return loaded
+
+        return self.read_newest(check, step=step)
+
+    def read_newest(
+        self,
+        read: Callable[[LoadedCheckpoint], ResultT],
+        *,
+        step: int | None = None,
+        world: World | None = None,
+    ) -> ResultT | None:
+        """Return what `read` takes from the newest checkpoint that bears it, of one step if given.
+
+        A checkpoint is damaged if `read` raises DamagedCheckpointError, on any rank: it is named in
+        the log, and all step to the one before. One whose files are gone because it was given up
+        meanwhile (rotation, `fqgan checkpoints prune`) is no damage: the log is asked again. None:
+        nothing was ever committed.
+
+        Args:
+            read: what this rank needs; other errors than that one end it.
+            step: only checkpoints of this step.
+            world: where there are several ranks, each calls this; None: this process alone reads.
 
         Raises:
             CheckpointError: all checkpoints are damaged, or there is none of that step: training
                 must not start over silently.
         """
-        removed: set[int] = set()
+        world = world or World()
+        tried: set[int] = set()
         problems: list[str] = []
-        for _, record in self._log.newest_first():
-            match record:
-                case PruneRecord():
-                    removed.update(record.removed)
-                case CheckpointError():
-                    problems.append(str(record))
-                    logger.warning("stepping over a damaged log record: %s", record)
-                case CommitRecord() if record.number not in removed and step in (None, record.step):
-                    found = self._try_load(record, problems)
-                    if found is not None:
-                        return found
+        while True:
+            record = next(self._candidates(step, tried, problems), None) if world.is_main else None
+            number = _from_main(record.number if record else None, world)
+            if number is None:
+                break
+            tried.add(number)
+            result, damage = self._try(number, read)
+            damage = [line for lines in _of_all_ranks(damage, world) for line in lines]
+            if not damage:
+                return result
+            del result  # what this rank found good: its memory is for the next
+            if record is not None:
+                problems += self._explain(record, damage)
+        problems = _from_main(problems, world)
         if problems or step is not None:
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             steps = ", ".join(str(commit.step) for commit in self.list_commits()) or "none"
@@ -187,7 +268,7 @@ class CheckpointStore:
         return None
 
     def load(self, number: int) -> LoadedCheckpoint:
-        """Open the checkpoint of a commit, as found by `load_latest` on rank 0.
+        """Open the checkpoint of a commit.
 
         Its manifest is checked here, its files when they are read.
 
@@ -211,17 +292,51 @@ class CheckpointStore:
 
         Returns one line per problem; none when all is well.
         """
+        fault = self.find_fault_of_log()
+        problems = [*self._log.find_strangers(), *([fault] if fault else [])]
         state = read_log(self._log)
-        problems = [str(problem) for problem in state.problems]
+        problems += [str(problem) for problem in state.problems]
         commits = [commit for commit in state.live if step in (None, commit.step)]
         if step is not None and not commits:
             problems.append(f"{self}: no checkpoint of step {step}")
         for commit in commits:
             try:
-                problems += self.load(commit.number).find_damage()
+                loaded = self.load(commit.number)
+                damage = [*loaded.find_damage(), *self._find_damaged_reports(loaded)]
             except CheckpointError as error:
-                problems.append(str(error))
+                damage = [str(error)]
+            if damage and not self._is_given_up(commit.number):
+                problems += damage
         return problems
+
+    def check_ledger(self, find_order: FindOrder, step: int | None = None) -> LedgerReport:
+        """Prove from the log that every image was trained on once, up to the newest commit.
+
+        Args:
+            find_order: gives the order of samples of a dataset that is at hand.
+            step: up to the commit of this step instead.
+
+        Raises:
+            CheckpointError: there is no such commit.
+        """
+        state = read_log(self._log)
+        live = [commit for commit in state.live if step in (None, commit.step)]
+        if not live:
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise CheckpointError(f"{self}: no {wanted}; nothing is to be proven")
+        commits = {commit.number: commit for commit in (*state.live, *state.pruned)}
+        return check_ledger(commits, live[-1], find_order)
+
+    def _find_damaged_reports(self, loaded: LoadedCheckpoint) -> Iterator[str]:
+        """Look at what ranks told of their files; once it is in the manifest, nothing reads it."""
+        folder = checkpoint_folder(loaded.step, loaded.manifest.attempt)
+        for rank in range(1, loaded.manifest.world_size):
+            try:
+                read_report(self._storage, folder, rank)
+            except FileNotFoundError:
+                yield f"{self._storage.uri(folder)}/{report_name(rank)}: missing"
+            except (CheckpointError, RefusedObjectError) as error:
+                yield str(error)
 
     def prune(self, policy: RetentionPolicy) -> list[CommitRecord]:
         """Delete what a policy does not keep, also while an attempt trains; return the commits."""
@@ -240,24 +355,75 @@ class CheckpointStore:
             rank_timeout_s=self._rank_timeout_s,
         )
 
+    def find_fault_of_log(self) -> str | None:
+        """Say why the log does not tell which checkpoints there are; None if it does."""
+        if self._log.numbers():
+            return self._log.find_gap()
+        folders = [name for name in self._storage.list() if STEP_FOLDER.fullmatch(name)]
+        if not folders:
+            return None
+        # An attempt writes its first record before anything else.
+        return (
+            f"{self}: holds {len(folders)} checkpoints ({', '.join(sorted(folders)[-3:])}), but no "
+            "log of them (commits/), without which nobody can tell which are whole; restore "
+            "commits/, or remove this folder to train from the start"
+        )
+
     def _rotate(self, writer: LogWriter) -> None:
         if self._retention is not None:
             rotate(self._storage, self._log, self._retention, self._read_manifest, writer)
 
-    def _try_load(self, record: CommitRecord, problems: list[str]) -> LoadedCheckpoint | None:
+    def _candidates(
+        self, step: int | None, tried: Collection[int], problems: list[str]
+    ) -> Iterator[CommitRecord]:
+        """Give the commits that the log names at this moment, newest first, less those tried."""
+        removed: set[int] = set()
+        for _, record in self._log.newest_first():
+            match record:
+                case PruneRecord():
+                    removed.update(record.removed)
+                case CheckpointError():
+                    if str(record) not in problems:
+                        problems.append(str(record))
+                        logger.warning("stepping over a damaged log record: %s", record)
+                case CommitRecord():
+                    is_wanted = step in (None, record.step) and record.number not in removed
+                    if is_wanted and record.number not in tried:
+                        yield record
+
+    def _try(
+        self, number: int, read: Callable[[LoadedCheckpoint], ResultT]
+    ) -> tuple[ResultT | None, list[str]]:
+        """Return what was read, or what is damaged."""
         try:
-            loaded = self.load(record.number)
-            damage = loaded.find_damage()
+            loaded = self.load(number)
         except CheckpointError as error:
-            damage = [str(error)]
-        else:
-            if not damage:
-                return loaded
-        problems += damage
+            return None, [str(error)]
+        try:
+            return read(loaded), []
+        except DamagedCheckpointError as error:
+            return None, [str(error)]
+
+    def _explain(self, record: CommitRecord, damage: list[str]) -> list[str]:
+        """Say why a checkpoint was not taken, and return it for the error if none is."""
+        damage = list(dict.fromkeys(damage))  # several ranks find the same
+        if self._is_given_up(record.number):
+            reason = f"the checkpoint of step {record.step} was given up while it was read"
+            logger.info("%s; asking the log again", reason)
+            return [reason]
         logger.warning(
             "stepping over the damaged checkpoint of step %d: %s", record.step, "; ".join(damage)
         )
-        return None
+        return damage
+
+    def _is_given_up(self, number: int) -> bool:
+        # Files are deleted after the record that says so, never before.
+        for each, record in self._log.newest_first():
+            if each <= number:
+                return False
+            if isinstance(record, PruneRecord) and number in record.removed:
+                return True
+        return False
 
     def _read_manifest(self, record: CommitRecord) -> Manifest:
         folder = checkpoint_folder(record.step, record.attempt)
@@ -274,3 +440,23 @@ class CheckpointStore:
         if (manifest.step, manifest.attempt) != (record.step, record.attempt):
             raise CheckpointError(f"{where}: is of another checkpoint than its commit")
         return manifest
+
+
+ValueT = TypeVar("ValueT")
+
+
+def _from_main(value: ValueT, world: World) -> ValueT:
+    """Give the main rank's value to all."""
+    if world.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _of_all_ranks(value: ValueT, world: World) -> list[ValueT]:
+    """Give every rank's value to all, in the order of ranks."""
+    values = [value] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.errors import CheckpointError, FqganError
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
@@ -24,6 +25,7 @@ from fqgan_dist.training.checkpoint_files import (
 )
 from fqgan_dist.training.checkpoint_format import (
     MANIFEST_NAME,
+    FileRecord,
     Manifest,
     PartName,
     RankReport,
@@ -35,6 +37,7 @@ from fqgan_dist.training.checkpoint_writer import BackgroundWriter
 from fqgan_dist.training.commit_log import (
     CommitLog,
     CommitRecord,
+    Consumption,
     LogWriter,
     canonical_json,
     seal,
@@ -83,6 +86,8 @@ class Attempt:
         self._is_abandoned = threading.Event()
         self._staging = HostStaging(rank)
         self._log_writer = LogWriter(log, attempt_id) if log is not None else None
+        self.number = self._log_writer.start_number if self._log_writer else 0
+        """Position of the attempt's start in the log; 0 on ranks that do not write the log."""
         self._background = BackgroundWriter()
 
     @staticmethod
@@ -102,6 +107,7 @@ class Attempt:
         metrics: Mapping[str, float],
         config: Mapping[str, Any],
         dataset_id: str,
+        consumed: Consumption | None = None,
     ) -> None:
         """Copy the state to host memory and write it in the background.
 
@@ -135,7 +141,15 @@ class Attempt:
         )
         images = self._staging.copy(tensors)
         self.last_step = step
-        self._background.submit(lambda: self._write(manifest, images))
+        self._background.submit(lambda: self._write(manifest, images, consumed))
+
+    def rotate(self) -> None:
+        """Give up and delete what the policy does not keep, as every commit does, on the main rank.
+
+        For an attempt that has nothing to commit: the one before may have been killed at this.
+        """
+        if self._log_writer is not None:
+            self._rotate(self._log_writer)
 
     def raise_pending(self) -> None:
         """Raise the error of a background save; to be called at every step, never waits."""
@@ -169,7 +183,9 @@ class Attempt:
         except FqganError as late:
             logger.warning("the save of step %s was not committed: %s", self.last_step, late)
 
-    def _write(self, manifest: Manifest, images: list[FileImage]) -> None:
+    def _write(
+        self, manifest: Manifest, images: list[FileImage], consumed: Consumption | None
+    ) -> None:
         if self._log_writer is not None:
             self._log_writer.raise_if_superseded()
         folder = checkpoint_folder(manifest.step, self.id)
@@ -179,34 +195,50 @@ class Attempt:
             rank=self.rank,
             world_size=self.world_size,
             parts=manifest.parts,
-            files=write_images(self._storage, folder, images),
+            files=self._upload(folder, images),
         )
         if self._log_writer is None:
             self._storage.write_bytes(f"{folder}/{report_name(self.rank)}", seal(report))
             return
-        self._commit(self._log_writer, manifest, folder, report)
+        record = self._commit(self._log_writer, manifest, folder, report, consumed)
+        self._parent = record.number
+        logger.info("committed step %d as checkpoint %d", record.step, record.number)
+        self._rotate(self._log_writer)
+
+    def _upload(self, folder: str, images: list[FileImage]) -> list[FileRecord]:
+        try:
+            return write_images(self._storage, folder, images)
+        except FileNotFoundError:
+            # Half a file is gone before it had its name: by a newer attempt, which sweeps those of
+            # older ones while this one sleeps.
+            if self._log_writer is not None:
+                self._log_writer.raise_if_superseded()
+            raise
 
     def _commit(
-        self, log_writer: LogWriter, manifest: Manifest, folder: str, report: RankReport
-    ) -> None:
+        self,
+        log_writer: LogWriter,
+        manifest: Manifest,
+        folder: str,
+        report: RankReport,
+        consumed: Consumption | None,
+    ) -> CommitRecord:
         reports = [report, *self._wait_for_reports(folder)]
         parts, files = merge_reports(reports, self._storage.uri(folder))
         whole = manifest.model_copy(update={"parts": parts, "files": files})
         data = canonical_json(whole.model_dump(mode="json"))
         self._storage.write_bytes(f"{folder}/{MANIFEST_NAME}", data)
-        record = log_writer.append(
+        return log_writer.append(
             lambda number: CommitRecord(
                 number=number,
                 attempt=self.id,
                 parent=self._parent,
                 step=manifest.step,
                 manifest_sha256=sha256_hex(data),
+                consumed=consumed,
                 written_at=utc_now(),
             )
         )
-        self._parent = record.number
-        logger.info("committed step %d as checkpoint %d", record.step, record.number)
-        self._rotate(log_writer)
 
     def _wait_for_reports(self, folder: str) -> list[RankReport]:
         # Through the storage: a background thread must not use collectives, which would interleave
@@ -215,7 +247,8 @@ class Attempt:
         started, limit_s = time.monotonic(), self._rank_timeout_s
         poll_s = _FIRST_POLL_S
         while missing:
-            missing.difference_update(self._storage.list(folder))
+            with ACTIVITY.aside():  # it asks for what others may never write
+                missing.difference_update(self._storage.list(folder))
             if not missing:
                 break
             waited_s = time.monotonic() - started
@@ -232,13 +265,23 @@ class Attempt:
         return [self._read_report(folder, rank) for rank in range(1, self.world_size)]
 
     def _read_report(self, folder: str, rank: int) -> RankReport:
-        path = f"{folder}/{report_name(rank)}"
-        where = self._storage.uri(path)
-        content = unseal(read_document(self._storage, path), where)
-        try:
-            return RankReport.model_validate(content)
-        except ValidationError as error:
-            raise CheckpointError(f"{where}: not a rank's report: {error}") from error
+        return read_report(self._storage, folder, rank)
+
+
+def read_report(storage: Storage, folder: str, rank: int) -> RankReport:
+    """Read what a rank has told of its files of a checkpoint.
+
+    Raises:
+        FileNotFoundError: it has told nothing.
+        CheckpointError: the report is damaged.
+    """
+    path = f"{folder}/{report_name(rank)}"
+    where = storage.uri(path)
+    content = unseal(read_document(storage, path), where)
+    try:
+        return RankReport.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: not a rank's report: {error}") from error
 
 
 def _check_part_names(tensors: Mapping[str, PartTensors]) -> None:

@@ -1,28 +1,28 @@
-"""Tensors to safetensors files and back, with one host copy and no pickle.
+"""Tensors to safetensors files, with one host copy and no pickle.
 
 A save copies each tensor straight into the image of the file that it will be in. The
 images are kept from save to save, so a save costs no allocation, and no byte is copied twice. The
 layout is safetensors' own (8 bytes of header length, JSON header, data in the header's order); any
-safetensors reader opens the files, and this module reads them with the library.
+safetensors reader opens the files. They are read in checkpoint_reading.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fqgan_dist.errors import CheckpointError
-from fqgan_dist.storage.hashing import hash_object
-from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint_format import FileRecord, TensorRecord, part_file_name
-from fqgan_dist.weights.files import parse_safetensors
+from fqgan_dist.training.checkpoint_format import (
+    FileRecord,
+    TensorRecord,
+    hash_blocks,
+    part_file_name,
+)
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -36,11 +36,15 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+"""By their names in a file."""
 # Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap.
 _MAX_FILE_BYTES = 128 * 2**20
-# Files in transfer at once; one S3 connection carries about 90 MB/s (performance.md section 8).
-_TRANSFER_THREADS = 4
+# What a reader fetches at least, and verifies at once: two of its blocks at most are not wholly its
+# own for each run of what it needs, and 1 GB of a manifest's files has 256 hashes (17 kB).
+_BLOCK_BYTES = 4 * 2**20
+TRANSFER_THREADS = 4
+"""Transfers at once; one S3 connection carries about 90 MB/s (performance.md section 8)."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +79,16 @@ class FileImage:
         self.name = name
         self.part = part
         self.records = {key: _describe(key, value) for key, value in contents.items()}
-        header, offsets = _layout(self.records)
-        size = len(header) + sum(_num_bytes(record) for record in self.records.values())
+        header, self._offsets = _layout(self.records)
+        size = len(header) + sum(num_bytes_of(record) for record in self.records.values())
         is_pinned = any(_tensor(value).is_cuda for value in contents.values())
         self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self._views = {
-            key: self._buffer[offset : offset + _num_bytes(self.records[key])].view(
-                _DTYPES[self.records[key].dtype]
+            key: self._buffer[offset : offset + num_bytes_of(self.records[key])].view(
+                DTYPES[self.records[key].dtype]
             )
-            for key, offset in offsets.items()
+            for key, offset in self._offsets.items()
         }
 
     def fill(self, contents: PartTensors) -> None:
@@ -95,10 +99,18 @@ class FileImage:
 
     def write(self, storage: Storage, folder: str) -> FileRecord:
         data = self._buffer.numpy().data
-        digest = hashlib.sha256(data).hexdigest()
+        blocks = hash_blocks(data, _BLOCK_BYTES)
         storage.write_bytes(f"{folder}/{self.name}", data)
         return FileRecord(
-            file=self.name, part=self.part, bytes=len(data), sha256=digest, tensors=self.records
+            file=self.name,
+            part=self.part,
+            bytes=len(data),
+            sha256=blocks.root(),
+            blocks=blocks,
+            tensors={
+                key: record.model_copy(update={"offset": self._offsets[key]})
+                for key, record in self.records.items()
+            },
         )
 
 
@@ -138,87 +150,8 @@ class HostStaging:
 
 def write_images(storage: Storage, folder: str, images: Sequence[FileImage]) -> list[FileRecord]:
     """Write files side by side; the first error ends it."""
-    with ThreadPoolExecutor(_TRANSFER_THREADS, "checkpoint-transfer") as executor:
+    with ThreadPoolExecutor(TRANSFER_THREADS, "checkpoint-transfer") as executor:
         return list(executor.map(lambda image: image.write(storage, folder), images))
-
-
-def find_damage(storage: Storage, folder: str, files: Sequence[FileRecord]) -> list[str]:
-    """Compare files with their recorded size and sha256; return one line per damaged file."""
-    with ThreadPoolExecutor(_TRANSFER_THREADS, "checkpoint-verify") as executor:
-        found = executor.map(lambda file: _find_file_damage(storage, folder, file), files)
-        return [problem for problem in found if problem]
-
-
-def read_tensors(
-    storage: Storage, folder: str, files: Sequence[FileRecord], names: Collection[str] | None
-) -> dict[str, Tensor]:
-    """Read tensors of one part on the CPU, merging what ranks wrote; only files that hold them.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    wanted = [file for file in files if names is None or not file.tensors.keys().isdisjoint(names)]
-    merged: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(_TRANSFER_THREADS, "checkpoint-read") as executor:
-        loaded = executor.map(lambda file: _read_file(storage, folder, file), wanted)
-        for file, tensors in zip(wanted, loaded, strict=True):
-            for name, record in file.tensors.items():
-                if names is None or name in names:
-                    _merge(merged, name, record, tensors[name])
-    return {name: tensor.view(_shape(name, files)) for name, tensor in merged.items()}
-
-
-def _merge(merged: dict[str, Tensor], name: str, record: TensorRecord, tensor: Tensor) -> None:
-    if record.start is None:
-        merged[name] = tensor
-        return
-    if name not in merged:
-        merged[name] = torch.empty(torch.Size(record.shape).numel(), dtype=tensor.dtype)
-    merged[name][record.start : record.start + record.count] = tensor
-
-
-def _shape(name: str, files: Sequence[FileRecord]) -> list[int]:
-    return next(file.tensors[name].shape for file in files if name in file.tensors)
-
-
-def _read_file(storage: Storage, folder: str, file: FileRecord) -> dict[str, Tensor]:
-    path = f"{folder}/{file.file}"
-    where = storage.uri(path)
-    try:
-        data = storage.read_limited(path, file.bytes)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{where}: missing; fall back to an older checkpoint") from error
-    except RefusedObjectError as error:
-        raise CheckpointError(f"{error}; fall back to an older checkpoint") from error
-    problem = _compare(file, len(data), hashlib.sha256(data).hexdigest())
-    if problem:
-        raise CheckpointError(f"{where}: {problem}; fall back to an older checkpoint")
-    try:
-        tensors = parse_safetensors(data)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not a safetensors file: {error}") from error
-    expected = {name: (_DTYPES.get(r.dtype), _stored_shape(r)) for name, r in file.tensors.items()}
-    if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()} != expected:
-        raise CheckpointError(f"{where}: holds other tensors than its manifest says")
-    return tensors
-
-
-def _find_file_damage(storage: Storage, folder: str, file: FileRecord) -> str | None:
-    path = f"{folder}/{file.file}"
-    try:
-        digest, size = hash_object(storage, path, max_bytes=file.bytes)
-    except FileNotFoundError:
-        return f"{storage.uri(path)}: missing"
-    except RefusedObjectError as error:
-        return str(error)
-    problem = _compare(file, size, digest)
-    return f"{storage.uri(path)}: {problem}" if problem else None
-
-
-def _compare(file: FileRecord, size: int, digest: str) -> str | None:
-    if size != file.bytes:
-        return f"damaged, {size} bytes where the manifest says {file.bytes}"
-    return None if digest == file.sha256 else "damaged, its sha256 is not the manifest's"
 
 
 def _split(tensors: PartTensors) -> Iterator[list[str]]:
@@ -240,15 +173,15 @@ def _split(tensors: PartTensors) -> Iterator[list[str]]:
 def _layout(records: Mapping[str, TensorRecord]) -> tuple[bytes, dict[str, int]]:
     """Make a file's header and the offset of each tensor in the file."""
     # Widest elements first, as the library does, so that every tensor is aligned for its dtype.
-    names = sorted(records, key=lambda name: (-_DTYPES[records[name].dtype].itemsize, name))
+    names = sorted(records, key=lambda name: (-DTYPES[records[name].dtype].itemsize, name))
     entries: dict[str, dict[str, object]] = {}
     starts: dict[str, int] = {}
     position = 0
     for name in names:
         record = records[name]
         starts[name] = position
-        position += _num_bytes(record)
-        shape = _stored_shape(record)
+        position += num_bytes_of(record)
+        shape = stored_shape(record)
         offsets = [starts[name], position]
         entries[name] = {"dtype": record.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -257,12 +190,14 @@ def _layout(records: Mapping[str, TensorRecord]) -> tuple[bytes, dict[str, int]]
     return header, {name: len(header) + start for name, start in starts.items()}
 
 
-def _stored_shape(record: TensorRecord) -> list[int]:
+def stored_shape(record: TensorRecord) -> list[int]:
+    """Give the shape that a tensor has in its file: fragments are flat."""
     return record.shape if record.start is None else [record.count]
 
 
-def _num_bytes(record: TensorRecord) -> int:
-    return record.count * _DTYPES[record.dtype].itemsize
+def num_bytes_of(record: TensorRecord) -> int:
+    """Give the bytes that a tensor, or fragment, has in its file."""
+    return record.count * DTYPES[record.dtype].itemsize
 
 
 def _tensor(value: Tensor | Fragment) -> Tensor:

@@ -3,21 +3,27 @@
     commits/0000000007.json                       the log (commit_log.py)
     step-00001000/attempt-<uuid>/
         <part>.rank-00000.00000.safetensors       tensors that a rank owns, named by parameter
-        rank-00000.json                           what that rank wrote: sizes, sha256, shapes
+        rank-00000.json                           what that rank wrote: sizes, hashes, shapes
         manifest.json                             everything above, config, state, metrics
 
 A part is logical (`weights`, `optimizer`, `ema`): ranks own disjoint tensors of it, or disjoint
 fragments of a tensor, and a reader merges them, so the number of ranks that wrote never matters.
+
+Since format 2 the manifest has a hash of every block of a file, and says where in it a tensor lies:
+a reader fetches, and verifies, no more than the blocks that what it needs touches. Files of format
+1 are read, and verified, as a whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError, model_validator
 
 from fqgan_dist.config import MAX_COUNT, Config
 from fqgan_dist.errors import CheckpointError
@@ -35,6 +41,22 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_le
 PartName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)]
 Size = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
+FORMAT = 2
+MAX_BLOCK_BYTES = 16 * 2**20
+_HASH_DIGITS = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Contiguous elements of a flattened tensor."""
+
+    start: int
+    count: int
+
+
+Needs = Mapping[str, Span | None]
+"""What a reader needs of a part, by tensor name; None: the whole tensor."""
+
 
 class TensorRecord(Config):
     """A tensor, or a fragment of one, in a file."""
@@ -47,6 +69,29 @@ class TensorRecord(Config):
     """First element of the fragment in the flattened tensor; None when the whole tensor is here."""
     count: Size
     """Elements that are here."""
+    offset: Size | None = None
+    """First byte of them in the file; None in format 1, whose readers take it from the file."""
+
+
+class BlockHashes(Config):
+    """Hashes of the blocks of a file, by which any part of it can be verified alone."""
+
+    bytes: int = Field(gt=0, le=MAX_BLOCK_BYTES)
+    """Size of a block; the last may be shorter."""
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})+$")
+    """Of each block's bytes, one after the other: one text, of which there is one error at most."""
+
+    @property
+    def count(self) -> int:
+        return len(self.sha256) // _HASH_DIGITS
+
+    def of(self, number: int) -> str:
+        """Give the sha256 of a block."""
+        return self.sha256[number * _HASH_DIGITS : (number + 1) * _HASH_DIGITS]
+
+    def root(self) -> str:
+        """Hash the hashes: one value for the file, for which no byte is hashed once more."""
+        return hashlib.sha256(bytes.fromhex(self.sha256)).hexdigest()
 
 
 class FileRecord(Config):
@@ -56,8 +101,30 @@ class FileRecord(Config):
     part: PartName
     bytes: int = Field(gt=0, le=MAX_COUNT)
     sha256: Sha256
-    """Of the file's bytes."""
+    """Of the file's bytes; where there are `blocks`, of their hashes (`BlockHashes.root`)."""
+    blocks: BlockHashes | None = None
+    """None in format 1."""
     tensors: dict[str, TensorRecord]
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        if self.blocks is not None:
+            expected = -(-self.bytes // self.blocks.bytes)
+            if self.blocks.count != expected:
+                raise ValueError(
+                    f"{self.file}: has {self.blocks.count} hashes of blocks, expected "
+                    f"{expected} for its {self.bytes} bytes"
+                )
+            if self.blocks.root() != self.sha256:
+                raise ValueError(f"{self.file}: its sha256 is not that of its blocks' hashes")
+            if any(record.offset is None for record in self.tensors.values()):
+                raise ValueError(f"{self.file}: does not say where its tensors lie")
+        return self
+
+
+# A hostile list ends at its first error: else its message has a line for each of its items.
+PartNames = Annotated[list[PartName], FailFast()]
+FileRecords = Annotated[list[FileRecord], FailFast()]
 
 
 class RankReport(Config):
@@ -67,16 +134,16 @@ class RankReport(Config):
     attempt: AttemptId
     rank: Size
     world_size: int = Field(gt=0, le=MAX_COUNT)
-    parts: list[PartName]
+    parts: PartNames
     """All parts, also those of which this rank owns nothing."""
-    files: list[FileRecord]
+    files: FileRecords
 
 
 class Manifest(Config):
     """The whole checkpoint."""
 
-    format: Literal[1] = 1
-    """Version of this layout."""
+    format: Literal[1, 2] = FORMAT
+    """Version of this layout; 1 has no hashes of blocks."""
     step: Size
     attempt: AttemptId
     world_size: int = Field(gt=0, le=MAX_COUNT)
@@ -89,9 +156,24 @@ class Manifest(Config):
     """Plain values to go on from: images_seen, seeds, schedules."""
     metrics: dict[str, float]
     """Evaluation at this step; may be empty."""
-    parts: list[PartName]
-    files: list[FileRecord]
+    parts: PartNames
+    files: FileRecords
     """Files of all ranks, in rank order."""
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        odd = [file.file for file in self.files if (file.blocks is None) != (self.format == 1)]
+        if odd:
+            raise ValueError(f"format {self.format}: {odd[0]} is of another one")
+        return self
+
+
+def hash_blocks(data: bytes | memoryview, block_bytes: int) -> BlockHashes:
+    """Hash the blocks of a file: each byte once."""
+    view = memoryview(data)
+    starts = range(0, len(view), block_bytes)
+    hashes = [hashlib.sha256(view[start : start + block_bytes]).hexdigest() for start in starts]
+    return BlockHashes(bytes=block_bytes, sha256="".join(hashes))
 
 
 def checkpoint_folder(step: int, attempt: str) -> str:
@@ -115,7 +197,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(parse_json(data))
     except (ValueError, ValidationError) as error:
-        raise CheckpointError(f"{where}: not a checkpoint manifest of format 1: {error}") from error
+        raise CheckpointError(
+            f"{where}: not a checkpoint manifest of format 1 or {FORMAT}: {error}"
+        ) from error
     check_parts(manifest.files, where)
     return manifest
 

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from fqgan_dist.errors import CheckpointError
+from fqgan_dist.errors import CheckpointError, DataError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import (
     ATTEMPT_FOLDER,
@@ -39,6 +40,8 @@ class LogState:
     """Commits that were not given up, oldest first."""
     pruned: tuple[CommitRecord, ...]
     """Commits that were given up."""
+    pruned_at: dict[int, str]
+    """Number of such a commit -> when, as in the record that says so."""
     starts: dict[str, int]
     """Attempt -> number of its start record."""
     problems: tuple[CheckpointError, ...]
@@ -48,7 +51,7 @@ class LogState:
 def read_log(log: CommitLog) -> LogState:
     """Read and sort all records."""
     commits: list[CommitRecord] = []
-    removed: set[int] = set()
+    removed: dict[int, str] = {}
     starts: dict[str, int] = {}
     problems: list[CheckpointError] = []
     for _, record in log.newest_first():
@@ -56,7 +59,7 @@ def read_log(log: CommitLog) -> LogState:
             case CommitRecord():
                 commits.append(record)
             case PruneRecord():
-                removed.update(record.removed)
+                removed |= dict.fromkeys(record.removed, record.written_at)
             case StartRecord():
                 starts[record.attempt] = record.number
             case CheckpointError():
@@ -65,6 +68,7 @@ def read_log(log: CommitLog) -> LogState:
     return LogState(
         live=tuple(commit for commit in commits if commit.number not in removed),
         pruned=tuple(commit for commit in commits if commit.number in removed),
+        pruned_at=removed,
         starts=starts,
         problems=tuple(problems),
     )
@@ -96,9 +100,11 @@ def rotate(
     """Give up checkpoints by the policy, then delete what no live commit needs; return these now.
 
     First a prune record, then the files: whoever reads the log never chooses a checkpoint that is
-    being deleted, and a crash in between leaves files that the next rotation deletes. Damaged
-    checkpoints (`read_manifest` raises CheckpointError) count for no rule and are left for a person
-    to look at. Without a `writer` the record fences nobody off.
+    being deleted, and a crash in between leaves files that the next rotation deletes. Who reads
+    one at that moment finds files gone, asks the log, and is told so (`read_newest`); with
+    `grace_s` the files stay for so long. Damaged checkpoints (`read_manifest` raises
+    CheckpointError) count for no rule and are left for a person to look at. Without a `writer` the
+    record fences nobody off.
     """
     state = read_log(log)
     readable: list[tuple[int, Manifest]] = []
@@ -121,7 +127,7 @@ def rotate(
             writer.append(build)
         state = read_log(log)
     fence = writer.start_number if writer else max(state.starts.values(), default=0)
-    _sweep(storage, state, fence)
+    _sweep(storage, state, fence, policy.grace_s)
     return [commit for commit in state.pruned if commit.number in removed]
 
 
@@ -136,14 +142,25 @@ def _append_unfenced(log: CommitLog, build: Callable[[int], PruneRecord]) -> Non
         return
 
 
-def _sweep(storage: Storage, state: LogState, fence: int) -> None:
+def _is_over(written_at: str, grace_s: float) -> bool:
+    """Tell whether a time of another machine's clock is so long ago; unreadable ones never are."""
+    if grace_s == 0:
+        return True
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(written_at)
+    except (ValueError, TypeError):  # of a hostile record, or one without a time zone
+        return False
+    return age.total_seconds() >= grace_s
+
+
+def _sweep(storage: Storage, state: LogState, fence: int, grace_s: float) -> None:
     """Delete folders of pruned commits, and what attempts older than `fence` left uncommitted.
 
     An attempt that started later may be writing at this moment; a damaged record may be the commit
     of a folder that looks uncommitted.
     """
     live = {checkpoint_folder(commit.step, commit.attempt) for commit in state.live}
-    pruned = {checkpoint_folder(commit.step, commit.attempt) for commit in state.pruned}
+    pruned = {checkpoint_folder(commit.step, commit.attempt): commit for commit in state.pruned}
     for step_name in storage.list():
         if not STEP_FOLDER.fullmatch(step_name):
             continue
@@ -153,7 +170,11 @@ def _sweep(storage: Storage, state: LogState, fence: int) -> None:
             if match is None or folder in live:
                 continue
             is_abandoned = not state.problems and state.starts.get(match[1], fence) < fence
-            if folder in pruned or is_abandoned:
+            if folder in pruned:
+                is_due = _is_over(state.pruned_at[pruned[folder].number], grace_s)
+            else:
+                is_due = is_abandoned
+            if is_due:
                 _delete_folder(storage, folder)
 
 
@@ -162,7 +183,10 @@ def _delete_folder(storage: Storage, folder: str) -> None:
     names = storage.list(folder)
     for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
         storage.delete(f"{folder}/{name}")
-    # Buckets have no folders; on disks a temporary file of a killed writer may keep one.
+    # Nobody will read what a writer that was overtaken still writes there; it may be gone by now.
+    with suppress(DataError, OSError):
+        storage.sweep(folder, is_superseded=True)
+    # Buckets have no folders.
     path = storage.local_path(folder)
     if path is not None:
         with suppress(OSError):

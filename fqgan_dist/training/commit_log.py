@@ -31,6 +31,7 @@ SHA256_PATTERN = r"^[0-9a-f]{64}$"
 
 _MAX_NUMBER = 10**10 - 1
 
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 AttemptId = Annotated[str, Field(pattern=ATTEMPT_PATTERN)]
 """uuid4 of one start of a training job, as hex."""
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
@@ -51,6 +52,48 @@ class StartRecord(_Numbered):
     """The new attempt."""
 
 
+class StandInRecord(Config):
+    """A damaged sample in whose place another one was trained on."""
+
+    position: Count
+    """Of the damaged one in the endless stream of samples."""
+    shard: Count
+    """Index of the stand-in's shard."""
+    row: Count
+    """Row of the stand-in there."""
+
+
+class SkippedStep(Config):
+    """A step whose images moved no weight."""
+
+    step: Count
+    start: Count
+    """First of its positions."""
+    end: Count
+    """One past the last."""
+    reason: str
+    """Such as `autoregressive/loss/total is nan`."""
+
+
+class Consumption(Config):
+    """What was trained on since the parent commit; `ledger` proves from these that all was."""
+
+    start: Count
+    """First position in the endless stream of samples."""
+    end: Count
+    """One past the last."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Sum over positions of a hash of each and its sample (data/consumption.py)."""
+    stand_ins: list[StandInRecord] = Field(default_factory=list)
+    skipped: list[SkippedStep] = Field(default_factory=list)
+    dataset_id: str
+    """sha256 of the dataset's index; with the next three it decides the order."""
+    num_samples: Count
+    """Samples of an epoch."""
+    seed: int
+    window_shards: Count
+
+
 class CommitRecord(_Numbered):
     """A checkpoint became valid."""
 
@@ -63,6 +106,8 @@ class CommitRecord(_Numbered):
     """Optimizer steps done."""
     manifest_sha256: Sha256
     """Of the manifest's bytes; it names all parts."""
+    consumed: Consumption | None = None
+    """What was trained on since the parent; None in commits of versions that did not record it."""
 
 
 class PruneRecord(_Numbered):
@@ -140,6 +185,31 @@ class CommitLog:
         matches = (_NAME.fullmatch(name) for name in self._storage.list(_FOLDER))
         return sorted(int(match[1]) for match in matches if match)
 
+    def find_gap(self) -> str | None:
+        """Say which records are missing; None if they are numbered from 1 on without a gap.
+
+        Records are appended one by one and never removed, so a gap means that some were lost, or
+        that a file is none of this log's.
+        """
+        numbers = self.numbers()
+        for expected, number in enumerate(numbers, 1):
+            if number != expected:
+                missing = f"{expected}" if number == expected + 1 else f"{expected} to {number - 1}"
+                return (
+                    f"{self.uri(number)}: there is no log record {missing} before it: remove the "
+                    "file if it is none of this run's, or restore what is missing"
+                )
+        return None
+
+    def find_strangers(self) -> list[str]:
+        """Name the files and folders among the records that are none."""
+        names = self._storage.list(_FOLDER)
+        return [
+            f"{self._storage.uri(f'{_FOLDER}/{name}')}: not a log record; remove it"
+            for name in names
+            if not _NAME.fullmatch(name)
+        ]
+
     def read(self, number: int) -> LogRecord:
         """Read one record.
 
@@ -171,6 +241,11 @@ class CommitLog:
                 yield number, self.read(number)
             except CheckpointError as error:
                 yield number, error
+
+    def newest_commit(self) -> int:
+        """Give the number of the newest commit; 0: there is none, or all are damaged."""
+        records = self.newest_first()
+        return next((number for number, each in records if isinstance(each, CommitRecord)), 0)
 
     def is_taken(self, number: int) -> bool:
         return self._storage.exists(_path(number))

@@ -58,6 +58,9 @@ class RetentionPolicy(Config):
     """Metric whose best checkpoint is kept; None keeps none for its metrics."""
     best_mode: Literal["min", "max"] = "min"
     """Which end of the metric is best."""
+    grace_s: float = Field(default=0.0, ge=0)
+    """Seconds for which the files of a checkpoint that was given up stay, at least: for readers of
+    that very step. The next save or `fqgan checkpoints prune` after them deletes the files."""
 
 
 class CheckpointConfig(Config):
@@ -65,8 +68,33 @@ class CheckpointConfig(Config):
 
     every: int = Field(gt=0)
     """Steps between checkpoints; the last step is always saved."""
+    every_s: float | None = Field(default=None, gt=0)
+    """Seconds after which one is written too, so that an interval costs no more at any speed; None:
+    steps alone decide."""
     retention: RetentionPolicy = RetentionPolicy()
     """Which are kept; the newest always is."""
+
+
+class AnomalyConfig(Config):
+    """What is done about numbers that go wrong (training/anomalies.py).
+
+    They are found within two steps; each event is in the log, the metrics and the ledger.
+    """
+
+    on_not_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """A loss or gradient that is not finite, in a step that moves no weight in any case. `skip`:
+    training goes on. `rollback`: it goes on from the newest checkpoint, and past these images.
+    `stop`: it ends."""
+    max_skips: int = Field(default=3, ge=0)
+    """Steps skipped between two checkpoints; one more is a rollback."""
+    max_rollbacks: int = Field(default=2, ge=0)
+    """Rollbacks before a checkpoint is past what was bad; one more ends the training."""
+    on_spike: Literal["report", "rollback", "stop"] = "report"
+    """A gradient norm far beyond the usual. `report`: a warning."""
+    spike_factor: float = Field(default=20.0, gt=1)
+    """How far: a multiple of the median."""
+    spike_window: int = Field(default=200, ge=4, le=10_000)
+    """Steps that the median is of."""
 
 
 class TrainingConfig(Config):
@@ -93,12 +121,14 @@ class TrainingConfig(Config):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of the averaged weights; None keeps no average."""
     log_every: int = Field(default=50, gt=0)
-    """Steps between metric records; the only steps on which the host waits for the device."""
+    """Steps between metric records; on others the host waits for no step but those before the last
+    two, whose numbers it looks at (`anomalies`)."""
     evaluate_every: int = Field(gt=0)
     """Steps between evaluations on held-out data; the last step is always evaluated."""
     evaluation_samples: int = Field(gt=0)
     """Held-out samples per evaluation during training."""
     checkpoint: CheckpointConfig
+    anomalies: AnomalyConfig = AnomalyConfig()
     deterministic: bool = False
     """Use deterministic GPU kernels only: bit-equal continuation at some cost."""
 
@@ -140,5 +170,8 @@ class CheckpointTarget(Config):
     format: Literal["ours", "published"] = "ours"
     """`ours`: safetensors by our names, and a JSON file beside it. `published`: a .pt file that the
     released code loads."""
+    ledger: bool = False
+    """`verify`: whether to prove from the log, instead of reading files, that every image of every
+    epoch was trained on exactly once, and to list what was not."""
     step: int | None = Field(default=None, ge=0)
     """Checkpoint of this step; None takes the newest good one, or, for `verify`, all."""

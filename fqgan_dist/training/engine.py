@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
 from fqgan_dist.training.step_layout import Slot, StepLayout
 
 BatchT = TypeVar("BatchT")
@@ -61,6 +62,9 @@ class Engine(Protocol):
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
         """Clip, check and apply the gradients, then clear them.
 
+        A step of numbers that are not finite is refused on the device: it moves nothing. What
+        becomes of later steps is said by `training.anomalies`.
+
         Args:
             lr: learning rate of this step.
             losses: values whose finiteness is checked with the gradients', any shape, the same on
@@ -73,6 +77,11 @@ class Engine(Protocol):
 
     def advance(self, num_steps: int) -> None:
         """Put the optimizer where `num_steps` steps of zero gradient would have put it."""
+        ...
+
+    @property
+    def refused(self) -> Tensor:
+        """Whether the last step was refused, a bool scalar on the device."""
         ...
 
     def raise_if_not_finite(self) -> None:
@@ -90,8 +99,14 @@ class Engine(Protocol):
         """
         ...
 
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore both parts from whole tensors, which ranks and engines of any kind saved.
+    def needed_state(self) -> dict[str, Needs]:
+        """Say what this rank needs of both parts to be restored."""
+        ...
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
+        """Restore both parts, which ranks and engines of any kind saved; every rank calls it.
+
+        All names are there: what `needed_state` asks for, or whole tensors.
 
         Raises:
             CheckpointError: a name is missing or unknown, or a shape or dtype differs.
@@ -110,8 +125,15 @@ class Engine(Protocol):
         """Return what this rank saves of values laid out like the local parameters."""
         ...
 
-    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut values of whole parameters as the local parameters are cut."""
+    def needed_parameters(self) -> Needs:
+        """Say what `localize` takes of values of whole parameters."""
+        ...
+
+    def localize(self, values: Mapping[str, Tensor | Fragment]) -> dict[str, Tensor]:
+        """Cut values of whole parameters as the local parameters are cut.
+
+        They are whole, or what `needed_parameters` asks for.
+        """
         ...
 
     def whole_weights(

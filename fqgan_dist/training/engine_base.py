@@ -10,15 +10,26 @@ from torch import Tensor, nn
 
 from fqgan_dist.errors import NumericsError
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
 from fqgan_dist.training.config import OptimizerConfig
 from fqgan_dist.training.engine_settings import EngineSettings, ParameterGroups
-from fqgan_dist.training.named_tensors import copy_named_tensors, require_same_layout
+from fqgan_dist.training.named_tensors import (
+    copy_named_tensors,
+    require_same_layout,
+    whole_tensors,
+)
 from fqgan_dist.training.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
+    needed_optimizer_state,
     reset_optimizer_state,
 )
-from fqgan_dist.training.parameter_pieces import Pieces, share_pieces, whole_pieces
+from fqgan_dist.training.parameter_pieces import (
+    Pieces,
+    needed_spans,
+    share_pieces,
+    whole_pieces,
+)
 from fqgan_dist.training.step_layout import Slot
 
 
@@ -38,9 +49,11 @@ class EngineBase:
         )
         self._pieces: Pieces = whole_pieces(self.module, self.optimizer)
         self._has_partitions = False
-        # A flag on the device: once set, every later step is refused until somebody looks. The
-        # fused kernels skip the update on the device while found_inf is 1: no wait, no damage.
+        # A flag on the device. The fused kernels skip the update on the device while found_inf is
+        # 1: no wait, no damage. Where a step is not simply skipped, every later one is refused too
+        # until somebody looks.
         self._is_not_finite = torch.zeros((), device=self.device)
+        self._refuses_later_steps = settings.training.anomalies.on_not_finite != "skip"
         self.optimizer.found_inf = self._is_not_finite  # pyright: ignore[reportAttributeAccessIssue] GradScaler's contract with fused optimizers
 
     @contextmanager
@@ -64,8 +77,12 @@ class EngineBase:
         if self._is_not_finite.item():
             raise NumericsError(
                 f"{self.name}: a loss or gradient is not finite; no parameter has moved since. "
-                f"The last checkpoint is good: lower the learning rate or use precision: fp32"
+                "Lower the learning rate, or use precision: fp32"
             )
+
+    @property
+    def refused(self) -> Tensor:
+        return self._is_not_finite > 0
 
     def advance(self, num_steps: int) -> None:
         # FQGAN's discriminator takes 20,000 such steps before it starts: its moments stay zero, but
@@ -86,8 +103,19 @@ class EngineBase:
             "optimizer": named_optimizer_state(self._pieces, self.optimizer),
         }
 
+    def needed_state(self) -> dict[str, Needs]:
+        # Of weights too the own elements only: engines with partitions gather the others.
+        return {
+            "weights": {
+                **needed_spans(self._pieces),
+                **dict.fromkeys(self._outside_the_optimizer()),
+            },
+            "optimizer": needed_optimizer_state(self._pieces, self.optimizer),
+        }
+
     @torch.no_grad()
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
+        self._is_not_finite.zero_()
         weights = parts["weights"]
         others = self._outside_the_optimizer()
         expected = {
@@ -97,7 +125,7 @@ class EngineBase:
         require_same_layout(weights, expected | others, what=self.name)
         for name, piece in self._pieces.items():
             piece.find(piece.owner).copy_(piece.cut(weights[name]))
-        copy_named_tensors({name: weights[name] for name in others}, others, what=self.name)
+        copy_named_tensors(whole_tensors(weights, others), others, what=self.name)
         load_named_optimizer_state(self._pieces, self.optimizer, parts["optimizer"])
 
     def local_parameters(self) -> dict[str, Tensor]:
@@ -106,8 +134,11 @@ class EngineBase:
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
         return dict(values) if self.world.is_main else {}
 
-    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(values)
+    def needed_parameters(self) -> Needs:
+        return dict.fromkeys(self.local_parameters())
+
+    def localize(self, values: Mapping[str, Tensor | Fragment]) -> dict[str, Tensor]:
+        return whole_tensors(values, values)
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -134,8 +165,12 @@ class EngineBase:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def _begin_step(self) -> None:
+        if not self._refuses_later_steps:
+            self._is_not_finite.zero_()
+
     def _note_if_not_finite(self, *values: Tensor) -> None:
-        # Without a wait: this and all later steps are refused on the device.
+        # Without a wait: the step is refused on the device.
         for value in values:
             self._is_not_finite.logical_or_(~torch.isfinite(value).all())
 

@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
 from fqgan_dist.training.engine_base import EngineBase
 from fqgan_dist.training.engine_settings import EngineSettings
-from fqgan_dist.training.parameter_pieces import Piece, share_pieces
+from fqgan_dist.training.named_tensors import whole_tensors
+from fqgan_dist.training.parameter_pieces import Piece, needed_spans, share_pieces
 from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.world import World
 
@@ -85,6 +87,7 @@ class DeepSpeedEngine(EngineBase):
         self._deepspeed.backward(self._weigh(loss, slot), scale_wrt_gas=False)
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
+        self._begin_step()
         self._note_if_not_finite(losses)
         self._set_lr(lr)
         with self._sum_over_ranks():
@@ -94,12 +97,10 @@ class DeepSpeedEngine(EngineBase):
             # Infinite where DeepSpeed found that it is not finite and left everything alone.
             norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.device)
             self._note_if_not_finite(norm)
-        if self.device.type == "cpu":
-            self.raise_if_not_finite()
         return norm
 
     @torch.no_grad()
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
         super().load_state_dict(parts)
         self._refresh_weights()
 
@@ -111,14 +112,17 @@ class DeepSpeedEngine(EngineBase):
     def share(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:
         return super().share(values) if self.zero_stage < 3 else share_pieces(self._pieces, values)
 
-    def localize(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def needed_parameters(self) -> Needs:
+        return super().needed_parameters() if self.zero_stage < 3 else needed_spans(self._pieces)
+
+    def localize(self, values: Mapping[str, Tensor | Fragment]) -> dict[str, Tensor]:
         if self.zero_stage < 3:
             return super().localize(values)
         # A name that is not there is for the receiver to refuse.
-        return {
-            name: self._pieces[name].cut(value) if name in self._pieces else value
-            for name, value in values.items()
+        known = {
+            name: self._pieces[name].cut(values[name]) for name in self._pieces if name in values
         }
+        return known | whole_tensors(values, values.keys() - known.keys())
 
     @contextmanager
     def whole_weights(self, values: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:

@@ -43,13 +43,12 @@ class PlainEngine(EngineBase):
         self._weigh(loss, slot).backward()
 
     def step(self, *, lr: float, losses: Tensor) -> Tensor:
+        self._begin_step()
         norm = self._clip()
         self._note_if_not_finite(norm, losses)
         self._set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cpu":
-            self.raise_if_not_finite()
         return norm
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
+from fqgan_dist.training.checkpoint_files import Fragment
 
 # Differences that an error message lists before it counts the rest.
 _MAX_NAMED = 5
@@ -29,9 +30,11 @@ def copy_named_tensors(
 
 
 def require_same_layout(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str
+    tensors: Mapping[str, Tensor | Fragment], expected: Mapping[str, Tensor], *, what: str
 ) -> None:
     """Check that tensors have the names, shapes and dtypes of others, whose values do not matter.
+
+    A fragment has the shape of its whole tensor.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape or dtype differs.
@@ -51,5 +54,14 @@ def require_same_layout(
         )
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+def whole_tensors(
+    values: Mapping[str, Tensor | Fragment], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Take some values as tensors; of a fragment, which nobody asked for, what there is, flat."""
+    chosen = ((name, values[name]) for name in names)
+    return {name: value.tensor if isinstance(value, Fragment) else value for name, value in chosen}
+
+
+def _describe(value: Tensor | Fragment) -> str:
+    tensor = value.tensor if isinstance(value, Fragment) else value
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs, Span
 from fqgan_dist.training.named_tensors import require_same_layout
-from fqgan_dist.training.parameter_pieces import Pieces
+from fqgan_dist.training.parameter_pieces import Piece, Pieces
 
 STEP = "step"
 
@@ -49,12 +50,27 @@ def named_optimizer_state(
     return named
 
 
+def needed_optimizer_state(pieces: Pieces, optimizer: torch.optim.Optimizer) -> Needs:
+    """Say what this rank needs of the state of all parameters: its own moments, by name.
+
+    Raises:
+        ValueError: another optimizer than Adam or AdamW.
+    """
+    _require_adam(optimizer)
+    moments = [key for key in _state_keys(optimizer) if key != STEP]
+    needs: dict[str, Span | None] = {}
+    for name, piece in pieces.items():
+        needs |= {f"{name}.{key}": piece.span for key in moments}
+    return needs | {f"{name}.{STEP}": None for name in _step_sources(pieces)}
+
+
 def load_named_optimizer_state(
-    pieces: Pieces, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    pieces: Pieces, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | Fragment]
 ) -> None:
     """Restore this rank's part of the state of all parameters, before or after a first step.
 
-    `tensors` are whole, by name, on any device, from ranks and engines of any kind.
+    `tensors` are by name, on any device, from ranks and engines of any kind: whole, or what
+    `needed_optimizer_state` asks for.
 
     Raises:
         CheckpointError: a name is missing or unknown, a shape or dtype differs, or parameters that
@@ -65,14 +81,13 @@ def load_named_optimizer_state(
     # Fresh tensors: a graph or a staged copy may still hold the old ones.
     states = {id(owner): _new_state(owner, optimizer) for owner in _owners(pieces)}
     require_same_layout(tensors, _expected(pieces, states), what="optimizer state")
-    _require_equal_steps(pieces, tensors)
+    steps = _require_equal_steps(pieces, tensors)
     for name, piece in pieces.items():
         for key, tensor in states[id(piece.owner)].items():
-            source = tensors[f"{name}.{key}"]
-            target, source = (
-                (tensor, source) if key == STEP else (piece.find(tensor), piece.cut(source))
-            )
-            target.copy_(source)
+            if key != STEP:
+                piece.find(tensor).copy_(piece.cut(tensors[f"{name}.{key}"]))
+    for owner, count in steps.items():
+        states[owner][STEP].copy_(count)
     for owner in _owners(pieces):
         optimizer.state[owner] = states[id(owner)]
 
@@ -106,17 +121,34 @@ def _expected(pieces: Pieces, states: Mapping[int, Mapping[str, Tensor]]) -> dic
     }
 
 
-def _require_equal_steps(pieces: Pieces, tensors: Mapping[str, Tensor]) -> None:
-    # An owner has but one count of steps.
-    first: dict[int, tuple[str, float]] = {}
+def _step_sources(pieces: Pieces) -> dict[str, Piece]:
+    """Choose the parameters whose counts of steps this rank needs: one or more for each owner."""
+    sources = {name: piece for name, piece in pieces.items() if piece.count > 0}
+    counted = {id(piece.owner) for piece in sources.values()}
     for name, piece in pieces.items():
-        steps = float(tensors[f"{name}.{STEP}"])
+        if id(piece.owner) not in counted:  # a partition of padding
+            counted.add(id(piece.owner))
+            sources[name] = piece
+    return sources
+
+
+def _require_equal_steps(
+    pieces: Pieces, tensors: Mapping[str, Tensor | Fragment]
+) -> dict[int, Tensor]:
+    """Return the count of steps of each owner, by its id: it has but one."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, piece in _step_sources(pieces).items():
+        steps = tensors[f"{name}.{STEP}"]
+        if isinstance(steps, Fragment):
+            raise ValueError(f"{name}.{STEP}: was not read; read what the engine needs")
         other, expected = first.setdefault(id(piece.owner), (name, steps))
-        if steps != expected:
+        if float(steps) != float(expected):
             raise CheckpointError(
-                f"optimizer state: {name} was stepped {steps:g} times and {other} {expected:g} "
-                f"times, but ZeRO counts the steps of a partition once; use training.engine=plain"
+                f"optimizer state: {name} was stepped {float(steps):g} times and {other} "
+                f"{float(expected):g} times, but ZeRO counts the steps of a partition once; use "
+                f"training.engine=plain"
             )
+    return {owner: steps for owner, (_, steps) in first.items()}
 
 
 def _require_adam(optimizer: torch.optim.Optimizer) -> None:
@@ -128,15 +160,17 @@ def _require_adam(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def _state_keys(optimizer: torch.optim.Optimizer) -> list[str]:
+    keys = [STEP, "exp_avg", "exp_avg_sq"]
+    return [*keys, "max_exp_avg_sq"] if optimizer.defaults["amsgrad"] else keys
+
+
 def _new_state(owner: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     # As torch/optim/adam.py does in _init_group.
     options = optimizer.defaults
     is_on_device = bool(options["capturable"] or options["fused"])
-    state = {
-        STEP: torch.zeros((), dtype=torch.float32, device=owner.device if is_on_device else "cpu"),
-        "exp_avg": torch.zeros_like(owner, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(owner, memory_format=torch.preserve_format),
+    count = torch.zeros((), dtype=torch.float32, device=owner.device if is_on_device else "cpu")
+    return {
+        key: count if key == STEP else torch.zeros_like(owner, memory_format=torch.preserve_format)
+        for key in _state_keys(optimizer)
     }
-    if options["amsgrad"]:
-        state["max_exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
-    return state

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs, Span
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,30 @@ class Piece:
             return tensor
         return tensor.view(-1).narrow(0, self.position, self.count)
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """Take these elements from a tensor shaped like the parameter."""
-        return whole if self.is_whole else whole.reshape(-1).narrow(0, self.start, self.count)
+    @property
+    def span(self) -> Span | None:
+        """What this rank needs of a tensor shaped like the parameter; None: all of it."""
+        return None if self.is_whole else Span(self.start, self.count)
+
+    def cut(self, value: Tensor | Fragment) -> Tensor:
+        """Take these elements from a tensor shaped like the parameter, or from what was read of it.
+
+        Raises:
+            ValueError: a fragment has not all of them.
+        """
+        if self.is_whole and isinstance(value, Tensor):
+            return value
+        start, values = self.start, value
+        if isinstance(values, Fragment):
+            start, values = start - values.start, values.tensor
+        values = values.reshape(-1)
+        if start < 0 or start + self.count > values.numel():
+            raise ValueError(
+                f"{self.count} elements from {self.start} of a tensor of shape {self.shape}: not "
+                "in what was read of it; read the spans that the engine needs"
+            )
+        found = values.narrow(0, start, self.count)
+        return found.view(self.shape) if self.is_whole else found
 
     def share(self, values: Tensor) -> Tensor | Fragment:
         """Label values as returned by `find` for a checkpoint."""
@@ -85,6 +107,11 @@ def whole_pieces(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
                 )
             pieces[names[id(parameter)]] = Piece.whole(parameter)
     return pieces
+
+
+def needed_spans(pieces: Pieces) -> Needs:
+    """Say what this rank needs of tensors shaped like the parameters."""
+    return {name: piece.span for name, piece in pieces.items()}
 
 
 def share_pieces(pieces: Pieces, values: Mapping[str, Tensor]) -> dict[str, Tensor | Fragment]:

@@ -123,3 +123,16 @@ def assign_slots(
         is_idle = index >= num_micro_batches
         slots.append(Slot(group if is_idle else index, is_idle))
     return tuple(slots)
+
+
+def can_share(training: TrainingConfig, world_size: int) -> bool:
+    """Say whether so many ranks can share the steps of a training."""
+    try:
+        assign_slots(
+            training.micro_batches_per_step,
+            World(world_size=world_size),
+            training.ranks_per_micro_batch,
+        )
+    except ConfigError:
+        return False
+    return True

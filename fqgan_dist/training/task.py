@@ -8,7 +8,9 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from fqgan_dist.config import Config
+from fqgan_dist.training.anomalies import Evidence
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs
 
 BatchT = TypeVar("BatchT", contravariant=True)
 Parts = dict[str, dict[str, Tensor | Fragment]]
@@ -33,19 +35,11 @@ class Task(Protocol, Generic[BatchT]):
         Returns:
             Scalars by metric name, averaged over the global batch; the same on every rank. They
             are on the device: reading them makes the host wait.
-
-        Raises:
-            NumericsError: on CPU, when a loss or gradient is not finite; nothing has moved then.
         """
         ...
 
-    def raise_if_not_finite(self) -> None:
-        """Raise what `train_step` could not raise without waiting for the device.
-
-        Raises:
-            NumericsError: a loss or gradient since the last call was not finite. No optimizer has
-                moved since that step.
-        """
+    def take_evidence(self) -> Sequence[Evidence]:
+        """Give the numbers of the last step, for each optimizer in their order."""
         ...
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -60,8 +54,14 @@ class Task(Protocol, Generic[BatchT]):
         """
         ...
 
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what the `state_dict` of all ranks returned, merged into whole tensors.
+    def needed_state(self) -> Mapping[str, Needs]:
+        """Say what this rank needs of the parts to be restored; of one not named, all of it."""
+        ...
+
+    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor | Fragment]]) -> None:
+        """Restore what the `state_dict` of all ranks returned, merged; every rank calls it.
+
+        All names of all parts are there: what `needed_state` asks for, or whole tensors.
 
         Raises:
             CheckpointError: a part or tensor is missing, unknown or of another shape.

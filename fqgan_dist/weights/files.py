@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fqgan_dist.errors import DataError
-from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.errors import DataError, FqganError
+from fqgan_dist.storage.disk_errors import clear_disk_errors, explain_if_of_disk
 
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
@@ -110,6 +110,9 @@ def download_torch_file(url: str, *, field: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
     except (OSError, RuntimeError) as error:
+        explained = explain_if_of_disk(error)
+        if isinstance(explained, FqganError):
+            raise explained from error
         raise DataError(
             f"{url}: cannot be downloaded ({error}) - expected access to the internet - run "
             f"`fqgan weights fetch CONFIG to=DIR` where there is access, and set {field} to the "

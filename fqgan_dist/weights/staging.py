@@ -41,6 +41,7 @@ def resolve_weights(config: WeightsConfig, *, field: str) -> Path | None:
     cache = Storage(_cache_folder())
     cached = f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if not cache.exists(cached):
+        cache.sweep()
         cache.write_bytes(cached, data)
     path = cache.local_path(cached)
     assert path is not None, "the cache is a local folder"

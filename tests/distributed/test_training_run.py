@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from support.synthetic_shards import flip_byte
+from support.waiting import wait_until
 
 from fqgan_dist.cli import main as fqgan
 from fqgan_dist.config import load_config
 from fqgan_dist.data.index import load_index, load_samples
+from fqgan_dist.errors import FAILED
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore
-from fqgan_dist.training.run import DONE, FAILED, WRONG_USAGE, main
+from fqgan_dist.training.run import DONE, WRONG_USAGE, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "support" / "tiny.yaml"
@@ -178,6 +180,39 @@ def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave_the_group(tmp_
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = launch(*command, str(script), str(TINY))
     assert result.returncode == DONE, result.stderr
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_sigterm_ends_all_ranks_after_a_save(root: Path, num_ranks: int) -> None:
+    command = [sys.executable]
+    if num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        command += launcher
+    process = subprocess.Popen(
+        [
+            *(*command, "-m", "fqgan_dist.training.run", str(TINY), "stage=tokenizer"),
+            *(f"storage.root={root}", "tokenizer.training.steps=100000"),
+            "tokenizer.training.checkpoint.every=10",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        commit = root / "tokenizer" / "checkpoints" / "commits" / "0000000002.json"
+        wait_until(lambda: commit.exists() or process.poll() is not None)
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    # torchrun has its own code, and a traceback for the signal that it got.
+    assert process.returncode == (143 if num_ranks == 1 else 1), said
+    assert said.count("ERROR   terminated; the same command continues") == num_ranks, said
+    loaded = CheckpointStore(Storage(root), "tokenizer/checkpoints").load_latest()
+    assert loaded is not None
+    (records,) = (root / "tokenizer" / "sessions").glob("*/metrics.jsonl")
+    assert json.loads(records.read_text().splitlines()[-1])["step"] == loaded.step
 
 
 @pytest.mark.parametrize(

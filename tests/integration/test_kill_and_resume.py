@@ -18,25 +18,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.records import read_records
+from support.records import is_time, read_records
 
+from fqgan_dist.config import load_config
 from fqgan_dist.stages.catalog import stage_names
+from fqgan_dist.stages.checkpoints import run_checkpoint_action
+from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint import CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, StartRecord
+from fqgan_dist.training.config import CheckpointTarget
 
 TESTS_DIR = Path(__file__).parents[1]
 CONFIG = TESTS_DIR / "support" / "tiny.yaml"
 TIMEOUT_S = 500
 TRAINED = ("tokenizer", "autoregressive")
-TIMES = {
-    "time",
-    "train/loader_wait_fraction",
-    "train/images_per_s",
-    "train/read_bytes_per_s",
-    "train/cache_hit_fraction",
-}
-
 KILL_POINTS = {
     "shards": ("/train/shard-000001.tar", 1),  # the second of three
     "teachers": ("/features/", 2),
@@ -170,7 +166,7 @@ def test_the_last_checkpoints_are_equal_to_the_bit(runs: Runs, stage: str) -> No
 def test_the_metrics_file_is_that_of_an_unbroken_run(runs: Runs, stage: str) -> None:
     records = [
         [
-            {name: value for name, value in record.items() if name not in TIMES}
+            {name: value for name, value in record.items() if not is_time(name)}
             for record in read_records(root / stage / "metrics.jsonl")
         ]
         for root in (runs.unbroken, runs.killed)
@@ -197,3 +193,17 @@ def test_the_report_is_there(runs: Runs) -> None:
     names = set(files(runs.unbroken, "figures"))
     assert names == set(files(runs.killed, "figures"))
     assert (runs.killed / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_the_ledger_proves_that_every_image_was_trained_on_once(runs: Runs, stage: str) -> None:
+    reports = []
+    for root in (runs.unbroken, runs.killed):
+        config = load_config(CONFIG, [f"storage.root={root}"], RunConfig)
+        target = CheckpointTarget(ledger=True)
+        result = run_checkpoint_action("verify", config, stage, target)  # pyright: ignore[reportArgumentType]
+        assert not result.is_damaged, result.text
+        reports.append(result.report)
+    assert reports[0] == reports[1]
+    assert reports[0]["num_rehashed"] == reports[0]["num_commits"] == 3
+    assert reports[0]["positions"] == sum(epoch["images"] for epoch in reports[0]["epochs"]) > 0

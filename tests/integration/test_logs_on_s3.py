@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.radosgw import S3_BUCKET
+from support.sessions import resumed_at
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.json_lines import parse_records
@@ -16,7 +17,7 @@ from fqgan_dist.telemetry.log_files import open_log_file, publish_log
 from fqgan_dist.telemetry.logging import configure_logging
 from fqgan_dist.telemetry.metric_sink import TrackedRun
 from fqgan_dist.telemetry.metrics import MetricsFile, parse_metrics
-from fqgan_dist.telemetry.published import PublishedRecords
+from fqgan_dist.telemetry.sessions import SessionRecords
 from fqgan_dist.telemetry.sinks.tensorboard import build_sink
 from fqgan_dist.world import World
 
@@ -81,7 +82,7 @@ def test_metrics_and_tensorboard_are_published_and_continued(storage: Storage) -
     for resumed_step in (0, 1):
         run = TrackedRun(storage=storage, stage="tokenizer", name="trial")
         for sink in (MetricsFile(storage, "tokenizer/metrics.jsonl"), build_sink(run)):
-            sink.open(resumed_step)
+            sink.open(resumed_at(resumed_step))
             sink.write(resumed_step + 1, {"tokenizer/loss/total": 0.5}, images_seen=8)
             sink.flush()
             published = storage.list("tokenizer/tensorboard")
@@ -96,8 +97,8 @@ def test_the_ledger_is_published_continued_and_emptied_by_a_new_start(storage: S
     path = "tokenizer/damaged_samples.jsonl"
     found: list[list[int]] = []
     for resumed_step in (0, 1, 0):
-        ledger = PublishedRecords(storage, path)
-        ledger.open(resumed_step)
+        ledger = SessionRecords(storage, path)
+        ledger.open(resumed_at(resumed_step))
         ledger.flush()
         before = storage.read_bytes(path) if storage.exists(path) else b""
         ledger.write({"step": resumed_step + 1})

@@ -25,6 +25,7 @@ from rich.console import Console
 from fqgan_dist.errors import DataError
 from fqgan_dist.orchestration.failures import explain_failure, stamp_errors
 from fqgan_dist.orchestration.progress_board import ProgressBoard, RayObserver, start_board
+from fqgan_dist.telemetry.notify import Notifier
 from fqgan_dist.telemetry.progress import WorkProgress
 from fqgan_dist.telemetry.run_view import StageView
 from fqgan_dist.world import World
@@ -58,7 +59,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def board() -> Iterator[ProgressBoard]:
-    board = start_board("tiny", ["teachers", "tokenizer"])
+    board = start_board("tiny", ["teachers", "tokenizer"], Notifier("tiny"))
     yield board
     ray.kill(board._actor)
 
@@ -173,7 +174,7 @@ def test_the_first_failing_ranks_cause_comes_first(how: str, tmp_path: Path) -> 
         trainer.fit()
     report = explain_failure(caught.value)
     assert report.first.place.startswith("rank 1")
-    assert report.is_permanent is (how == "raise")
+    assert (report.cause == "permanent") is (how == "raise")
     expected = "DataError: shard-000007.tar" if how == "raise" else "process or node was lost"
     assert expected in report.text.splitlines()[0]
 

@@ -163,7 +163,7 @@ def test_a_killed_train_worker_is_replaced_and_the_run_ends_with_the_same_bits(
     os.kill(find_train_worker(cluster), signal.SIGKILL)
     assert wait_for_last_job(cluster) == "SUCCEEDED"
     log = "".join(path.read_text(encoding="utf-8") for path in (root / "logs").glob("run-*.log"))
-    assert "restarting from the newest checkpoint (failure 1 of 3 allowed)" in log
+    assert log.count("starting again from the newest checkpoint in 5 s (patience.losses_s: ") == 1
     expected = metrics(finished_run)["tokenizer"]
     found = metrics(root)["tokenizer"]
     assert {"discriminator_loss", "training_usage"} <= found.keys()
@@ -213,7 +213,8 @@ def test_submit_brings_a_job_to_its_end_although_its_driver_is_killed(
         os.kill(int(pids.read_text()), signal.SIGKILL)
         output, errors = submit.communicate(timeout=120)
     assert submit.returncode == 3, errors
-    assert output.splitlines().count("sent along") == 2, "once for each of the two jobs"
+    # Not by lines: Ray appends its own, and may come between a word and the end of its line.
+    assert output.count("sent along") == 2, "once for each of the two jobs"
     assert "its driver was killed (exit code" in errors
     assert "its command failed with exit code 3" in errors
 

@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_no_retry(tmp_
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("NumericsError: [rank ")
     assert "not finite" in last
-    assert "restarting" not in done.stderr
+    assert "starting again" not in done.stderr
 
 
 def test_the_folder_of_a_ray_started_here_is_private_and_goes_with_it(

@@ -16,6 +16,7 @@ from support.radosgw import S3_BUCKET, Gateway
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage import retries, s3_connection, s3_store
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.waiting import STORAGE_VARIABLE
 
 MIB = 2**20
 SMALL = os.urandom(50_000)
@@ -188,10 +189,11 @@ def test_only_the_part_that_failed_is_uploaded_again(proxy: FaultProxy, storage:
 
 
 def test_an_upload_that_fails_is_given_up_at_the_server(
-    proxy: FaultProxy, storage: Storage
+    proxy: FaultProxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, "2")
     proxy.faults = Faults(only=r"^PUT .*partNumber=3", slow_down_rate=1)
-    with pytest.raises(DataError, match=r"8 attempts failed, the last by 503 SlowDown"):
+    with pytest.raises(DataError, match=r"attempts in 2 s failed, the last by 503 SlowDown"):
         storage.write_bytes("large", LARGE)
     assert proxy.requests[-1].method == "DELETE"
     assert not storage.exists("large")

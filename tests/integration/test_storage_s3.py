@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.loader import ImageLoader
 from fqgan_dist.data.tar_iteration import iterate_shard
 from fqgan_dist.errors import DataError
+from fqgan_dist.storage import s3_uploads
+from fqgan_dist.storage.leftovers import Swept
 from fqgan_dist.storage.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
@@ -44,6 +48,34 @@ def test_objects_of_many_parts_are_read_back(storage: Storage) -> None:
     data = os.urandom(2**20) * 110  # a multipart upload begins at 100 MiB
     storage.write_bytes("large", data)
     assert storage.read_bytes("large") == data
+
+
+KILLED_UPLOAD = """
+import os, sys
+from fqgan_dist.storage import s3_uploads
+from fqgan_dist.storage.storage import Storage
+
+async def die(*_):
+    os._exit(9)
+
+s3_uploads._complete = die
+Storage(sys.argv[1]).write_bytes("folder/large", bytes(33 * 2**20))
+"""
+
+
+def test_the_parts_of_a_killed_upload_are_removed_after_a_day(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes("small", b"1")
+    done = subprocess.run([sys.executable, "-c", KILLED_UPLOAD, storage.root], check=False)
+    assert done.returncode == 9
+    assert storage.list() == ["small"]
+    assert storage.sweep() == Swept()
+    monkeypatch.setattr(s3_uploads, "FOREIGN_S", -60.0)  # clocks of answers are whole seconds
+    assert Storage(f"{storage.root}-other").sweep() == Swept()
+    assert storage.sweep("folder") == Swept(1, 33 * 2**20)
+    assert storage.sweep() == Swept()
+    assert storage.list() == ["small"]
 
 
 def test_a_local_file_replaces_the_whole_object(storage: Storage, tmp_path: Path) -> None:

@@ -187,20 +187,21 @@ class _ConnectionEndedError(Exception):
 
 @contextmanager
 def run_fault_proxy(
-    upstream: str, *, seed: int = 0, faults: Faults | None = None
+    upstream: str, *, seed: int = 0, faults: Faults | None = None, port: int = 0
 ) -> Iterator[FaultProxy]:
-    """Serve on a free port of loopback until the end of the block.
+    """Serve on a port of loopback until the end of the block.
 
     Args:
         upstream: the server, such as http://127.0.0.1:7480.
         seed: chooses which requests meet a fault.
         faults: the first settings; by default all goes well.
+        port: 0: any that is free.
     """
     proxy = FaultProxy(upstream, seed, faults=faults or Faults())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fault-proxy", daemon=True)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(_start(proxy), loop).result()
+    server = asyncio.run_coroutine_threadsafe(_start(proxy, port), loop).result()
     try:
         yield proxy
     finally:
@@ -210,7 +211,7 @@ def run_fault_proxy(
         loop.close()
 
 
-async def _start(proxy: FaultProxy) -> asyncio.Server:
+async def _start(proxy: FaultProxy, port: int) -> asyncio.Server:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         proxy.num_connections += 1
         proxy.num_open += 1
@@ -222,7 +223,7 @@ async def _start(proxy: FaultProxy) -> asyncio.Server:
         finally:
             proxy.num_open -= 1
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=PIECE_BYTES)
+    server = await asyncio.start_server(serve, "127.0.0.1", port, limit=PIECE_BYTES)
     port = server.sockets[0].getsockname()[1]
     proxy.endpoint = f"http://127.0.0.1:{port}"
     return server

@@ -1,4 +1,4 @@
-"""Damage to tables, tensors, archives and images that keeps their structure; see `mutations`."""
+"""Damage to tables, tensors, archives and images that keeps their structure; see byte_mutations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from support.mutations import (
+from support.byte_mutations import (
     NUMBERS,
     TEXTS,
     Mutate,

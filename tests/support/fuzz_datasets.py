@@ -14,6 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from support.byte_mutations import (
+    dump_json,
+    mutate_json,
+    mutate_json_lines,
+    splice,
+)
 from support.containers import write_zip
 from support.file_mutations import (
     mutate_parquet,
@@ -29,12 +35,6 @@ from support.fuzz_files import (
     spread_files,
 )
 from support.fuzzing import Target
-from support.mutations import (
-    dump_json,
-    mutate_json,
-    mutate_json_lines,
-    splice,
-)
 from support.source_files import png
 from support.tiny_shards import write_tiny_dataset
 

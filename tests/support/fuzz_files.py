@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from support.mutations import (
+from support.byte_mutations import (
     json_mutator,
 )
 

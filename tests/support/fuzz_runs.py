@@ -13,6 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.byte_mutations import (
+    json_mutator,
+    mutate_bytes,
+    mutate_json_lines,
+    mutate_text,
+    mutate_yaml,
+)
 from support.file_mutations import (
     archive_mutator,
     mutate_npy,
@@ -28,13 +35,6 @@ from support.fuzz_files import (
     spread_files,
 )
 from support.fuzzing import Target
-from support.mutations import (
-    json_mutator,
-    mutate_bytes,
-    mutate_json_lines,
-    mutate_text,
-    mutate_yaml,
-)
 
 from fqgan_dist.config import load_config
 from fqgan_dist.diagnosis.weights import check_file
@@ -54,7 +54,7 @@ from fqgan_dist.telemetry.json_lines import parse_records
 from fqgan_dist.tokenizer.published import read_published_file
 from fqgan_dist.training.checkpoint import CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_attempt import Attempt
-from fqgan_dist.training.checkpoint_format import RankReport, checkpoint_folder
+from fqgan_dist.training.checkpoint_format import RankReport, checkpoint_folder, hash_blocks
 from fqgan_dist.training.commit_log import CommitRecord, canonical_json, seal, sha256_hex
 from fqgan_dist.training.config import RetentionPolicy
 from fqgan_dist.weights.files import load_safetensors_checked, load_torch_checked
@@ -167,12 +167,21 @@ def _weights_file() -> str:
     return next(name for name in _run_files() if name.startswith(start))
 
 
+def _neighbour(name: str) -> str:
+    return f"{_weights_file().rpartition('/')[0]}/{name}"
+
+
 def _read_checkpoint_tensors(data: bytes, folder: Path) -> None:
-    manifest = json.loads(_manifest())
+    # As of either format, by chance: 1 takes from the file what is in it.
+    is_old = sum(data) % 2 == 1
+    manifest = json.loads(_manifest()) | {"format": 1 if is_old else 2}
     name = _weights_file()
     for file in manifest["files"]:
-        if name.endswith(file["file"]):
-            file["bytes"], file["sha256"] = max(1, len(data)), sha256_of(data)
+        content = data if name.endswith(file["file"]) else _run_files()[_neighbour(file["file"])]
+        blocks = hash_blocks(content, 64)
+        digest = sha256_of(content) if is_old else blocks.root()
+        file["bytes"], file["sha256"] = max(1, len(content)), digest
+        file["blocks"] = None if is_old else blocks.model_dump()
     encoded = canonical_json(manifest)
     commit = _commit().model_copy(update={"manifest_sha256": sha256_hex(encoded)})
     manifest_path = f"{name.rpartition('/')[0]}/manifest.json"

@@ -15,6 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from support.byte_mutations import (
+    mutate_bytes,
+    mutate_json_lines,
+    mutate_text,
+    splice,
+)
 from support.containers import write_parquet, write_zip
 from support.file_mutations import (
     mutate_image,
@@ -27,15 +33,10 @@ from support.fuzz_files import (
     spread_files,
 )
 from support.fuzzing import Target
-from support.mutations import (
-    mutate_bytes,
-    mutate_json_lines,
-    mutate_text,
-    splice,
-)
 from support.source_files import png, tar_bytes
 
 from fqgan_dist.data.decoding import decode_image, decode_jpeg, read_jpeg_header, read_size
+from fqgan_dist.data.jpeg_regions import ResizedAxis, resize_jpeg_region
 from fqgan_dist.errors import DataError
 from fqgan_dist.sharding.class_files import read_class_map, read_classes
 from fqgan_dist.sharding.config import SourceOptions
@@ -61,7 +62,9 @@ def _list_reader(ending: str) -> Callable[[bytes, Path], object]:
     def read(data: bytes, folder: Path) -> None:
         for options in (SourceOptions(), SourceOptions(keep_keys=False)):
             with SILENT.track(None, "x", "rows") as bar:
-                images = read_image_list(io.BytesIO(data), f"x.{ending}", options, bar)
+                images = read_image_list(
+                    io.BytesIO(data), f"x.{ending}", options, bar, split="train"
+                )
             _ = images.start
 
     return read
@@ -213,6 +216,12 @@ def _read_jpeg(data: bytes, *, name: str) -> None:
     if header is not None:
         decode_jpeg(data, header)
         decode_jpeg(data, header, reduction=4)
+        side = min(header.height, header.width, 64)
+        rows = ResizedAxis(header.height - side, side, 1.0, side, 0)
+        columns = ResizedAxis(0, header.width, side / header.width, side, 0)
+        if columns.scale > 0.25:
+            out = np.empty((3, side, side), np.uint8)
+            resize_jpeg_region(data, header, rows, columns, side=side, flip=True, out=out)
 
 
 _ANY_TAR = splice([mutate_tar, mutate_tar, mutate_bytes])

@@ -31,7 +31,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from support.mutations import Mutate
+from support.byte_mutations import Mutate
 
 from fqgan_dist.errors import FqganError
 

@@ -235,6 +235,17 @@ def write_flat_folder(folder: Path, train: Images, val: Images) -> Layout:
     return Layout("@/train.csv", {"root": "@/train"}, "@/val.csv", {"root": "@/val"})
 
 
+def write_one_list(folder: Path, train: Images, val: Images) -> Layout:
+    """Write one flat folder, with a list of both splits."""
+    lines = ["path,class,split"]
+    for split, images in (("valid", val), ("train", train)):
+        files = [(f"{split}{row}.png", data) for row, (_, data) in enumerate(images)]
+        write_files(folder / "images", files)
+        lines += [f"images/{n},{c},{split}" for (n, _), (c, _) in zip(files, images, strict=True)]
+    _write_lines(folder / "all.csv", lines)
+    return Layout("@/all.csv", validation_command="@/all.csv")
+
+
 def write_flat_zstd(folder: Path, train: Images, val: Images) -> Layout:
     """Write flat tars, compressed with Zstandard, with lists beside them."""
     for split, images in (("train", train), ("val", val)):
@@ -298,6 +309,7 @@ LAYOUTS: dict[str, Callable[[Path, Images, Images], Layout]] = {
     "timm": write_timm,
     "img2dataset": write_img2dataset,
     "flat folder": write_flat_folder,
+    "one list": write_one_list,
     "flat zstd": write_flat_zstd,
     "flat zip": write_flat_zip,
     "ffhq": write_ffhq,

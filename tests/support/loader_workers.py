@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import atexit
 import operator
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from fqgan_dist.data import decode_limit
+from fqgan_dist.data.batch_memory import BatchMemory
 
 
 class NotesItsEnd:
@@ -23,3 +27,30 @@ class NotesItsEnd:
     def __call__(self) -> Callable[[int], int]:
         """Build the function."""
         return operator.neg
+
+
+class AstrayLoad:
+    """Loads keys, but takes forever for one, as a decoder does that has gone astray."""
+
+    def __init__(self) -> None:
+        decode_limit.LIMIT_S = 2
+
+    def __call__(self, key: int) -> int:
+        with decode_limit.limit_decoding(f"shard.tar: sample '{key}'"):
+            time.sleep(600 if key == 5 else 0)
+        return key
+
+
+class FillsPlaces:
+    """Builds a function that writes a number to a place of a `BatchMemory`."""
+
+    def __init__(self, memory: BatchMemory) -> None:
+        self._memory = memory
+
+    def __call__(self) -> Callable[[tuple[int, int]], int]:
+        return self._fill
+
+    def _fill(self, order: tuple[int, int]) -> int:
+        number, place = order
+        self._memory.view(place)[...] = number
+        return number

@@ -22,6 +22,7 @@ import pytest
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.storage.download_target import create_target
+from fqgan_dist.storage.leftovers import Swept
 from fqgan_dist.storage.names import STORES, split_bucket
 from fqgan_dist.storage.storage import BACKENDS
 
@@ -57,6 +58,7 @@ class MemoryBackend:
     """Objects of buckets by `memory://` URIs."""
 
     num_retries = 0
+    waited_s = 0.0
 
     def size(self, uri: str) -> int:
         """Give an object's size."""
@@ -127,6 +129,10 @@ class MemoryBackend:
         """Remove an object."""
         bucket, key = _find(uri)
         bucket.objects.pop(key, None)
+
+    def sweep(self, uri: str, *, is_superseded: bool) -> Swept:
+        """Do nothing: an object is written at once."""
+        return Swept()
 
     def _read(self, uri: str) -> bytes:
         bucket, key = _find(uri)

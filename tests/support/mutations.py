@@ -1,286 +1,282 @@
-"""Damage to files that keeps their structure: whole bytes go in, others come out, by a seed."""
+"""Safeguards that are taken out of the source one at a time: a named test must go red each time.
+
+    python tests/support/mutations.py [NAME ...]
+
+A test that stays green without what it guards proves nothing. The working tree (what git knows or
+would add) is copied to a temporary folder; there, after the tests were green once, each mutation is
+made alone and its test is run. Exit code 1: a test stayed green, could not be run, or was red
+before; or the text to be replaced is not in its file exactly once. Two minutes on one core.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Sequence
-from random import Random
-from typing import Any
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-Mutate = Callable[[bytes, Random], bytes]
+ROOT = Path(__file__).resolve().parents[2]
+_TIMEOUT_S = 300
+_GREEN, _RED = 0, 1
+"""Exit codes of pytest: all passed, some failed. Others are neither: nothing was collected, say."""
 
-NUMBERS: tuple[int | float, ...] = (
-    *(0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**16, 10**6),
-    *(2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64),
-    *(-(2**31), -(2**63), -(2**63) - 1, 10**30, 10**400, -(10**4000)),
-    *(0.0, -0.0, 0.5, 1e-320, 1e300, -1e300, math.inf, -math.inf, math.nan),
-)
-"""Numbers at the edges of all types, and beyond."""
-TEXTS = (
-    *("", " ", "a", "\0", "\n", "a\nFORGED: b", "\x1b]0;x\x07\x1b[2J", "\u202e\u2066x", "\ufeff"),
-    *("\ud800", "\udfff\ud800", "\U0010ffff", "é", "A\u030a", "²", "٣", "1e999", "-1", "1.0"),
-    *("true", "null", "nan", "inf", "0x10", "../x", "/etc/passwd", "a/b", "a\\b", "C:x", "~", "."),
-    *("s3://user:secret@b/x", "pipe:touch x", "http://h/x", "%s%n", "{0.__class__}", "$HOME", "*"),
-    *("x" * 300, "x" * 5000, "é" * 3000, "9" * 30, "9" * 5000, "0" * 64, "f" * 64, "0" * 32),
-    *("shard-000000.tar", "F8_E8M0", "F4", "F64", "I64", "U8", "commit", "prune", "start"),
-)
-"""Texts that are no name, number or path, or that some program takes for more than a text."""
-
-# Values that Python cannot write itself: they stand in for these marks in the text.
-_RAW = {
-    "\0digits": "9" * 5000,
-    "\0minus": "-" + "9" * 100_000,
-    "\0float": "1e999999999",
-    "\0deep": "[" * 50_000 + "]" * 50_000,
-    "\0deeper": '{"a":' * 2000 + "1" + "}" * 2000,
-    "\0many": "[" + "0," * 100_000 + "0]",
-    "\0bytes": '"\\ud83d\\u0000"',
-}
-
-Path = tuple[Any, ...]
+Result = Literal["red", "green", "not run"]
 
 
-def mutate_bytes(data: bytes, random: Random) -> bytes:
-    """Flip, cut, repeat, move and overwrite bytes."""
-    mutated = bytearray(data)
-    for _ in range(random.choice((1, 1, 2, 4, 8))):
-        if not mutated:
-            mutated += random.randbytes(random.randrange(64))
-        start = random.randrange(len(mutated) + 1)
-        end = min(len(mutated), start + random.choice((1, 2, 4, 8, 100, 1000)))
-        match random.randrange(9):
-            case 0 if start < len(mutated):
-                mutated[start] ^= 1 << random.randrange(8)
-            case 1:
-                mutated[start:end] = random.randbytes(end - start)
-            case 2:
-                del mutated[start:]
-            case 3:
-                del mutated[start:end]
-            case 4:
-                mutated[start:start] = mutated[start:end] * random.choice((1, 2, 50))
-            case 5:
-                other = random.randrange(len(mutated) + 1)
-                mutated[other:other] = mutated[start:end]
-            case 6:
-                width = random.choice((1, 2, 4, 8))
-                number = int(random.choice(NUMBERS[:28])) % 256**width
-                mutated[start : start + width] = number.to_bytes(
-                    width, random.choice(("little", "big"))
-                )
-            case 7:
-                mutated[start:start] = random.choice(TEXTS).encode(errors="surrogatepass")
-            case _:
-                mutated[start:end] = bytes([random.choice((0, 0xFF, 0x80))]) * (end - start)
-    return bytes(mutated)
+@dataclass(frozen=True)
+class Mutation:
+    """One change of the source, and the test that must see it."""
+
+    name: str
+    file: str
+    """Below the root of the checkout."""
+    old: str
+    """Is in the file exactly once."""
+    new: str
+    test: str
+    """Path and name; all its parameters are run."""
+
+    def find_fault(self, root: Path) -> str | None:
+        """Say why it cannot be made in a checkout, or its test not be run; None: all is well."""
+        path = root / self.file
+        count = path.read_text(encoding="utf-8").count(self.old) if path.is_file() else 0
+        if count != 1:
+            return f"{self.file}: holds the text to be replaced {count} times, expected once"
+        file, _, name = self.test.partition("::")
+        test_path = root / file
+        if not test_path.is_file() or name not in _list_functions(test_path):
+            return f"{self.test}: there is no such test"
+        return None
 
 
-def odd_value(random: Random) -> Any:
-    """Give a plain value that is seldom expected."""
-    match random.randrange(8):
-        case 0 | 1 | 2:
-            return random.choice(NUMBERS)
-        case 3 | 4:
-            return random.choice(TEXTS)
-        case 5:
-            return random.choice(list(_RAW))
-        case 6:
-            return random.choice((None, True, False))
-        case _:
-            return random.choice(([], {}, [[]], [None], {"": ""}, [{}] * 3, {"a": {"b": [1]}}))
+_FREEZE = "tests/unit/stages/test_tokenizer_task.py::"
+_LOG = "tests/unit/training/test_commit_log.py::"
+_SESSIONS = "tests/unit/telemetry/test_sessions.py::"
+_READING = "tests/unit/training/test_checkpoint_reading.py::"
 
-
-def mutate_json(value: Any, random: Random) -> Any:
-    """Replace, remove, repeat, retype or move nodes of a plain value, which stays as it is."""
-    value = json.loads(json.dumps(value))
-    for _ in range(random.choice((1, 1, 1, 2, 3))):
-        value = _mutate_node(value, random)
-    return value
-
-
-def dump_json(value: Any, random: Random | None = None, **options: Any) -> bytes:
-    """Write what `mutate_json` gave; NaN, lone surrogates and what JSON has no value for too."""
-    is_ascii = random is None or random.random() < 0.7
-    text = json.dumps(value, **({"ensure_ascii": is_ascii} | options))
-    for mark, raw in _RAW.items():
-        text = text.replace(json.dumps(mark), raw)
-    return text.encode(errors="surrogatepass")
-
-
-def json_mutator(**options: Any) -> Mutate:
-    """Mutate a document of JSON; the options are of `json.dumps`."""
-
-    def mutate(data: bytes, random: Random) -> bytes:
-        if random.random() < 0.15:
-            return mutate_bytes(data, random)
-        return dump_json(mutate_json(json.loads(data), random), random, **options)
-
-    return mutate
-
-
-def mutate_json_lines(data: bytes, random: Random) -> bytes:
-    """Mutate some lines of JSON as such, or all as text."""
-    if random.random() < 0.3:
-        return mutate_text(data, random)
-    lines = data.splitlines()
-    chosen = random.randrange(len(lines))
-    value = mutate_json(json.loads(lines[chosen]), random)
-    lines[chosen] = dump_json(value, random)
-    return b"\n".join(lines) + b"\n"
-
-
-def _paths(value: Any, path: Path = ()) -> list[Path]:
-    found: list[Path] = [path]
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            found += _paths(item, (*path, key))
-    return found
-
-
-def _mutate_node(value: Any, random: Random) -> Any:
-    paths = _paths(value)
-    path = random.choice(paths)
-    if not path:
-        if random.random() < 0.7 and isinstance(value, dict):
-            value[random.choice(TEXTS)] = odd_value(random)
-            return value
-        return odd_value(random) if random.random() < 0.3 else [value]
-    *above, last = path
-    parent = value
-    for key in above:
-        parent = parent[key]
-    node = parent[last]
-    match random.randrange(8):
-        case 0 | 1 | 2:
-            parent[last] = odd_value(random)
-        case 3:
-            del parent[last]
-        case 4:
-            if isinstance(parent, list):
-                parent[last:last] = [node] * random.choice((1, 2, 300))
-            else:
-                parent[random.choice(TEXTS)] = node
-        case 5:
-            parent[last] = _retype(node)
-        case 6:
-            if isinstance(node, int | float) and not isinstance(node, bool):
-                step = random.choice((1, -1, node, -2 * node, 2**63 - 1, 0.5))
-                parent[last] = node + step
-            else:
-                parent[last] = {random.choice(TEXTS): node}
-        case _:
-            other = random.choice(paths)
-            parent[last] = json.loads(json.dumps(_get(value, other)))
-    return value
-
-
-def _get(value: Any, path: Path) -> Any:
-    for key in path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def _retype(node: Any) -> Any:
-    match node:
-        case bool() | None:
-            return str(node)
-        case int() | float():
-            return str(node) if isinstance(node, float) or abs(node) < 10**4000 else "9"
-        case str():
-            return int(node) if node.isascii() and node.isdecimal() and len(node) < 4000 else [node]
-        case list():
-            return {str(number): item for number, item in enumerate(node)}
-        case _:
-            return [list(item) for item in node.items()]
-
-
-def mutate_text(data: bytes, random: Random) -> bytes:
-    """Mutate lines, words and the encoding of a text."""
-    lines = data.decode().splitlines(keepends=True)
-    for _ in range(random.choice((1, 1, 2, 4))):
-        number = random.randrange(len(lines)) if lines else 0
-        match random.randrange(8):
-            case 0:
-                lines[number : number + 1] = []
-            case 1:
-                lines[number:number] = lines[number : number + 1] * random.choice((1, 2, 1000))
-            case 2 | 3 | 4 if lines:
-                parts = re.split(r"([\s,:=\[\]{}\"']+)", lines[number])
-                parts[random.randrange(len(parts))] = _odd_text(random)
-                lines[number] = "".join(parts)
-            case 5:
-                lines[number:number] = [_odd_text(random) + "\n"]
-            case 6:
-                random.shuffle(lines)
-            case _:
-                text = "".join(lines)
-                encoding = random.choice(("utf-16", "utf-8-sig", "latin-1", "utf-32", "utf-8"))
-                return mutate_bytes(text.encode(encoding, "replace"), random)
-    return "".join(lines).encode(errors="surrogatepass")
-
-
-def _odd_text(random: Random) -> str:
-    match random.randrange(6):
-        case 0:
-            return repr(random.choice(NUMBERS[:25]))
-        case 1:
-            return random.choice(list(_RAW.values()))[: random.choice((10, 10_000, 2_000_000))]
-        case 2:
-            return random.choice(('"', "'", "\r", "\r\n", ",", "\t", '""', '"a\nb"', "\0", "\x85"))
-        case 3:
-            return "".join(random.choice("[]{}:,&*!|>%@`#?-\"'\\ \n\t") for _ in range(8))
-        case _:
-            return random.choice(TEXTS)
-
-
-_YAML_SCALARS = (
-    *("!!python/object/apply:os.system [x]", "!!bool maybe", "!!int ''", "!!float x", "!!set {a}"),
-    *("!!binary abc", "!!timestamp 2001-99-99", "2001-13-01", "2001-01-01T99:99:99Z", "!!omap [a]"),
-    *(
-        "!!pairs [a]",
-        "!x y",
-        "&a [*a]",
-        "&a {x: *a}",
-        "*missing",
-        "<<: {a: 1}",
-        "{<<: [1]}",
-        "=: 1",
+MUTATIONS = (
+    Mutation(
+        "freeze of the discriminator",
+        "fqgan_dist/training/engine_base.py",
+        "parameter.requires_grad_(False)",
+        "pass",
+        _FREEZE + "test_the_discriminator_is_frozen_while_the_tokenizer_s_loss_flows_through",
     ),
-    *("1_000", "0o17", "0b1", "1:60:60", ".inf", ".nan", "-.INF", "~", "{? [a] : b}", "{1: 2}"),
-    *("{[a]: b}", "{{}: 1}", "? |\n  a\n: b", "|\n  x\n", ">-\n  y", "--- a", "...", "%YAML 9.9"),
-    *("'\\ud800'", '"\\ud800"', '"\\U00110000"', '"\\x1b"', "0x" + "f" * 5000, "1e5", "1.e+9"),
-    "[&a [x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b], [*c,*c]]",
-    *("[" * 40 + "]" * 40, "[" * 3000, "{a: " * 3000, "- " * 3000, "!!str " * 500 + "x"),
-    *("9" * 5000, "-" + "9" * 5000, "1" * 4000 + ":59", ":".join(["59"] * 2000)),
+    Mutation(
+        "guard of the freeze",
+        "fqgan_dist/stages/tokenizer_task.py",
+        "self.discriminator_engine.require_frozen()",
+        "pass",
+        _FREEZE + "test_a_discriminator_that_is_not_frozen_is_noticed",
+    ),
+    Mutation(
+        "fence of commits",
+        "fqgan_dist/training/commit_log.py",
+        "if winner.attempt not in (None, self.attempt):",
+        "if False:",
+        _LOG + "test_an_older_attempt_stops_for_good_and_names_the_newer",
+    ),
+    Mutation(
+        "fence of commits, before the upload",
+        "fqgan_dist/training/checkpoint_attempt.py",
+        "self._log_writer.raise_if_superseded()\n        folder",
+        "pass\n        folder",
+        "tests/unit/training/test_checkpoint_attempt.py::"
+        "test_a_superseded_attempt_does_not_upload_first",
+    ),
+    Mutation(
+        "fence of side files: a look for newer sessions",
+        "fqgan_dist/telemetry/sessions.py",
+        "return any(each.number > own for each in self._list_sessions())",
+        "return False",
+        _SESSIONS + "test_one_that_was_believed_dead_changes_nothing",
+    ),
+    Mutation(
+        "fence of side files: a file of one's own",
+        "fqgan_dist/telemetry/sessions.py",
+        'return f"{self.number:010d}-from-{self.resumed_step:08d}-{self.attempt}"',
+        'return f"{0:010d}-from-{0:08d}-0"',
+        _SESSIONS + "test_one_that_was_believed_dead_changes_nothing",
+    ),
+    Mutation(
+        "fence of side files: made only where there was none",
+        "fqgan_dist/telemetry/sessions.py",
+        "self._storage.create_bytes(self._path, data)",
+        "self._storage.write_bytes(self._path, data)",
+        _SESSIONS + "test_a_sleeper_that_wakes_between_two_calls_changes_nothing",
+    ),
+    Mutation(
+        "fence of side files: replaced only if it is what it was",
+        "fqgan_dist/telemetry/sessions.py",
+        "self._storage.replace_bytes(self._path, data, former=opened.published)",
+        "self._storage.write_bytes(self._path, data)",
+        _SESSIONS + "test_a_sleeper_that_wakes_between_two_calls_changes_nothing",
+    ),
+    Mutation(
+        "fence of derived files",
+        "fqgan_dist/storage/derived.py",
+        "storage.replace_bytes(path, data, former=former)",
+        "storage.write_bytes(path, data)",
+        "tests/unit/storage/test_derived.py::test_a_state_that_is_over_never_comes_back",
+    ),
+    Mutation(
+        "hash of a block",
+        "fqgan_dist/training/checkpoint_reading.py",
+        "if hashlib.sha256(block).hexdigest() != blocks.of(number):",
+        "if False:",
+        _READING + "test_damage_matters_where_it_is_needed",
+    ),
+    Mutation(
+        "hash of a file without blocks",
+        "fqgan_dist/training/checkpoint_reading.py",
+        "if hashlib.sha256(data).hexdigest() != file.sha256:",
+        "if False:",
+        _READING + "test_files_without_hashes_of_blocks_are_read_and_verified_whole",
+    ),
+    Mutation(
+        "hash of a manifest",
+        "fqgan_dist/training/checkpoint.py",
+        "if sha256_hex(data) != record.manifest_sha256:",
+        "if False:",
+        "tests/unit/training/test_checkpoint.py::"
+        "test_a_manifest_that_was_changed_and_reads_well_is_never_loaded",
+    ),
+    Mutation(
+        "hash of a record of the log",
+        "fqgan_dist/training/commit_log.py",
+        "is_whole = sha256_hex(canonical_json(content)) == digest",
+        "is_whole = True",
+        _LOG + "test_a_flipped_bit_in_a_record_is_found",
+    ),
+    Mutation(
+        "entry of the ledger",
+        "fqgan_dist/training/checkpoint_attempt.py",
+        "consumed=consumed,\n                written_at",
+        "consumed=None,\n                written_at",
+        "tests/unit/training/test_trainer.py::"
+        "test_the_log_proves_what_was_trained_on_though_a_run_was_killed",
+    ),
+    Mutation(
+        "counting what the loaders gave",
+        "fqgan_dist/training/hooks.py",
+        "if len(self._consumed) != 1 or whole is None or (whole.start, whole.end) != (start, end):",
+        "if whole is None:",
+        "tests/unit/training/test_trainer.py::"
+        "test_a_loader_that_gives_other_positions_commits_nothing",
+    ),
+    Mutation(
+        "retry of a request",
+        "fqgan_dist/storage/retries.py",
+        "if not error.is_passing or left_s <= 0:",
+        "if True:",
+        "tests/unit/storage/test_storage_retries.py::test_passing_fault_is_not_noticed",
+    ),
+    Mutation(
+        "retry of a training after an outage",
+        "fqgan_dist/orchestration/failures.py",
+        'return "storage"',
+        'return "permanent"',
+        "tests/unit/orchestration/test_failures.py::test_what_would_come_again_is_permanent",
+    ),
+    Mutation(
+        "no retry of what would come again",
+        "fqgan_dist/orchestration/failures.py",
+        'return "permanent" if is_permanent else "unknown"',
+        'return "unknown"',
+        "tests/unit/orchestration/test_failures.py::test_what_would_come_again_is_permanent",
+    ),
 )
 
 
-def mutate_yaml(data: bytes, random: Random) -> bytes:
-    """Put odd scalars, aliases, tags and depth into a text of YAML."""
-    if random.random() < 0.3:
-        return mutate_text(data, random)
-    lines = data.decode().splitlines()
-    for _ in range(random.choice((1, 1, 2))):
-        number = random.randrange(len(lines))
-        indent = lines[number][: len(lines[number]) - len(lines[number].lstrip())]
-        name = lines[number].partition(":")[0].strip()
-        scalar = random.choice(_YAML_SCALARS)
-        match random.randrange(5):
-            case 0 | 1 | 2:
-                lines[number] = f"{indent}{name}: {scalar}"
-            case 3:
-                lines[number:number] = [f"{indent}{scalar}: {name}"]
-            case _:
-                lines[number] = "  " * random.randrange(4) + lines[number].strip()
-    return "\n".join(lines).encode()
+def find_faults(root: Path = ROOT) -> list[str]:
+    """List the mutations that can no longer be made, each with the reason."""
+    faults = ((each.name, each.find_fault(root)) for each in MUTATIONS)
+    return [f"{name}: {fault}" for name, fault in faults if fault]
 
 
-def splice(mutators: Sequence[Mutate]) -> Mutate:
-    """Mutate by one of several."""
-    return lambda data, random: random.choice(mutators)(data, random)
+def run_all(mutations: Sequence[Mutation]) -> int:
+    """Make each mutation in a copy of the tree, and print what became of its test."""
+    is_good = True
+    with _copied_tree() as root:
+        before = _run_tests(root, sorted({each.test for each in mutations}))
+        _print(f"without mutations: {before}")
+        if before != "green":
+            return 1
+        for each in mutations:
+            result = _try(root, each)
+            is_good &= result == "red"
+            _print(f"{result:8}{each.name}\n        {each.file}\n        {each.test}")
+    return 0 if is_good else 1
+
+
+def _try(root: Path, mutation: Mutation) -> str:
+    if fault := mutation.find_fault(root):
+        return f"not run ({fault})"
+    path = root / mutation.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        return _run_tests(root, [mutation.test])
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _copied_tree() -> Iterator[Path]:
+    """Copy what git knows or would add to a folder that is removed at the end."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        root = Path(folder)
+        for name in listed.stdout.decode().split("\0"):
+            if name and (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+        yield root
+
+
+def _run_tests(root: Path, tests: Sequence[str]) -> Result:
+    # No bytecode: a file that is changed twice within a second would be taken for the former.
+    environment = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+            cwd=root,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "not run"
+    if done.returncode not in (_GREEN, _RED):
+        _print(done.stdout + done.stderr)
+        return "not run"
+    return "green" if done.returncode == _GREEN else "red"
+
+
+def _list_functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    chosen = [each for each in MUTATIONS if each.name in sys.argv[1:] or not sys.argv[1:]]
+    sys.exit(run_all(chosen) if chosen else 2)

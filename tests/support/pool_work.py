@@ -111,6 +111,21 @@ class DeadlyWork(FileWork):
         self.write(chunk)
 
 
+class HangingWork(FileWork):
+    """Stands still at a chunk, the first time: its process is stopped, or only sleeps."""
+
+    def __init__(self, root: Path, count: int, *, chunk: int, is_stopped: bool) -> None:
+        super().__init__(root, count)
+        self.chunk, self.is_stopped = chunk, is_stopped
+
+    def process(self, chunk: int) -> None:
+        if self.count_try(chunk) == 0 and chunk == self.chunk:
+            if self.is_stopped:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)
+        self.write(chunk)
+
+
 class Ballast:
     """What some work loads at its first chunk."""
 

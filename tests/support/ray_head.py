@@ -49,6 +49,8 @@ class RayHead:
     """What clients must send; None: authentication is off."""
     is_silent: bool = False
     """It accepts requests and never answers, as a dead tunnel does."""
+    refusals: int = 0
+    """Submissions that it will answer with an error, and not take."""
     plans: list[Job] = field(default_factory=list)
     """What becomes of the next jobs, in the order of submission."""
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -154,6 +156,9 @@ class _Routes:
         if job_id in self._head.jobs:
             text = f"ValueError: Job with submission_id {job_id} already exists."
             return web.Response(status=400, text=text)
+        if self._head.refusals:
+            self._head.refusals -= 1
+            return web.Response(status=500, text="the head is starting")
         self._head.submissions.append(body)
         self._head.jobs[job_id] = self._head.plans.pop(0)
         return web.json_response({"job_id": job_id, "submission_id": job_id})

@@ -1,5 +1,5 @@
-"""A small S3 server in this process: whole objects, ranges, conditions, pages of listings, and any
-error on demand.
+"""A small S3 server in this process: whole objects and such of parts, ranges, conditions, pages of
+listings, and any error on demand.
 
 For errors that the real server of the integration tests cannot be made to give, and for machines
 that lack it. It checks no signatures.
@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
@@ -31,11 +34,43 @@ class ErrorAnswer:
 
 
 @dataclass
+class LostRequests:
+    """Requests that the network loses, counted from 1 on since this was set."""
+
+    number: int | None
+    """None: none is lost, and all are counted."""
+    mode: Literal["this and later", "later, and its answer", "its answer"]
+    count: int = 0
+
+    def is_lost(self, number: int) -> bool:
+        """Whether a request never comes to the server."""
+        if self.number is None or self.mode == "its answer":
+            return False
+        return number > self.number or (number == self.number and self.mode == "this and later")
+
+    def is_answer_lost(self, number: int) -> bool:
+        """Whether the server does what is asked, and nobody hears of it."""
+        return number == self.number and self.mode != "this and later"
+
+
+@dataclass
+class Upload:
+    """An object that is being written in parts."""
+
+    path: str
+    parts: dict[int, bytes] = field(default_factory=dict)
+    begun: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+@dataclass
 class SmallS3:
     """The server's state: objects by "/bucket/key", not percent-encoded."""
 
     endpoint: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    """By their ids, as long as they are neither completed nor aborted."""
+    lost: LostRequests | None = None
     error: ErrorAnswer | None = None
     claimed_size: int | None = None
     """What answers say that an object's size is; None: the truth."""
@@ -50,11 +85,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
     state: SmallS3
+    number = 0
 
     def log_message(self, format: str, *args: object) -> None:
         """Be silent."""
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        if self.state.lost is not None and self.state.lost.is_answer_lost(self.number):
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -68,6 +107,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, body.encode(), Content_Type="application/xml", **headers)
 
     def _is_refused(self) -> bool:
+        """Whether this request is done with; asked once for each."""
+        if (lost := self.state.lost) is not None:
+            with self.state.lock:
+                lost.count += 1
+                self.number = lost.count
+            if lost.is_lost(self.number):
+                self.close_connection = True
+                return True
         error = self.state.error
         if error is not None:
             headers = {name.replace("-", "_"): value for name, value in error.headers.items()}
@@ -83,6 +130,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if "list-type=2" in self.path:
             self._list()
+            return
+        if "uploads" in self._query:
+            self._list_uploads()
+            return
+        if "uploadId" in self._query:
+            self._list_parts()
             return
         data = self.state.objects.get(self._path)
         if data is None:
@@ -110,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the client went away
         elif self._is_refused():
             pass
+        elif "uploadId" in self._query:
+            self._put_part(data)
         elif not self._takes(data):
             self._refuse(412, "PreconditionFailed")
         else:
@@ -128,13 +183,92 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.objects[self._path] = data
             return True
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self._is_refused():
+            return
+        if "uploads" in self._query:
+            number = uuid.uuid4().hex
+            self.state.uploads[number] = Upload(self._path)
+            text = f"<UploadId>{number}</UploadId>"
+            self._answer(
+                200,
+                f"<InitiateMultipartUploadResult>{text}</InitiateMultipartUploadResult>".encode(),
+            )
+            return
+        with self.state.lock:
+            upload = self.state.uploads.pop(self._query["uploadId"], None)
+            if upload is not None:
+                parts = sorted(upload.parts.items())
+                self.state.objects[self._path] = b"".join(data for _, data in parts)
+        if upload is None:
+            self._refuse(404, "NoSuchUpload")
+        else:
+            body = "<CompleteMultipartUploadResult></CompleteMultipartUploadResult>"
+            self._answer(200, body.encode())
+
     def do_DELETE(self) -> None:
-        if not self._is_refused():
+        if self._is_refused():
+            return
+        if (number := self._query.get("uploadId")) is not None:
+            if self.state.uploads.pop(number, None) is None:
+                self._refuse(404, "NoSuchUpload")
+            else:
+                self._answer(204)
+        else:
             self.state.objects.pop(self._path, None)
             self._answer(204)
 
+    @property
+    def _query(self) -> dict[str, str]:
+        query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        return {name: values[0] for name, values in query.items()}
+
+    def _put_part(self, data: bytes) -> None:
+        with self.state.lock:
+            upload = self.state.uploads.get(self._query["uploadId"])
+            if upload is not None:
+                upload.parts[int(self._query["partNumber"])] = data
+        if upload is None:
+            self._refuse(404, "NoSuchUpload")
+        else:
+            self._answer(200, ETag=_etag(data))
+
+    def _list_uploads(self) -> None:
+        """List two to a page, so that who asks sees several."""
+        bucket, prefix = f"{self._path.rstrip('/')}/", self._query.get("prefix", "")
+        found = sorted(
+            (upload.path.removeprefix(bucket), number, upload.begun)
+            for number, upload in self.state.uploads.items()
+            if upload.path.startswith(bucket + prefix)
+        )
+        after = (self._query.get("key-marker", ""), self._query.get("upload-id-marker", ""))
+        left = [each for each in found if each[:2] > after]
+        body = "".join(
+            f"<Upload><Key>{quote(key)}</Key><UploadId>{number}</UploadId>"
+            f"<Initiated>{begun.strftime('%Y-%m-%dT%H:%M:%S.000Z')}</Initiated></Upload>"
+            for key, number, begun in left[:2]
+        )
+        if len(left) > 2:
+            body += "<IsTruncated>true</IsTruncated>"
+            body += f"<NextKeyMarker>{quote(left[1][0])}</NextKeyMarker>"
+            body += f"<NextUploadIdMarker>{left[1][1]}</NextUploadIdMarker>"
+        answer = f"<ListMultipartUploadsResult><EncodingType>url</EncodingType>{body}"
+        self._answer(200, f"{answer}</ListMultipartUploadsResult>".encode())
+
+    def _list_parts(self) -> None:
+        upload = self.state.uploads.get(self._query["uploadId"])
+        if upload is None:
+            self._refuse(404, "NoSuchUpload")
+            return
+        body = "".join(
+            f"<Part><PartNumber>{number}</PartNumber><Size>{len(data)}</Size></Part>"
+            for number, data in sorted(upload.parts.items())
+        )
+        self._answer(200, f"<ListPartsResult>{body}</ListPartsResult>".encode())
+
     def _list(self) -> None:
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        query = self._query
         bucket, prefix = f"{self._path.rstrip('/')}/", query.get("prefix", "")
         entries: dict[str, str] = {}
         for path, data in list(self.state.objects.items()):

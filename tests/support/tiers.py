@@ -17,6 +17,7 @@ SECONDS: dict[str, int] = {
     "distributed/test_loss_groups.py": 150,
     "integration/test_fuzzing.py": 350,
     "integration/test_other_readers.py": 20,
+    "integration/test_outages.py": 350,
     "integration/test_ray_jobs.py": 400,
     "integration/test_ray_two_nodes.py": 850,
     "unit/teachers/test_clip.py": 20,

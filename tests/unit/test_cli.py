@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fqgan_dist.cli import DAMAGE_FOUND, DONE, FAILED, WRONG_USAGE, main
+from fqgan_dist.cli import DAMAGE_FOUND, DONE, FAILED, main
+from fqgan_dist.command_line import WRONG_USAGE
 
 TINY = Path(__file__).resolve().parents[1] / "support" / "tiny.yaml"
 

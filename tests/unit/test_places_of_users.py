@@ -17,8 +17,8 @@ import pytest
 from cluster.command import main as submit
 from data_tools.cli import COMMANDS
 from data_tools.cli import main as data_main
-from fqgan_dist.cli import WRONG_USAGE
 from fqgan_dist.cli import main as fqgan_main
+from fqgan_dist.command_line import WRONG_USAGE
 from fqgan_dist.config import Config, load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig

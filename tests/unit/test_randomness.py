@@ -15,6 +15,7 @@ from fqgan_dist.randomness import (
     derive_seed,
     keyed_torch_rng,
     numpy_generator,
+    philox_words,
     torch_generator,
 )
 
@@ -171,3 +172,12 @@ def test_draws_that_members_would_not_share_are_refused() -> None:
         pytest.raises(AssertionError, match="randn is not shared between members"),
     ):
         torch.randn(4)
+
+
+@given(st.integers(0, 2**63), st.text(max_size=20), st.integers(0, 10**6))
+def test_words_are_those_of_numpys_philox(seed: int, key: str, view: int) -> None:
+    generator = numpy_generator(seed, "view", key, view)
+    assert (
+        list(philox_words(seed, "view", key, view))
+        == generator.bit_generator.random_raw(4).tolist()
+    )

@@ -55,7 +55,8 @@ def test_a_heavy_import_would_be_seen() -> None:
 )
 def test_what_is_wrong_is_said_before_anything_heavy_is_imported(arguments: list[str]) -> None:
     assert not find_heavy_imports(
-        f"from fqgan_dist.cli import WRONG_USAGE, main\nassert main({arguments!r}) == WRONG_USAGE"
+        "from fqgan_dist.cli import main\nfrom fqgan_dist.command_line import WRONG_USAGE\n"
+        f"assert main({arguments!r}) == WRONG_USAGE"
     )
 
 

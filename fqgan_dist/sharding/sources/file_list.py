@@ -17,15 +17,22 @@ import io
 import itertools
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from fqgan_dist.errors import ConfigError, DataError
-from fqgan_dist.sharding.config import NO_CLASSES, THE_ONLY_CLASS, SourceOptions
+from fqgan_dist.sharding.config import ALL_ROWS, NO_CLASSES, THE_ONLY_CLASS, SourceOptions
 from fqgan_dist.sharding.file_names import IMAGE_SUFFIXES, is_image_name
 from fqgan_dist.sharding.labels import class_from_value, describe_missing_class
 from fqgan_dist.sharding.listing import find_danger
+from fqgan_dist.sharding.sources.splits import (
+    SPLIT_COLUMNS,
+    ChosenRows,
+    choose_rows,
+    find_split_column,
+    is_split,
+)
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.telemetry.progress import ProgressBar
 
@@ -73,6 +80,8 @@ class ImageList:
     """All rows."""
     has_paths: bool
     """Whether the rows name images; else they are of the images in the order of their names."""
+    other_splits: Collection[str] = ()
+    """The usual names of the splits whose rows are left out."""
 
     @property
     def start(self) -> str:
@@ -85,7 +94,7 @@ class ImageList:
 
 
 def read_image_list(
-    file: BinaryIO, uri: str, options: SourceOptions, bar: ProgressBar
+    file: BinaryIO, uri: str, options: SourceOptions, bar: ProgressBar, *, split: str
 ) -> ImageList:
     """Read a list.
 
@@ -94,9 +103,10 @@ def read_image_list(
         uri: its name, which tells its spelling.
         options: which columns are what.
         bar: counts the rows.
+        split: which rows are read, where there are some of several splits.
 
     Raises:
-        ConfigError: the columns cannot be told.
+        ConfigError: the columns cannot be told, or the rows of the split.
         DataError: it is no text of its kind, or empty.
     """
     rows = _read_fields(file, uri)
@@ -106,12 +116,71 @@ def read_image_list(
     has_paths = _CLASS_ALONE not in first
     columns = _Columns(uri, list(first), options, has_paths=has_paths)
     found: list[ImageRow] = []
+    splits: list[Any] = []
     for number, fields in enumerate(itertools.chain([first], rows), 1):
         found.append(columns.parse(number, fields))
+        splits.append(None if columns.split is None else fields.get(columns.split))
         bar.advance()
-    if has_paths:
-        _check_running_count(uri, found)
-    return ImageList(uri, found, has_paths)
+    if not has_paths:
+        return ImageList(uri, found, has_paths)
+    chosen = _choose_split(uri, found, splits, columns.split, options, split)
+    if chosen.are_kept is not None:
+        found = list(itertools.compress(found, chosen.are_kept))
+    _check_running_count(uri, found)
+    return ImageList(uri, found, has_paths, chosen.other_splits)
+
+
+def _choose_split(
+    uri: str,
+    rows: Sequence[ImageRow],
+    splits: Sequence[Any],
+    column: str | None,
+    options: SourceOptions,
+    split: str,
+) -> ChosenRows:
+    """Keep the rows of a split, by a column or by a folder of the paths.
+
+    Args:
+        uri: the list.
+        rows: all of its rows.
+        splits: what they have in the column.
+        column: that says which split a row is of; None: there is none.
+        options: of the source.
+        split: which is asked for.
+    """
+    everything = ChosenRows(None, ())
+    if options.split_key == ALL_ROWS:
+        return everything
+    # What must not be opened is named, whatever it is of.
+    sound = [row for row in rows if not row.is_dangerous]
+    chosen = everything
+    if column is not None:
+        values = [splits[row.number - 1] for row in sound]
+        is_certain = options.split_key is not None or column.lower() == SPLIT_COLUMNS[0]
+        where = f"the column {column!r}"
+        chosen = choose_rows(uri, where, values, split, is_certain=is_certain)
+    if chosen.are_kept is None:
+        folders = _find_split_folders([row.path for row in sound])
+        chosen = choose_rows(uri, "folders of the paths", folders, split, is_certain=False)
+    if chosen.are_kept is None:
+        return everything
+    left_out = {
+        row.number for row, is_kept in zip(sound, chosen.are_kept, strict=True) if not is_kept
+    }
+    return chosen._replace(are_kept=[row.number not in left_out for row in rows])
+
+
+def _find_split_folders(paths: Iterable[str]) -> list[str]:
+    """Give a folder of each path that is called as splits are, the first where there are several.
+
+    All are of one depth: a class may be called so as well.
+    """
+    folders = [path.split("/")[:-1] for path in paths]
+    for level in range(min(map(len, folders), default=0)):
+        names = [each[level] for each in folders]
+        if all(map(is_split, names)):
+            return names
+    return []
 
 
 class _Columns:
@@ -136,6 +205,9 @@ class _Columns:
         if options.id_key is not None or "key" in names:
             self._key = _choose(uri, "id_key", options.id_key, _KEY_COLUMNS, names)
         self._has_keys = self._key is not None and options.keep_keys
+        taken = (self._path, self._class, self._key)
+        others = [name for name in names if name not in taken]
+        self.split = find_split_column(uri, options.split_key, others)
 
     def parse(self, number: int, fields: Fields) -> ImageRow:
         """Give what a row says."""

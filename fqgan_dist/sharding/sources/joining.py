@@ -52,6 +52,7 @@ def join_listings(listings: Sequence[SourceListing]) -> SourceListing:
         keys=None if keys is None else [keys[row] for row in order],
         classes=_join_classes(listings),
         class_descriptions=_join_descriptions(uri, listings),
+        other_splits=frozenset().union(*(listing.other_splits for listing in listings)),
     )
 
 

@@ -118,7 +118,7 @@ def _open_kind(
         case "webdataset":
             yield list_shards(uri, options, observer, split=split)
         case "manifest":
-            with _open_named_images(uri, options, observer) as listing:
+            with _open_named_images(uri, options, observer, split=split) as listing:
                 yield listing
         case _:
             builder = UnlabelledBuilder if options.class_key == NO_CLASSES else ListingBuilder
@@ -161,7 +161,7 @@ def _open_images(
 
 @contextmanager
 def _open_named_images(
-    uri: str, options: SourceOptions, observer: Observer
+    uri: str, options: SourceOptions, observer: Observer, *, split: str
 ) -> Iterator[SourceListing]:
     """List the images that a list names, which may be a file of the archive that holds them."""
     archive = find_archive(uri)
@@ -180,10 +180,11 @@ def _open_named_images(
             root, subfolder = options.root.rstrip("/"), options.subfolder
         kind = find_container(root)
         with observer.track(None, "reading rows", "rows") as bar:
-            images = read_image_list(file, uri, options, bar)
+            images = read_image_list(file, uri, options, bar, split=split)
         where = options.model_copy(update={"subfolder": subfolder})
         opened = _open_images(kind, root, where, observer, partial(NamedImagesBuilder, images))
-        yield replace(stack.enter_context(opened), uri=uri)
+        listing = stack.enter_context(opened)
+        yield replace(listing, uri=uri, other_splits=frozenset(images.other_splits))
 
 
 def _read_member(archive: str, uri: str, observer: Observer) -> bytes:

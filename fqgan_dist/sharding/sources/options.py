@@ -14,6 +14,7 @@ _EFFECTS: dict[str, tuple[SourceFormat, ...]] = {
     "root": ("manifest",),
     "image_key": ("webdataset", "parquet", "manifest"),
     "id_key": ("parquet", "manifest"),
+    "split_key": ("parquet", "manifest"),
     "keep_keys": ("webdataset", "parquet", "manifest"),
     "is_shared": ("folder", "tar", "zip", "webdataset", "manifest"),
 }

@@ -6,8 +6,9 @@ Nothing of Arrow's extension types is loaded: only plain columns are read.
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -34,7 +35,14 @@ from fqgan_dist.sharding.problems import check_problem_count
 from fqgan_dist.sharding.sources.locations import locate_existing_file, locate_files
 from fqgan_dist.sharding.sources.readers import RangeReader
 from fqgan_dist.sharding.sources.shard_pattern import is_pattern
-from fqgan_dist.sharding.sources.splits import ChosenFiles, choose_files
+from fqgan_dist.sharding.sources.splits import (
+    SPLIT_COLUMNS,
+    ChosenFiles,
+    ChosenRows,
+    choose_files,
+    choose_rows,
+    find_split_column,
+)
 from fqgan_dist.sharding.sources.spool import open_spool_folder, write_spool_file
 from fqgan_dist.storage.documents import parse_json
 from fqgan_dist.storage.storage import Storage
@@ -79,7 +87,9 @@ def open_parquet(
     """
     storage, (files, other_splits) = _find_files(uri, split)
     columns = _choose_columns(uri, _read_schema(storage, files[0]), options)
-    rows = _Rows()
+    chosen = _choose_rows(uri, storage, files, columns, options, split)
+    are_wanted = itertools.repeat(True) if chosen.are_kept is None else iter(chosen.are_kept)
+    rows = _Rows(are_wanted)
     with open_spool_folder() as folder:
         for file in files:
             with observer.track(_count_rows(storage, file), "reading rows", "rows") as bar:
@@ -94,7 +104,7 @@ def open_parquet(
             classes=columns.class_names,
             class_descriptions=columns.class_descriptions,
         )
-        yield replace(listing, other_splits=frozenset(other_splits))
+        yield replace(listing, other_splits=frozenset({*other_splits, *chosen.other_splits}))
 
 
 @dataclass(frozen=True)
@@ -102,12 +112,15 @@ class _Columns:
     image: str
     label: str | None
     key: str | None
+    split: str | None
     class_names: list[str] | None
     class_descriptions: dict[str, str]
 
 
 @dataclass
 class _Rows:
+    are_wanted: Iterator[bool]
+    """Whether each row that comes is of the split asked for."""
     classes: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     """File name that is stored with the image; "" where there is none."""
@@ -179,7 +192,11 @@ def _choose_columns(uri: str, schema: pa.Schema, options: SourceOptions) -> _Col
     if options.id_key is not None and options.id_key not in schema.names:
         raise ConfigError(f"id_key: {uri} has no column {options.id_key!r}, only {schema.names}")
     names, descriptions = (None, {}) if label is None else _read_class_names(schema, label)
-    return _Columns(image, label, options.id_key, names, descriptions)
+    of_texts = [field.name for field in schema if _holds_texts(field.type)]
+    split = find_split_column(uri, options.split_key, of_texts)
+    return _Columns(
+        image, label, options.id_key, None if split == label else split, names, descriptions
+    )
 
 
 def _choose(
@@ -228,13 +245,13 @@ def _holds_classes(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _holds_classes(kind.value_type)
     # Whole numbers are floating-point ones where pandas had a missing value among them.
-    checks = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    return any(check(kind) for check in checks)
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or _holds_texts(kind)
+
+
+def _holds_texts(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_texts(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _read_class_names(schema: pa.Schema, column: str) -> tuple[list[str] | None, dict[str, str]]:
@@ -267,21 +284,14 @@ def _iterate_images(
     with _open_file(storage, name) as file:
         uri, num_bytes = storage.uri(name), storage.size(name)
         _check_row_groups(file.metadata, num_bytes, uri)
-        names = file.schema_arrow.names
-        if missing := sorted(set(wanted) - set(names)):
-            raise DataError(
-                f"{uri}: has no columns {missing}, unlike the first file; expected files of one "
-                "kind: say with files= which are read together"
-            )
-        if repeated := sorted(name for name in set(wanted) if names.count(name) > 1):
-            raise DataError(
-                f"{uri}: has several columns {repeated}; expected one of each name: write it anew"
-            )
+        _check_columns(file, wanted, uri)
         limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * num_bytes)
-        for batch in file.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
-            values = {column: batch.column(column)[0].as_py() for column in batch.schema.names}
-            data = _take_row(values, columns, name, number, offset, rows)
+        for values in _iterate_rows(file, wanted):
+            bar.advance()
             number += 1
+            if not next(rows.are_wanted):
+                continue
+            data = _take_row(values, columns, name, number - 1, offset, rows)
             if data is None:
                 latest = f"{rows.odd[-1][0]}: {rows.odd[-1][1]}"
                 check_problem_count(uri, len(rows.odd), len(rows.files), latest=latest)
@@ -294,7 +304,45 @@ def _iterate_images(
                         "not use it"
                     )
                 yield data
-            bar.advance()
+
+
+def _iterate_rows(file: pq.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+        yield {column: batch.column(column)[0].as_py() for column in batch.schema.names}
+
+
+def _choose_rows(
+    uri: str,
+    storage: Storage,
+    files: Sequence[str],
+    columns: _Columns,
+    options: SourceOptions,
+    split: str,
+) -> ChosenRows:
+    """Keep the rows of a split, of all files together, by a column."""
+    if columns.split is None:
+        return ChosenRows(None, ())
+    column, values = columns.split, list[Any]()
+    for name in files:
+        with _open_file(storage, name) as file:
+            _check_row_groups(file.metadata, storage.size(name), storage.uri(name))
+            _check_columns(file, {column}, storage.uri(name))
+            values += [row[column] for row in _iterate_rows(file, [column])]
+    is_certain = options.split_key is not None or column.lower() == SPLIT_COLUMNS[0]
+    return choose_rows(uri, f"the column {column!r}", values, split, is_certain=is_certain)
+
+
+def _check_columns(file: pq.ParquetFile, wanted: Collection[str], uri: str) -> None:
+    names = file.schema_arrow.names
+    if missing := sorted(set(wanted) - set(names)):
+        raise DataError(
+            f"{uri}: has no columns {missing}, unlike the first file; expected files of one kind: "
+            "say with files= which are read together"
+        )
+    if repeated := sorted(name for name in set(wanted) if names.count(name) > 1):
+        raise DataError(
+            f"{uri}: has several columns {repeated}; expected one of each name: write it anew"
+        )
 
 
 def _check_row_groups(metadata: pq.FileMetaData, num_bytes: int, uri: str) -> None:

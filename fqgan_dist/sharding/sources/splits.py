@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fqgan_dist.errors import ConfigError
+from fqgan_dist.sharding.config import ALL_ROWS
 from fqgan_dist.sharding.droppings import is_dropping
 from fqgan_dist.sharding.file_names import ARCHIVE_SUFFIXES, LIST_SUFFIXES, is_image_name
 from fqgan_dist.sharding.sources.shard_pattern import is_glob, is_pattern
@@ -88,6 +90,70 @@ def choose_files(uri: str, files: Sequence[str], split: str) -> ChosenFiles:
         ", ".join(others),
     )
     return ChosenFiles(chosen, others)
+
+
+SPLIT_COLUMNS = ("split", "subset", "partition", "set", "data set", "dataset", "data_set")
+"""What columns are called that say which split a row is of, in small letters."""
+
+
+class ChosenRows(NamedTuple):
+    """The rows of one split."""
+
+    are_kept: Sequence[bool] | None
+    """For each row whether it is one of them; None: all are."""
+    other_splits: Collection[str]
+    """The usual names of the splits of the others."""
+
+
+def find_split_column(uri: str, given: str | None, names: Sequence[str]) -> str | None:
+    """Give the column that says which split a row is of; None: there is none, or all are meant.
+
+    Raises:
+        ConfigError: the given one is not there.
+    """
+    if given == ALL_ROWS:
+        return None
+    if given is not None:
+        if given not in names:
+            raise ConfigError(
+                f"split_key: {uri} has the columns {list(names)}, none is {given!r}; correct it, "
+                f"or give split_key={ALL_ROWS} if all rows are meant"
+            )
+        return given
+    usual = {name.strip().lower(): name for name in reversed(names)}
+    return next((usual[name] for name in SPLIT_COLUMNS if name in usual), None)
+
+
+def choose_rows(
+    uri: str, where: str, values: Iterable[Any], split: str, *, is_certain: bool
+) -> ChosenRows:
+    """Keep the rows of a split, where there are rows of several.
+
+    Args:
+        uri: the table or list.
+        where: where the values stand, for messages.
+        values: the split of each row; None or empty: it says none.
+        split: the split that is asked for.
+        is_certain: whether these are splits whatever they are called; else only if all are called
+            as splits are.
+
+    Raises:
+        ConfigError: no row is of this split, or some do not say what they are of.
+    """
+    names = ["" if value is None else name_split(str(value).strip()) for value in values]
+    counts = Counter(names)
+    if len(counts) <= 1 or not (is_certain or all(map(is_split, counts))):
+        return ChosenRows(None, ())
+    wanted = name_split(split)
+    found = ", ".join(f"{name or 'none'}: {count}" for name, count in sorted(counts.items()))
+    if "" in counts or wanted not in counts:
+        raise ConfigError(
+            f"{uri}: has rows of several splits by {where} ({found}), asked for is {split!r}; "
+            f"write the rows of one split to a file of their own, or give split_key={ALL_ROWS} if "
+            "all are meant"
+        )
+    logger.info("%s: the rows of %s are read, by %s (%s)", uri, split, where, found)
+    return ChosenRows([name == wanted for name in names], sorted(counts.keys() - {wanted}))
 
 
 def group_by_split(files: Iterable[str]) -> dict[str | None, list[str]]:

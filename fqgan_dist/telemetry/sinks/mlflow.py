@@ -16,6 +16,7 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
+from fqgan_dist.telemetry.sessions import Session
 
 _TAG = "fqgan_dist.id"
 
@@ -28,7 +29,7 @@ class _MLflow:
     def __init__(self, run: TrackedRun) -> None:
         self._run = run
 
-    def open(self, resumed_step: int) -> None:  # noqa: ARG002  MLflow knows how far its history is
+    def open(self, session: Session) -> None:  # noqa: ARG002  MLflow knows how far its history is
         self._client = MlflowClient()
         self._last_sent: dict[str, int] = {}
         self._id, self._is_continued = self._find_or_create()

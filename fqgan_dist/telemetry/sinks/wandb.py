@@ -13,6 +13,7 @@ import wandb
 
 from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.published import PublishedFolder
+from fqgan_dist.telemetry.sessions import Session
 
 
 def build_sink(run: TrackedRun) -> MetricSink:
@@ -23,7 +24,7 @@ class _WeightsAndBiases:
     def __init__(self, run: TrackedRun) -> None:
         self._run = run
 
-    def open(self, resumed_step: int) -> None:  # noqa: ARG002  W&B knows how far its history is
+    def open(self, session: Session) -> None:  # noqa: ARG002  W&B knows how far its history is
         self._folder = PublishedFolder(self._run.storage, self._run.folder)
         self._session = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fqgan-dist"),

@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import create_package
 
+from fqgan_dist.termination import TerminationConfig
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 LOCK = ROOT / "cluster" / "requirements.lock"
@@ -38,7 +40,8 @@ def run_steps() -> list[str]:
 
 def copied_paths() -> list[str]:
     copies = [shlex.split(rest) for name, rest in read_instructions() if name == "COPY"]
-    return [source for words in copies for source in words[:-1]]
+    from_here = [words for words in copies if not words[0].startswith("--from=")]
+    return [source for words in from_here for source in words[:-1]]
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -62,9 +65,10 @@ def test_only_what_the_image_is_made_of_enters_it() -> None:
 
 
 def test_what_is_installed_is_what_was_locked() -> None:
-    dependencies, package = (step for step in run_steps() if "pip install" in step)
+    dependencies, built, package = (step for step in run_steps() if step.startswith("pip "))
     assert "--require-hashes --requirement requirements.lock" in dependencies
-    assert "--no-deps --no-build-isolation ." in package, "nothing is fetched beside the lock"
+    assert "--no-deps --no-build-isolation" in built, "nothing is fetched beside the lock"
+    assert "--no-deps /wheels/*.whl" in package
 
 
 def read_lock() -> dict[str, str]:
@@ -130,8 +134,17 @@ def test_it_does_not_run_as_root_and_asks_for_the_token() -> None:
     assert "HOME=/home/fqgan" in environment, "`ray up` mounts the token below it"
 
 
+def test_a_job_that_is_stopped_has_the_time_to_save() -> None:
+    (environment,) = [rest for name, rest in read_instructions() if name == "ENV"]
+    waits = re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", environment)
+    assert waits is not None
+    assert int(waits[1]) > TerminationConfig().grace_s
+
+
 def test_tools_that_ray_up_and_kuberay_need_are_there() -> None:
-    (step,) = [step for step in run_steps() if "apt-get install" in step]
+    step, compiler = [step for step in run_steps() if "apt-get install" in step]
+    assert "gcc" in compiler, "in the stage that builds alone"
+    assert "gcc" not in step
     assert {"rsync", "openssh-client", "wget"} <= set(step.split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
+from ray.scripts.scripts import drain_node
 from support.kuberay import KUBERNETES_VERSION, RayCluster, RayJob
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,6 +115,20 @@ def test_the_autoscaler_reads_nodes_of_eight_gpus_and_a_head_that_takes_no_work(
 def test_the_token_comes_from_a_secret(cluster: dict[str, Any]) -> None:
     auth = cluster["spec"]["authOptions"]
     assert auth == {"mode": "token", "secretName": "fqgan-ray-token"}
+
+
+def test_a_worker_pod_that_ends_lets_ray_drain_its_node_first(cluster: dict[str, Any]) -> None:
+    for group in worker_groups(cluster):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        *_, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        drain, wait = script.split("; ")
+        deadline_s = int(re.search(r"--deadline-remaining-seconds (\d+)", drain)[1])  # pyright: ignore[reportOptionalSubscript]
+        assert wait == f"sleep {deadline_s}", "a pod ends with its hook"
+        assert 30 <= deadline_s < pod["terminationGracePeriodSeconds"]
+        # Ray's own program takes all of it.
+        options = shlex.split(drain)[2:]
+        drain_node.make_context("drain-node", [*options, "--node-id", "x"])
 
 
 def test_shared_memory_is_sized(cluster: dict[str, Any]) -> None:

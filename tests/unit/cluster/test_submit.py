@@ -230,6 +230,36 @@ def test_losses_are_counted_and_end_it(head: RayHead, submit: Submit) -> None:
     assert "max_losses=2" in result.messages
 
 
+def test_a_run_whose_command_says_try_again_is_submitted_again_and_that_is_no_loss(
+    head: RayHead, submit: Submit
+) -> None:
+    for _ in range(3):
+        head.plan("exit 75")
+    head.plan("succeeded")
+    result = submit("max_losses=0")
+    assert result.code == 0
+    assert len(head.submitted_ids()) == 4
+    assert "what it waits for may come yet" in result.messages
+
+
+def test_patience_with_a_run_that_says_try_again_has_an_end(head: RayHead, submit: Submit) -> None:
+    for _ in range(50):
+        head.plan("exit 75")
+    result = submit("patience_s=0.05")
+    assert result.code == 1
+    assert "patience_s=0.05" in result.messages
+    assert len(head.submitted_ids()) < 50
+
+
+def test_a_submission_that_never_reached_the_head_is_no_loss(head: RayHead, submit: Submit) -> None:
+    head.refusals = 3
+    head.plan("succeeded")
+    result = submit("max_losses=0")
+    assert result.code == 0
+    assert len(head.submitted_ids()) == 1
+    assert result.messages.count("did not reach the head") == 3
+
+
 def test_a_log_whose_stream_breaks_is_printed_once(head: RayHead, submit: Submit) -> None:
     log = "first\nsecond\nthird\n"
     head.plan(*["running"] * 12, "succeeded", log=log, cuts=[8, 3, 14])

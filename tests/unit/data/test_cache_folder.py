@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fqgan_dist.data.cache_folder import CacheFolder, Claim, Refusal
+from fqgan_dist.storage.leftovers import Swept
 
 SIZE = 1000
 
@@ -159,6 +160,17 @@ def test_killed_process_leaves_nothing_that_hinders(path: Path) -> None:
     assert not list(path.glob("*.part"))
     assert [file.name for file in path.glob("*.lock")] == ["folder.lock"]
     use.close()
+
+
+def test_a_sweep_removes_what_killed_processes_fetched_and_nothing_else(path: Path) -> None:
+    folder = open_folder(path)
+    assert folder.sweep() == Swept()
+    assert not path.exists()
+    with other_process(path, DATASETS[0], SHARDS[0], claim=SIZE):
+        assert folder.sweep() == Swept()
+        assert list(path.glob("*.part"))
+    assert folder.sweep() == Swept(1, len(b"half"))
+    assert not list(path.glob("*.part"))
 
 
 def test_reserved_bytes_count(path: Path) -> None:

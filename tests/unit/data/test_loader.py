@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.datasets import build_photographs
 
-from fqgan_dist.data.config import ViewConfig
+from fqgan_dist.data.config import ShardCacheConfig, ViewConfig
 from fqgan_dist.data.dataset import Dataset
 from fqgan_dist.data.decoding import decode_image
 from fqgan_dist.data.index import DatasetIndex, load_index, load_samples
@@ -144,6 +145,46 @@ def test_a_member_reads_no_image_of_the_others(
     stream = loader.batches(0, [0], loss_group=LossGroup(member=1, size=3))
     take(stream, 1)
     assert set(read) == {2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cold_cache_reads_each_shard_once(storage: Storage, tmp_path: Path, workers: int) -> None:
+    cache = ShardCacheConfig(folder=tmp_path / "cache", max_gib=1, min_free_gib=0)
+    loader = make_loader(storage, cache=cache, loader_workers=workers)
+    steps = loader.num_samples // 12
+    batches = take(loader.batches(0, range(4)), steps)
+    report = loader.take_report()
+    # Not one image was read by its range: that would be twice.
+    assert report.samples_read == report.cached_samples == 12 * steps
+    plain = take(make_loader(storage).batches(0, range(4)), steps)
+    for ours, expected in zip(itertools.chain(*batches), itertools.chain(*plain), strict=True):
+        assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_of_batches_is_used_again_but_not_while_one_is_held(
+    storage: Storage, workers: int
+) -> None:
+    expected = [
+        batch
+        for batches in take(make_loader(storage).batches(0, range(4)), 24)
+        for batch in batches
+    ]
+    places: set[int] = set()
+    with closing(make_loader(storage, loader_workers=workers).batches(0, range(4))) as stream:
+        first = next(stream)
+        row = first[1].images[2]  # holds its batch, and no other
+        count = len(first)
+        del first
+        for batches in itertools.islice(stream, 23):
+            for batch in batches:
+                assert_equal(batch, expected[count])
+                places.add(batch.images.data_ptr())
+                count += 1
+    assert count == len(expected) == 96
+    assert len(places) <= 4 * 4 + 1
+    assert row.data_ptr() - row.storage_offset() not in places
+    assert torch.equal(row, expected[1].images[2])
 
 
 def test_a_micro_batch_that_the_members_cannot_split_is_refused(storage: Storage) -> None:

@@ -170,6 +170,64 @@ class Gate(Storage):
         self._opened.set()
 
 
+def test_whoever_waits_finds_the_shards_there(
+    index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
+) -> None:
+    store = Gate(tmp_path / "store")
+    cache = ShardCache(Dataset(store, index), config)
+    opener = threading.Thread(target=lambda: (store.wait_for_fetch(), store.open_gate()))
+    opener.start()
+    cache.wait_for([1, 0, 2], 600)
+    assert store.fetched == [index.shards[shard].file for shard in (1, 0, 2)]
+    assert all(cache.read(shard, [(0, 1)]) for shard in range(3))
+    assert cache.stats().misses == 0
+    opener.join()
+    cache.close()
+
+
+def test_waiting_ends_when_its_time_is_over(
+    index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
+) -> None:
+    store = Gate(tmp_path / "store")
+    cache = ShardCache(Dataset(store, index), config)
+    cache.wait_for([0], 0.05)
+    assert cache.read(0, [(0, 1)]) is None  # the gate is still closed
+    cache.close()
+    cache.wait_for([0], 600)  # nothing comes any more
+
+
+def test_nobody_waits_for_what_is_not_coming(
+    store: Storage, index: DatasetIndex, config: ShardCacheConfig
+) -> None:
+    small = config.model_copy(update={"max_gib": 0.5 * index.shards[0].bytes / 2**30})
+    cache = ShardCache(Dataset(store, index), small)
+    cache.wait_for([0, 1], 600)  # there is no room
+    cache.close()
+    store.delete(index.shards[2].file)
+    cache = ShardCache(Dataset(store, index), config)
+    cache.wait_for([2], 600)  # it cannot be fetched
+    cache.close()
+
+
+@pytest.mark.parametrize("other_ends_well", [True, False])
+def test_what_another_process_fetches_is_waited_for(
+    index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path, other_ends_well: bool
+) -> None:
+    theirs, ours = Gate(tmp_path / "store"), Gate(tmp_path / "store")
+    ours.open_gate()
+    other = ShardCache(Dataset(theirs, index), config)
+    other.request([0])
+    theirs.wait_for_fetch()
+    end = theirs.open_gate if other_ends_well else other.close
+    threading.Timer(0.2, end).start()
+    cache = ShardCache(Dataset(ours, index), config)
+    cache.wait_for([0], 600)
+    assert cache.read(0, [(0, 1)]) is not None
+    assert ours.fetched == ([] if other_ends_well else [index.shards[0].file])
+    cache.close()
+    other.close()
+
+
 def test_closing_stops_a_fetch_under_way(
     index: DatasetIndex, config: ShardCacheConfig, tmp_path: Path
 ) -> None:

@@ -32,5 +32,7 @@ def test_remedies_are_those_of_the_command(text: str) -> None:
     for part in text.split("\n$ ")[1:]:
         command, _, said = part.partition("\n")
         if command.startswith("fqgan run"):
-            options = r"(format|files|subfolder|root|image_key|class_key|class_map|id_key)="
+            options = (
+                r"(format|files|subfolder|root|image_key|class_key|class_map|id_key|split_key)="
+            )
             assert not re.search(rf"(?<![\w.]){options}", said), command

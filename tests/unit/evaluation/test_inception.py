@@ -87,7 +87,10 @@ def test_features_do_not_depend_on_the_batch(inception: InceptionFeatures):
     images = draw_crops(1, 0)[:4]
     together, _ = inception(images)
     alone = torch.cat([inception(image[None])[0] for image in images])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    # To float32's rounding: kernels are chosen by the batch, and differ with the processor (1.3e-4
+    # on an EPYC of 2021). A batch norm that was left in training refuses a single image.
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+    assert torch.linalg.vector_norm(together - alone) < 1e-4 * torch.linalg.vector_norm(alone)
 
 
 def test_random_weights_are_a_function_of_the_seed(inception: InceptionFeatures):

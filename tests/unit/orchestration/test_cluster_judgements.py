@@ -50,6 +50,15 @@ def test_enough_slots_are_ok() -> None:
     assert "4 train workers with 1 GPU and 2 CPU each" in verdict.finding
 
 
+def test_a_range_needs_room_for_its_least_valid_size() -> None:
+    settings = (*FOUR_GPUS, "ray.train.num_workers=[1,8]")
+    config = load_config(TINY, settings, RunConfig)
+    verdict = judge_resources(config, {"CPU": 2.0, "GPU": 1.0})
+    assert verdict.status == "ok"
+    assert "valid sizes of ray.train.num_workers: tokenizer: 1, 2; autoreg" in verdict.finding
+    assert judge_resources(config, {"CPU": 2.0}).status == "warning"
+
+
 def test_missing_slots_are_a_warning_as_a_cluster_may_grow() -> None:
     config = load_config(TINY, [*FOUR_GPUS, "ray.pools.codes.gpus=1"], RunConfig)
     verdict = judge_resources(config, {"CPU": 6.0})

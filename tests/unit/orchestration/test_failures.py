@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 from collections.abc import Mapping
@@ -15,9 +16,16 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import ControllerError
 
-from fqgan_dist.errors import ClusterError, DataError, NumericsError
+from fqgan_dist.errors import (
+    ClusterError,
+    DataError,
+    HangError,
+    NoticeError,
+    NumericsError,
+    StorageOutageError,
+)
 from fqgan_dist.orchestration import failures
-from fqgan_dist.orchestration.failures import StampedError, explain_failure, is_loss, stamp_errors
+from fqgan_dist.orchestration.failures import StampedError, explain_failure, stamp_errors
 
 ACTOR_DIED = (
     "The actor died unexpectedly before finishing this task.\n"
@@ -68,7 +76,7 @@ def test_the_first_error_by_time_comes_first(monkeypatch: pytest.MonkeyPatch) ->
         )
     )
     assert report.first.place.startswith("rank 3/4 node0 ")
-    assert report.is_permanent
+    assert report.cause == "permanent"
     lines = report.text.splitlines()
     assert "NumericsError: loss is not finite" in lines[0]
     assert "DataError: shard 7 is missing" in lines[1]
@@ -108,7 +116,7 @@ def test_a_lost_process_comes_before_its_echo_and_is_not_permanent(
     echo = stamp(RuntimeError("gloo: timed out"), 0, 1.0, monkeypatch)
     report = explain_failure(group_error({0: echo, 2: PollFailedError(died)}))
     assert report.first.kind == "lost"
-    assert not report.is_permanent
+    assert report.cause == "loss"
     assert isinstance(report.error, ClusterError)
     assert report.text.startswith("[rank 2 10.0.0.3] its process or node was lost: ")
     assert "class_name" not in report.text
@@ -129,17 +137,38 @@ def test_a_rank_that_is_lost_while_it_starts_is_a_loss_to_be_tried_again(
     failure: Exception,
 ) -> None:
     error = ControllerError(failure)
-    assert is_loss(error)
     report = explain_failure(error)
     assert report.first.kind == "lost"
-    assert not report.is_permanent
+    assert report.cause == "loss"
     assert "10.0.0.3] its process or node was lost: " in report.text
     assert "its node has died" in report.text
     assert "Traceback" not in report.text
 
 
+def test_notice_is_said_once_and_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [stamp(NoticeError("SIGTERM"), rank, 10.0 + rank, monkeypatch) for rank in range(4)]
+    report = explain_failure(group_error(dict(enumerate(errors))))
+    assert report.cause == "notice"
+    assert report.text.count("NoticeError") == 1
+    assert report.time == 10.0
+
+
+def test_notice_excuses_no_error_of_another_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    notice = stamp(NoticeError("SIGTERM"), 0, 10.0, monkeypatch)
+    wrong = stamp(NumericsError("loss is not finite"), 3, 20.0, monkeypatch)
+    report = explain_failure(group_error({0: notice, 3: wrong}))
+    assert report.cause == "permanent"
+    assert isinstance(report.error, NumericsError)
+
+
+def test_notice_explains_the_node_that_is_gone_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    notice = stamp(NoticeError("Ray drains node 10.0.0.3"), 0, 10.0, monkeypatch)
+    died = PollFailedError(RayActorError(error_msg=ACTOR_DIED))
+    assert explain_failure(group_error({0: notice, 2: died})).cause == "notice"
+
+
 def test_a_group_without_room_is_no_loss() -> None:
-    assert not is_loss(ControllerError(WorkerGroupStartupTimeoutError(8)))
+    assert explain_failure(ControllerError(WorkerGroupStartupTimeoutError(8))).cause == "capacity"
 
 
 def test_an_error_of_no_rank_is_explained_too() -> None:
@@ -147,11 +176,22 @@ def test_an_error_of_no_rank_is_explained_too() -> None:
     assert "NCCL hangs" in report.text
 
 
+def test_a_hang_is_a_loss_and_said_once_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = [stamp(HangError("rank 1 is it"), rank, 9.0 - rank, monkeypatch) for rank in (0, 2)]
+    lost = PollFailedError(RayActorError(error_msg=ACTOR_DIED))
+    report = explain_failure(group_error({0: hangs[0], 1: lost, 2: hangs[1]}))
+    assert report.cause == "loss"
+    first, second = report.text.splitlines()
+    assert first.startswith("[rank 2/4")
+    assert "HangError: rank 1 is it" in first
+    assert "then [rank 1 10.0.0.3] its process or node was lost" in second
+
+
 def test_an_echo_alone_is_a_loss_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     report = explain_failure(
         group_error({0: stamp(RuntimeError("Broken pipe"), 0, 1.0, monkeypatch)})
     )
-    assert not report.is_permanent
+    assert report.cause == "loss"
     assert isinstance(report.error, ClusterError)
 
 
@@ -161,28 +201,52 @@ def test_an_error_of_ours_that_names_a_connection_is_no_echo(
     error = stamp(DataError("s3://b: connection reset; check the network"), 1, 1.0, monkeypatch)
     report = explain_failure(group_error({1: error}))
     assert report.first.kind == "own"
-    assert report.is_permanent
+    assert report.cause == "permanent"
 
 
 @pytest.mark.parametrize(
-    ("error", "is_permanent"),
+    ("error", "cause"),
     [
-        (TypeError("a mistake"), True),
-        (KeyError("a mistake"), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), False),
-        (MemoryError(), False),
-        (OSError("No space left on device"), False),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), False),
+        (TypeError("a mistake"), "permanent"),
+        (KeyError("a mistake"), "permanent"),
+        (DataError("cannot decode"), "permanent"),
+        (StorageOutageError("s3://b: 503"), "storage"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "unknown"),
+        (MemoryError(), "unknown"),
+        (OSError("No space left on device"), "unknown"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "unknown"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_would_come_again_is_permanent(
-    error: Exception, is_permanent: bool, monkeypatch: pytest.MonkeyPatch
+    error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = explain_failure(group_error({0: stamp(error, 0, 1.0, monkeypatch)}))
-    assert report.is_permanent is is_permanent
+    assert report.cause == cause
     assert type(report.error) is type(error)
     assert any("rank 0/4" in note for note in report.error.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "storage"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/runs/x"), "storage"),
+        (OSError(errno.ETIMEDOUT, "Connection timed out", "/runs/x"), "storage"),
+        (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "permanent"),
+        # Of a socket: it follows from another rank's end.
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "loss"),
+    ],
+    ids=str,
+)
+def test_raw_errors_of_disks_are_told_from_others(
+    error: OSError, cause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = explain_failure(group_error({0: stamp(error, 0, 1.0, monkeypatch)}))
+    assert report.cause == cause
+    assert "Traceback" not in caplog.text
+    if cause == "storage":
+        assert isinstance(report.error, StorageOutageError)
 
 
 def test_an_error_that_cannot_be_pickled_still_tells_its_cause(
@@ -198,7 +262,7 @@ def test_errors_that_no_rank_stamped_are_explained() -> None:
     assert died.text.startswith("[an actor 10.0.0.3] its process or node was lost")
     task_error = RayTaskError("process", "traceback", DataError("cannot decode"))
     explained = explain_failure(task_error)
-    assert explained.is_permanent
+    assert explained.cause == "permanent"
     assert isinstance(explained.error, DataError)
 
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
+from support.dead_owners import name_dead_owner, name_foreign_owner
 
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.orchestration.private_folder import (
@@ -13,6 +15,7 @@ from fqgan_dist.orchestration.private_folder import (
     max_folder_bytes,
     private_folder,
 )
+from fqgan_dist.storage.owners import name_owner
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +87,25 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_setting(monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_TMPDIR", "/proc")
     with pytest.raises(ConfigError, match="/proc: no folder for Ray can be made there"):
         private_folder().__enter__()
+
+
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fqgan_dist.orchestration.private_folder.check_socket_paths", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    owners = {"ray-deadaaaa": name_dead_owner(), "ray-liveaaaa": name_owner()}
+    owners |= {"ray-keptaaaa": "kept", "ray-oldkeptb": "kept", "ray-foreigna": name_foreign_owner()}
+    owners |= {"ray-anything": "notes of a person", "rays-notours": name_dead_owner()}
+    for name, owner in owners.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "owner").write_text(owner)
+    (tmp_path / "ray-nobodysa").mkdir()
+    week_ago = time.time() - 8 * 86400
+    for path in (tmp_path / "ray-oldkeptb" / "owner", tmp_path / "ray-oldkeptb"):
+        os.utime(path, (week_ago, week_ago))
+    with private_folder() as first, private_folder() as second:
+        assert Path(first).parent.is_dir()
+        assert Path(second).parent.is_dir()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == (owners.keys() | {"ray-nobodysa"}) - {"ray-deadaaaa", "ray-oldkeptb"}

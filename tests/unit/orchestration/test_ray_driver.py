@@ -32,6 +32,12 @@ def test_train_workers_that_do_not_fit_are_refused() -> None:
         check_room(config, TWO_SLOTS)
 
 
+def test_of_a_range_the_least_must_fit() -> None:
+    check_room(load("ray.train.num_workers=[2,9]"), TWO_SLOTS)
+    with pytest.raises(ClusterError, match="2 train workers: needed are 2 CPU"):
+        check_room(load("ray.train.num_workers=[2,9]"), {"CPU": 1.0})
+
+
 def test_pool_of_which_no_actor_fits_is_refused_as_nobody_would_bring_a_node() -> None:
     config = load("ray.pools.codes.gpus=1")
     with pytest.raises(

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import fcntl
 import gzip
 import os
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from support.dead_owners import name_dead_owner
 from support.source_files import png, special_member, tar_bytes, write_tar
 
 from fqgan_dist.errors import DataError
@@ -106,16 +105,12 @@ def test_the_temporary_file_is_removed(tmp_path: Path, monkeypatch):
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    long_ago = time.time() - 3600
-    for name in ("fqgan-data-dead", "fqgan-data-used", "other-dead"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").write_bytes(b"")
-        os.utime(tmp_path / name, (long_ago, long_ago))
-    with (tmp_path / "fqgan-data-used" / "lock").open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    (tmp_path / f"fqgan-data-{name_dead_owner()}-abcdefgh").mkdir()
+    (tmp_path / "other-dead").mkdir()
+    with open_spool_folder() as used:
         with open_spool_folder():
             pass
-    assert sorted(os.listdir(tmp_path)) == ["fqgan-data-used", "other-dead"]
+        assert sorted(os.listdir(tmp_path)) == [used.name, "other-dead"]
 
 
 def test_thousands_of_extended_headers_in_a_row_are_refused(tmp_path: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -187,6 +189,121 @@ def test_patterns_of_class_folders_are_joined(tmp_path: Path) -> None:
     write_files(tmp_path / "part-3", [("a/0.png", png(9))])
     with pytest.raises(DataError, match=r"a/0\.png"):
         read(f"{tmp_path}/part-*")
+
+
+Rows = list[tuple[int, str | None]]
+"""Colour and split of each image."""
+
+
+def write_table_rows(folder: Path, rows: Rows, column: str) -> Path:
+    splits = pa.array([split for _, split in rows], pa.string())
+    images = [png(color) for color, _ in rows]
+    table = pa.table({"image": images, "label": [0] * len(rows), column: splits})
+    # Several row groups, and pages with dictionaries, as pandas writes them.
+    pq.write_table(table, folder / "rows.parquet", row_group_size=2)
+    return folder / "rows.parquet"
+
+
+def write_list_rows(folder: Path, rows: Rows, column: str, ending: str = "csv") -> Path:
+    write_files(folder, [(f"i/{color}.png", png(color)) for color, _ in rows])
+    path = folder / f"rows.{ending}"
+    if ending == "csv":
+        lines = [f"path,class,{column}", *(f"i/{color}.png,a,{name or ''}" for color, name in rows)]
+    else:
+        lines = [
+            json.dumps({"path": f"i/{color}.png", "class": "a", column: name})
+            for color, name in rows
+        ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+rows_of_every_kind = pytest.mark.parametrize(
+    "write_rows", [write_table_rows, write_list_rows, partial(write_list_rows, ending="jsonl")]
+)
+WriteRows = Callable[[Path, Rows, str], Path]
+
+
+@rows_of_every_kind
+@pytest.mark.parametrize("column", ["split", "Subset", "data set"])
+def test_rows_of_the_split_that_is_asked_for_are_read(
+    tmp_path: Path, write_rows: WriteRows, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(0, "train"), (1, "valid"), (2, "train"), (3, "test"), (4, "Training")]
+    path = write_rows(tmp_path, rows, column)
+    with caplog.at_level("INFO"):
+        assert read(path) == {png(0), png(2), png(4)}
+    assert f"by the column {column!r} (test: 1, train: 3, val: 1)" in caplog.text
+    assert read(path, "validation") == {png(1)}
+    with open_source(str(path)) as source:
+        assert source.other_splits == {"val", "test"}
+    with open_source(str(path), split_key="none") as source:
+        assert len(source) == 5
+        assert source.other_splits == frozenset()
+
+
+@rows_of_every_kind
+def test_rows_without_a_split_are_asked_about(tmp_path: Path, write_rows: WriteRows) -> None:
+    path = write_rows(tmp_path, [(0, "train"), (1, None), (2, "val")], "split")
+    with pytest.raises(ConfigError, match=r"none: 1, train: 1, val: 1.*split_key=none"):
+        read(path)
+
+
+@rows_of_every_kind
+def test_a_split_of_which_there_is_no_row_is_an_error(
+    tmp_path: Path, write_rows: WriteRows
+) -> None:
+    path = write_rows(tmp_path, [(0, "train"), (1, "extra")], "split")
+    with pytest.raises(ConfigError, match=r"extra: 1, train: 1.*asked for is 'val'"):
+        read(path, "val")
+    assert read(path, "extra") == {png(1)}
+
+
+@rows_of_every_kind
+def test_the_column_of_splits_may_be_named(tmp_path: Path, write_rows: WriteRows) -> None:
+    path = write_rows(tmp_path, [(0, "train"), (1, "val"), (2, "extra")], "use")
+    assert read(path) == {png(0), png(1), png(2)}
+    with open_source(str(path), split="extra", split_key="use") as source:
+        assert source.read(0) == png(2)
+    with (
+        pytest.raises(ConfigError, match=r"split_key: .*none is 'usage'.*split_key=none"),
+        open_source(str(path), split_key="usage"),
+    ):
+        pass
+
+
+@rows_of_every_kind
+def test_a_column_of_something_else_is_none_of_splits(
+    tmp_path: Path, write_rows: WriteRows
+) -> None:
+    path = write_rows(tmp_path, [(0, "train"), (1, "bus"), (2, None)], "set")
+    assert read(path) == {png(0), png(1), png(2)}
+    path = write_rows(tmp_path, [(0, "val"), (1, "val")], "split")
+    assert read(path) == {png(0), png(1)}  # one alone is what was meant, as with files
+
+
+def test_a_list_of_paths_in_folders_of_splits_is_of_several(tmp_path: Path) -> None:
+    files = ["x/train/a/0.png", "x/train/b/1.png", "x/val/a/2.png"]
+    write_files(tmp_path, [(name, png(color)) for color, name in enumerate(files)])
+    path = tmp_path / "all.csv"
+    path.write_text("path,class\n" + "".join(f"{name},{name[-7]}\n" for name in files))
+    assert read(path) == {png(0), png(1)}
+    assert read(path, "val") == {png(2)}
+    with open_source(str(path), split_key="none") as source:
+        assert len(source) == 3
+    with path.open("a") as file:
+        file.write("../secret.png,a\n")  # hides no split
+    with open_source(str(path)) as source:
+        assert len(source) == 2
+        assert [problem.name for problem in source.problems] == ["../secret.png"]
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    files = ["train/0.png", "bus/1.png"]
+    write_files(tmp_path, [(name, png(color)) for color, name in enumerate(files)])
+    path = tmp_path / "all.csv"
+    path.write_text("path,class\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in files))
+    assert read(path) == {png(0), png(1)}
 
 
 IMAGES = [("a", png(0)), ("a", png(1)), ("b", png(2))]

@@ -10,7 +10,7 @@ import pytest
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.stages.config import RunConfig
-from fqgan_dist.stages.placement import plan_placement, planned_world_size
+from fqgan_dist.stages.placement import configured_sizes, plan_placement, planned_sizes
 from fqgan_dist.stages.preflight import check_settings
 
 TINY = Path(__file__).resolve().parents[2] / "support" / "tiny.yaml"
@@ -35,7 +35,7 @@ def place(*overrides: str) -> dict[str, Any]:
 
 def test_one_process_without_a_cluster() -> None:
     assert plan_placement(load())["processes"] == 1
-    assert planned_world_size(load("ray.train.num_workers=4")) == 1
+    assert list(configured_sizes(load("ray.train.num_workers=4"))) == [1]
 
 
 def test_train_workers_and_pools_are_listed_with_what_each_reserves() -> None:
@@ -77,6 +77,34 @@ def test_more_workers_than_micro_batches_are_refused_with_the_setting_to_change(
 def test_workers_that_make_no_whole_groups_are_refused() -> None:
     with pytest.raises(ConfigError, match="groups of 2 ranks cannot be made of 3 train worker"):
         check_settings(load(*ON_RAY, *shared(2), "ray.train.num_workers=3"))
+
+
+def test_of_a_range_the_sizes_that_can_share_a_step_are_valid() -> None:
+    config = load(*ON_RAY, *shared(2), "ray.train.num_workers=[1,9]")
+    check_settings(config)
+    assert planned_sizes(config) == {"tokenizer": [2, 4], "autoregressive": [2, 4]}
+    workers = plan_placement(config)["train_workers"]
+    assert (workers["count"], workers["valid_sizes"]) == (4, planned_sizes(config))
+    assert plan_placement(config)["most_at_a_time"]["cpus"] == 8.0
+
+
+def test_a_range_without_a_valid_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no number from 5 to 9 is valid for the tokenizer"):
+        check_settings(load(*ON_RAY, *shared(2), "ray.train.num_workers=[5,9]"))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("[3,2]", r"the most \(2\) is less than the least \(3\)"),
+        ("[0,2]", r"num_workers\.0: 0: Input should be greater than 0"),
+        ("[2]", r"num_workers\.1: required"),
+        ("0", "num_workers: 0: Input should be greater than 0"),
+    ],
+)
+def test_what_is_no_range_is_refused(value: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load(*ON_RAY, f"ray.train.num_workers={value}")
 
 
 def test_a_group_of_several_ranks_does_not_fit_one_process() -> None:

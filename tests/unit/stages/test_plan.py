@@ -155,6 +155,17 @@ def test_idle_passes_are_said(tmp_path: Path) -> None:
     assert "2 pass(es) of all are idle" in render_plan(made)
 
 
+def test_of_a_range_passes_are_of_the_largest_size_and_memory_of_the_smallest(
+    tmp_path: Path,
+) -> None:
+    made = plan(tmp_path, *ON_RAY, "ray.train.num_workers=[1,9]")
+    assert made["tokenizer"]["training"]["ranks"] == 4
+    assert made["tokenizer"]["memory"]["engine"]["ranks"] == 2
+    text = " ".join(render_plan(made).split())
+    assert "2 to 4 with 1 CPU each, PACK" in text
+    assert "tokenizer: valid numbers of train workers: 2, 4." in text
+
+
 def test_a_plan_on_a_cluster_is_readable(tmp_path: Path) -> None:
     rendered = render_plan(plan(tmp_path, *ON_RAY, "ray.pools.codes.max_actors=3"))
     text = " ".join(rendered.split())  # lines of the table are wrapped

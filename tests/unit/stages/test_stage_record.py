@@ -7,6 +7,7 @@ import pytest
 
 from fqgan_dist.errors import DataError
 from fqgan_dist.stages.stage_record import (
+    DamagedRecordError,
     StageRecord,
     check_inputs,
     flatten,
@@ -14,6 +15,7 @@ from fqgan_dist.stages.stage_record import (
     load_record,
     record_path,
     save_record,
+    set_aside_record,
 )
 from fqgan_dist.storage.storage import Storage
 
@@ -159,3 +161,32 @@ def test_what_is_no_number_has_not_grown(storage: Storage, former: Any) -> None:
     record = save(storage, inputs={"training.steps": former})
     with pytest.raises(DataError, match=r"training\.steps: was .*, now 8"):
         check_inputs(record, {"training.steps": 8}, source="a", growing=["training.steps"])
+
+
+def test_of_two_attempts_the_first_that_is_done_counts(storage: Storage) -> None:
+    save(storage, state="started")
+    first = save(storage, seconds=1.0)
+    save(storage, state="started")
+    save(storage, seconds=2.0)
+    assert load_record(storage, PATH) == first.model_copy(
+        update={"inputs": {**first.inputs, "settings.model.levels": [1, 2]}}
+    )
+
+
+def test_one_of_other_inputs_does_not_end_what_another_has_begun(storage: Storage) -> None:
+    save(storage, state="started", inputs=inputs({"steps": 8}))
+    with pytest.raises(DataError, match="begun stage 'codes' with other inputs"):
+        save(storage, inputs=inputs({"steps": 4}))
+    assert load_record(storage, PATH).inputs == {  # pyright: ignore[reportOptionalMemberAccess]
+        "settings.steps": 8,
+        "upstream.shards.train": "abc",
+    }
+
+
+def test_a_damaged_record_can_be_set_aside(storage: Storage) -> None:
+    storage.write_bytes(PATH, b'{"stage": 3}')
+    with pytest.raises(DamagedRecordError, match="not a stage record"):
+        load_record(storage, PATH)
+    aside = set_aside_record(storage, PATH)
+    assert load_record(storage, PATH) is None
+    assert Path(aside).read_bytes() == b'{"stage": 3}'

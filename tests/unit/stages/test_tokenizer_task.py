@@ -14,6 +14,8 @@ from fqgan_dist.errors import NumericsError
 from fqgan_dist.randomness import keyed_torch_rng
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.tokenizer_task import TokenizerTask
+from fqgan_dist.training.anomalies import AnomalyWatch
+from fqgan_dist.training.config import AnomalyConfig
 from fqgan_dist.training.engine_plain import PlainEngine
 from fqgan_dist.training.step_layout import Slot
 from fqgan_dist.training.task import Parts
@@ -260,11 +262,60 @@ def test_evaluation_leaves_everything_as_it_was(task: TokenizerTask) -> None:
     assert is_equal(snapshot(task), before)
 
 
-def test_nothing_moves_when_a_loss_is_not_finite(task: TokenizerTask) -> None:
+class BreakingEngine(PlainEngine):
+    """Has a gradient that is not finite when it is told so."""
+
+    is_broken = False
+
+    def backward(self, loss: Tensor, slot: Slot) -> None:
+        super().backward(loss, slot)
+        if self.is_broken and self.name == "tokenizer":
+            gradients = [each.grad for each in self._parameters if each.grad is not None]
+            gradients[0].view(-1)[0] = float("inf")
+
+
+@pytest.mark.parametrize("where", ["feature", "image", "loss", "gradient"])
+def test_a_step_with_a_number_that_is_not_finite_moves_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_tokenizer_task(CONFIG, engine_type=BreakingEngine)
     train(task, range(1, START + 1))
     before = snapshot(task)
     batches = draw_images(CONFIG, START + 1, (0, 1))
-    batches[1].features["clip"][0, 0] = float("nan")
-    with pytest.raises(NumericsError, match="tokenizer: a loss or gradient is not finite"):
+    with monkeypatch.context() as patch:
+        match where:
+            case "feature":
+                batches[1].features["clip"][0, 0] = float("nan")
+            case "image":
+                sick = batches[1].images
+                patch.setattr(
+                    task,
+                    "_to_device",
+                    lambda images: to_float(images) * (torch.nan if images is sick else 1.0),
+                )
+            case "loss":
+                patch.setattr(task, "perceptual", lambda image, _: image.sum() * torch.inf)
+            case _:
+                patch.setattr(BreakingEngine, "is_broken", True)
         task.train_step(batches, START + 1)
-    assert is_equal(snapshot(task), before)
+    after = snapshot(task)
+    # An average over steps goes on in one that moves nothing.
+    moved = {part for part in before if not is_equal(after, before, part)}
+    assert moved <= {"tokenizer_ema"}
+    watch = AnomalyWatch(AnomalyConfig())
+    watch.note(START + 1, task.take_evidence())
+    (anomaly,) = watch.drain()
+    assert anomaly.kind == "not_finite"
+    expected = {
+        "feature": ("tokenizer/loss/semantic/semantic_high", (1,)),
+        "image": ("tokenizer/loss/reconstruction", (1,)),
+        "loss": ("tokenizer/loss/perceptual", (0, 1)),
+        "gradient": ("tokenizer/gradient_norm", (0, 1)),
+    }
+    term, micro_batches = expected[where]
+    assert term in anomaly.terms
+    assert anomaly.micro_batches == micro_batches
+    train(task, range(START + 2, START + 4))
+    assert all(
+        torch.isfinite(tensor).all() for part in snapshot(task).values() for tensor in part.values()
+    )

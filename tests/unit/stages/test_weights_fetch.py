@@ -17,7 +17,8 @@ import torchvision
 from open_clip import pretrained as open_clip_pretrained
 from transformers import Dinov2Config, Dinov2Model
 
-from fqgan_dist.cli import DONE, FAILED, WRONG_USAGE, main
+from fqgan_dist.cli import DONE, FAILED, main
+from fqgan_dist.command_line import WRONG_USAGE
 from fqgan_dist.config import load_config
 from fqgan_dist.errors import ConfigError
 from fqgan_dist.evaluation.inception import build_inception

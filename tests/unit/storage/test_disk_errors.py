@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.errors import DataError
-from fqgan_dist.storage.disk_errors import clear_disk_errors
+from fqgan_dist.errors import DataError, StorageOutageError
+from fqgan_dist.storage.disk_errors import clear_disk_errors, explain_if_of_disk
 from fqgan_dist.storage.storage import Storage
 
 FULL = Path("/dev/full")
@@ -48,6 +48,37 @@ def test_a_write_that_a_disk_refuses_is_no_traceback(
         with pytest.raises(DataError, match=f"{tmp_path}/a: .*No space left.*free space"):
             write("a", b"x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), StorageOutageError),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), DataError),
+        (OSError(errno.ESTALE, "Stale file handle", "/x"), StorageOutageError),
+    ],
+)
+def test_raw_errors_of_disks_become_ours_where_a_process_ends(
+    error: OSError, kind: type[Exception]
+) -> None:
+    explained = explain_if_of_disk(error)
+    assert type(explained) is kind
+    assert explained.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+        OSError("something"),
+        RuntimeError("x"),
+        StorageOutageError("x"),
+    ],
+    ids=repr,
+)
+def test_other_errors_stay_as_they_are(error: Exception) -> None:
+    assert explain_if_of_disk(error) is error
 
 
 def test_names_that_are_too_long_are_no_traceback(tmp_path: Path) -> None:

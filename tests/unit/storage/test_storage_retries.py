@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.fault_proxy import FaultKind, FaultProxy, Faults, run_fault_proxy
 from support.small_s3 import SmallS3, run_small_s3, set_credentials
+from support.waiting import wait_until
 
-from fqgan_dist.errors import DataError
+from fqgan_dist import waiting
+from fqgan_dist.errors import DataError, StorageOutageError
 from fqgan_dist.storage import retries, s3_connection
-from fqgan_dist.storage.s3_errors import PASSING_ATTEMPTS, UNREACHABLE_ATTEMPTS
 from fqgan_dist.storage.storage import Storage
+from fqgan_dist.waiting import STORAGE_VARIABLE, WAITS
 
 DATA = bytes(range(256)) * 4
 READ_FAULTS: list[FaultKind] = [
@@ -72,7 +76,7 @@ def test_a_long_body_may_break_off_more_often_than_a_request(
     server.objects["/bucket/run/long"] = DATA * 1024  # 1 MiB, in 11 pieces
     proxy.faults = Faults(reset_rate=1, reset_after_bytes=100_000)
     assert storage.read_bytes("long") == DATA * 1024
-    assert storage.num_retries > PASSING_ATTEMPTS
+    assert storage.num_retries >= 10
 
 
 def test_only_the_ranges_that_failed_are_read_again(proxy: FaultProxy, storage: Storage) -> None:
@@ -106,26 +110,65 @@ def test_connections_are_used_again(proxy: FaultProxy, storage: Storage) -> None
         ("shorten", "fewer bytes came than were asked for"),
     ],
 )
-def test_lasting_fault_ends_in_a_clear_error(
-    proxy: FaultProxy, storage: Storage, fault: FaultKind, last: str
+def test_lasting_fault_ends_in_a_clear_error_when_patience_ends(
+    proxy: FaultProxy,
+    storage: Storage,
+    fault: FaultKind,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, "1")
     proxy.faults = Faults(reset_after_bytes=0)
-    proxy.script.extend(itertools.repeat(fault, 100))
+    proxy.script.extend(itertools.repeat(fault, 1000))
     message = (
-        rf"s3://bucket/run/x: cannot be read or written: 8 attempts failed, the last by {last}"
+        r"s3://bucket/run/x: cannot be read or written: \d+ attempts in 1 s failed, "
+        rf"the last by {last}"
     )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(StorageOutageError, match=message):
         storage.read_bytes("x", length=500)
-    assert proxy.num_requests == PASSING_ATTEMPTS
+    assert proxy.num_requests > 3
+    assert 0.5 < storage.waited_s < 20
+
+
+def test_what_counts_is_time_not_tries(
+    server: SmallS3, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that refuses at once for a while is waited for like one that does not answer."""
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "_LONGEST_WAIT_S", 0.02)
+    monkeypatch.setenv(STORAGE_VARIABLE, "30")
+    with run_fault_proxy(server.endpoint) as proxy:
+        set_credentials(monkeypatch, proxy.endpoint)
+        proxy.script.extend(itertools.repeat("slow_down", 60))
+        assert storage.read_bytes("x") == DATA
+        assert proxy.num_requests == 61
+
+
+def test_a_wait_is_shown_while_it_lasts(
+    proxy: FaultProxy, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "WORTH_A_WORD_S", 0.0)
+    proxy.faults = Faults(slow_down_rate=1)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read_bytes, "x")
+        wait_until(lambda: "503 SlowDown" in str(WAITS.longest()))
+        assert str(WAITS.longest()).startswith("waiting since ")
+        proxy.faults = Faults()
+        assert reading.result(30) == DATA
+    assert WAITS.longest() is None
 
 
 def test_retries_are_logged_once_not_each(
-    proxy: FaultProxy, storage: Storage, caplog: pytest.LogCaptureFixture
+    proxy: FaultProxy,
+    storage: Storage,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(STORAGE_VARIABLE, "1")
     proxy.faults = Faults(slow_down_rate=1)
     with caplog.at_level(logging.WARNING), pytest.raises(DataError):
         storage.read_bytes("x")
-    assert storage.num_retries == PASSING_ATTEMPTS - 1
+    assert storage.num_retries > 3
     (line,) = [record.getMessage() for record in caplog.records]
     assert "requests repeated: 1 since" in line
     assert line.endswith("503 SlowDown")
@@ -228,11 +271,34 @@ def test_create_that_lost_the_race_fails_though_its_answer_was_lost(
     assert server.objects["/bucket/run/x"] == DATA
 
 
-def test_a_server_that_is_not_there_is_said(
+def test_a_server_that_is_not_there_is_said_soon(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A process that has never found it, and is of no run that has, takes it for a mistake."""
     monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "_FIRST_CONTACT_S", 0.1)
     set_credentials(monkeypatch, "http://127.0.0.1:9")
-    message = rf"EndpointConnectionError; {UNREACHABLE_ATTEMPTS} attempts.*AWS_ENDPOINT_URL"
-    with pytest.raises(DataError, match=message):
+    message = r"EndpointConnectionError; \d+ attempts in 0 s\).*AWS_ENDPOINT_URL"
+    with pytest.raises(StorageOutageError, match=message):
         storage.read_bytes("x")
+
+
+@pytest.mark.parametrize("is_known", ["it has answered before", "the run has found it"])
+def test_a_server_that_goes_away_for_a_while_is_waited_for(
+    server: SmallS3, storage: Storage, monkeypatch: pytest.MonkeyPatch, is_known: str
+) -> None:
+    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_CONTACT_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    set_credentials(monkeypatch, f"http://127.0.0.1:{port}")
+    if is_known == "the run has found it":
+        monkeypatch.setenv(STORAGE_VARIABLE, "60")
+    else:
+        with run_fault_proxy(server.endpoint, port=port):
+            assert storage.read_bytes("x") == DATA
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read_bytes, "x")
+        wait_until(lambda: storage.num_retries > 5)
+        with run_fault_proxy(server.endpoint, port=port):
+            assert reading.result(30) == DATA

@@ -7,7 +7,7 @@ import pytest
 from support.records import read_records
 
 from fqgan_dist.errors import DataError
-from fqgan_dist.telemetry.json_lines import JsonLinesWriter, parse_records
+from fqgan_dist.telemetry.json_lines import JsonLinesWriter, parse_records, read_lines
 
 
 def write_steps(writer: JsonLinesWriter, steps: range) -> None:
@@ -15,36 +15,19 @@ def write_steps(writer: JsonLinesWriter, steps: range) -> None:
         writer.write({"step": step, "text": "\u00e4" * step})
 
 
-def test_without_a_record_there_is_no_file(tmp_path: Path) -> None:
-    path = tmp_path / "stage" / "ledger.jsonl"
-    with closing(JsonLinesWriter(path)) as writer:
-        writer.flush()
-    assert not path.exists()
-    assert writer.num_records == 0
-
-
-def test_a_resumed_file_equals_an_unbroken_one(tmp_path: Path) -> None:
-    unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
-    with closing(JsonLinesWriter(unbroken)) as writer:
-        write_steps(writer, range(1, 9))
-    with closing(JsonLinesWriter(broken)) as writer:
-        write_steps(writer, range(1, 7))
-    with broken.open("a") as file:
-        file.write('{"step": 7, "te')  # torn by a kill
-    with closing(JsonLinesWriter(broken, resumed_step=4)) as writer:
-        assert writer.num_records == 4
-        write_steps(writer, range(5, 9))
-        assert writer.num_records == 8
-    assert broken.read_bytes() == unbroken.read_bytes()
-
-
-def test_nothing_is_left_of_a_history_that_starts_anew(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with closing(JsonLinesWriter(path)) as writer:
+def test_lines_read_back_as_written(tmp_path: Path) -> None:
+    with closing(JsonLinesWriter(tmp_path / "stage" / "ledger.jsonl")) as writer:
         write_steps(writer, range(1, 4))
-    with closing(JsonLinesWriter(path)) as writer:
-        assert writer.num_records == 0
-    assert read_records(path) == []
+        assert len(writer.read_lines()) == writer.num_records == 3
+    assert [record["step"] for record in read_records(writer.path)] == [1, 2, 3]
+
+
+def test_a_file_that_is_there_is_not_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match="exists"):
+        JsonLinesWriter(path)
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path: Path) -> None:
@@ -66,3 +49,10 @@ def test_a_number_that_is_not_finite_is_refused_and_leaves_no_trace(tmp_path: Pa
 def test_a_damaged_line_is_named() -> None:
     with pytest.raises(DataError, match="ledger:2: not a ledger record"):
         parse_records(b'{"step": 1}\n{"slot": 3}\n', name="ledger", kind="ledger")
+
+
+def test_damaged_lines_are_named_and_the_others_read() -> None:
+    data = b'{"step": 1}\nnot json\n{"step": 2}\n{"slot": 1}\n{"step": 3, "to'
+    lines, problems = read_lines(data, name="ledger")
+    assert lines == [(1, b'{"step": 1}\n'), (2, b'{"step": 2}\n')]
+    assert [problem.partition(": ")[0] for problem in problems] == ["ledger:2", "ledger:4"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fqgan_dist.errors import DataError
+from fqgan_dist.errors import DataError, StorageOutageError
+from fqgan_dist.storage import disk_waits
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.log_files import name_log_file, open_log_file, publish_log
+from fqgan_dist.telemetry.log_files import name_log_file, open_log_file, publish_log, write_to_log
 from fqgan_dist.telemetry.logging import configure_logging
+from fqgan_dist.waiting import PatienceConfig, patient
 from fqgan_dist.world import World
 
 
@@ -69,6 +72,23 @@ def test_below_a_local_root_the_file_is_written_in_place(tmp_path: Path) -> None
     (file,) = (tmp_path / "logs").glob("run-rank-00000-*.log")
     assert "kept" in file.read_text()
     publish_log()
+
+
+def test_stacks_go_to_the_log_in_the_bucket_and_to_no_console(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bucket = Bucket()
+    configure_logging(World(), open_log_file(bucket, "run", interval_s=60))
+    write_to_log("thread training:\n  File 100%")
+    publish_log()
+    assert "thread training:\n" in bucket.text
+    assert bucket.text.endswith("  File 100%\n")
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_log_stacks_are_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    write_to_log("thread training")
+    assert caplog.messages == ["thread training"]
 
 
 def test_for_a_bucket_the_file_is_published_from_time_to_time() -> None:
@@ -140,15 +160,59 @@ def test_a_full_disk_is_said_once_and_fails_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = open_log_file(Storage(tmp_path), "driver")
+    write, room = os.write, [6]
 
-    def refuse() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def write_while_there_is_room(descriptor: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
 
-    monkeypatch.setattr(handler, "flush", refuse)
-    for _ in range(3):
-        handler.handle(logging.makeLogRecord({"msg": "lost"}))
+    monkeypatch.setattr("fqgan_dist.telemetry.log_files.os.write", write_while_there_is_room)
+    for text in ("here", "torn", "lost", "lost"):
+        handler.handle(logging.makeLogRecord({"msg": text}))
     shown = capsys.readouterr().err
     assert shown.count("lines of the log are lost ([Errno 28] No space left on device)") == 1
     assert "Traceback" not in shown
-    monkeypatch.undo()
+    room[0] = 10**6
+    handler.handle(logging.makeLogRecord({"msg": "here again"}))
     handler.close()
+    (file,) = (tmp_path / "logs").iterdir()
+    assert file.read_text().splitlines() == [
+        "here",
+        "t",
+        "3 lines of the log are lost here: [Errno 28] No space left on device",
+        "here again",
+    ]
+    room[0] = 0
+    handler.handle(logging.makeLogRecord({"msg": "lost again"}))
+    handler.close()
+    assert capsys.readouterr().err.count("lines of the log are lost") == 1
+
+
+def test_a_line_that_comes_after_the_end_opens_the_file_again(tmp_path: Path) -> None:
+    handler = open_log_file(Storage(tmp_path), "driver")
+    handler.close()
+    handler.handle(logging.makeLogRecord({"msg": "late \udcff"}))
+    handler.close()
+    (file,) = (tmp_path / "logs").iterdir()
+    assert file.read_text() == "late \\udcff\n"
+
+
+def test_a_run_waits_for_room_for_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_waits, "_FIRST_WAIT_S", 0.001)
+    open_file, refusals = os.open, [2]
+
+    def refuse_twice(path: str, flags: int, *rest: int) -> int:
+        if str(path).endswith(".log") and refusals[0]:
+            refusals[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        return open_file(path, flags, *rest)
+
+    monkeypatch.setattr("fqgan_dist.telemetry.log_files.os.open", refuse_twice)
+    with pytest.raises(StorageOutageError, match=r"logs/driver-.*the disk is full"):
+        open_log_file(Storage(tmp_path), "driver")
+    with patient(PatienceConfig()):
+        open_log_file(Storage(tmp_path), "driver").close()
+    assert refusals == [0]

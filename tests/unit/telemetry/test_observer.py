@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 import pytest
+from support.sessions import resumed_at
 
 from fqgan_dist.telemetry.metric_sink import MetricSink
 from fqgan_dist.telemetry.observer import SILENT, LocalObserver, Observer, ObserverSink
@@ -62,7 +63,7 @@ def test_a_sink_passes_every_record_on() -> None:
             seen.append((stage, step, dict(values)))
 
     sink: MetricSink = ObserverSink(Noting(), "tokenizer")
-    sink.open(0)
+    sink.open(resumed_at(0))
     sink.write(1, {"tokenizer/loss/total": 0.5}, images_seen=8)
     sink.write(1, {"tokenizer/validation/psnr": float("inf")}, images_seen=8)
     sink.flush()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from support.sessions import resumed_at
 
 from fqgan_dist.config import parse_config
 from fqgan_dist.errors import ConfigError
@@ -15,6 +16,7 @@ from fqgan_dist.telemetry import config as telemetry_config
 from fqgan_dist.telemetry.config import TelemetryConfig
 from fqgan_dist.telemetry.metric_sink import MetricSink, TrackedRun
 from fqgan_dist.telemetry.optional_sinks import build_sinks, find_sinks
+from fqgan_dist.telemetry.sessions import Session
 
 
 class ToySink:
@@ -30,8 +32,8 @@ class ToySink:
         if call.startswith(self.fails_at):
             raise RuntimeError("http://user:hunter2@tracking: refused for key-of-sixteen-01")
 
-    def open(self, resumed_step: int) -> None:
-        self._note(f"open after {resumed_step}")
+    def open(self, session: Session) -> None:
+        self._note(f"open after {session.resumed_step}")
 
     def write(self, step: int, numbers: Mapping[str, float], *, images_seen: int) -> None:
         self._note(f"write {step} {dict(numbers)} {images_seen}")
@@ -71,7 +73,7 @@ def run(tmp_path: Path) -> TrackedRun:
 
 
 def use(sink: MetricSink) -> None:
-    sink.open(2)
+    sink.open(resumed_at(2))
     sink.write(3, {"tokenizer/loss/total": 0.5}, images_seen=24)
     sink.flush()
     sink.write(4, {"tokenizer/loss/total": 0.25}, images_seen=32)

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import pickle
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.old_checkpoints import make_old
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint import Attempt, CheckpointStore
+from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, LoadedCheckpoint
 from fqgan_dist.training.commit_log import CommitLog, CommitRecord, canonical_json, sha256_hex
 from fqgan_dist.training.config import RetentionPolicy
 
@@ -116,6 +121,51 @@ def test_an_older_step_loads_by_its_step(store: CheckpointStore) -> None:
     assert _is_step(loaded, 2)
 
 
+def test_checkpoints_without_hashes_of_blocks_load_and_training_goes_on_from_them(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    _save_all(store, 1, 2)
+    make_old(tmp_path / PREFIX)
+    manifest = json.loads(_file(tmp_path, 2, "manifest.json").read_bytes())
+    assert manifest["format"] == 1
+    assert "blocks" not in manifest["files"][0]
+    old = CheckpointStore(Storage(tmp_path), PREFIX)
+    assert _is_step(old.load_latest(), 2)
+    assert old.verify() == []
+    _save_all(old, 3)
+    assert [old.load(commit.number).manifest.format for commit in old.list_commits()] == [1, 1, 2]
+    _flip(_file(tmp_path, 3, "optimizer.*"), -1)
+    _flip(_file(tmp_path, 2, "weights.*"), -1)
+    assert _is_step(old.load_latest(), 1)
+    assert len(old.verify()) == 2
+
+
+def test_only_what_is_read_decides_whether_a_checkpoint_is_good(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    _save_all(store, 1, 2)
+    _flip(_file(tmp_path, 2, "optimizer.*"), -1)
+    found = store.read_newest(lambda loaded: (loaded.step, loaded.read("weights")))
+    assert found is not None
+    assert found[0] == 2
+    found = store.read_newest(lambda loaded: (loaded.step, loaded.read_parts({"weights": {}})))
+    assert found is not None
+    assert found[0] == 1
+
+
+def test_an_error_that_is_no_damage_is_not_stepped_over(store: CheckpointStore) -> None:
+    _save_all(store, 1, 2)
+    steps: list[int] = []
+
+    def read(loaded: LoadedCheckpoint) -> object:
+        steps.append(loaded.step)
+        return loaded.read_parts({"ema": {}})
+
+    with pytest.raises(CheckpointError, match="no part 'ema'"):
+        store.read_newest(read)
+    assert steps == [2]
+
+
 def test_the_newest_commit_wins_also_with_a_lower_step(store: CheckpointStore) -> None:
     _save_all(store, 10, 20)
     _save_all(store, 11)
@@ -204,7 +254,7 @@ def test_one_hostile_object_among_the_commits_is_named_and_stepped_over(
     store: CheckpointStore, tmp_path: Path, kind: str
 ) -> None:
     _save_all(store, 1, 2)
-    path = tmp_path / PREFIX / "commits" / "0000000009.json"
+    path = tmp_path / PREFIX / "commits" / "0000000004.json"
     match kind:
         case "brackets":
             path.write_text("[" * 100_000)
@@ -255,10 +305,61 @@ def test_when_everything_is_damaged_training_does_not_start_over(
         store.load_latest()
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), r"holds 2 checkpoints .*restore commits/"),
+        (lambda folder: (folder / "0000000002.json").unlink(), r"no log record 2 before it"),
+        (lambda folder: (folder / "0000000001.json").unlink(), r"no log record 1 before it"),
+        (
+            lambda folder: (folder / "9999999999.json").write_text("{}"),
+            r"9999999999.json: there is no log record 4 to 9999999998 .*remove the file",
+        ),
+    ],
+    ids=["no log", "a gap", "no beginning", "a number at the end"],
+)
+def test_a_log_that_does_not_tell_is_an_error_and_no_start_from_zero(
+    store: CheckpointStore,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    _save_all(store, 5, 6)
+    damage(tmp_path / PREFIX / "commits")
+    again = CheckpointStore(Storage(tmp_path), PREFIX)
+    with pytest.raises(CheckpointError, match=message):
+        again.begin_attempt()
+    assert any(re.search(message, problem) for problem in again.verify())
+
+
+@pytest.mark.parametrize("name", ["12345678901.json", "0000000004.json.bak", "notes", "1.json"])
+def test_strangers_in_the_log_stop_nobody_and_are_named(
+    store: CheckpointStore, tmp_path: Path, name: str
+) -> None:
+    _save_all(store, 5)
+    (tmp_path / PREFIX / "commits" / name).write_text("{}")
+    assert store.verify() == [f"{tmp_path}/{PREFIX}/commits/{name}: not a log record; remove it"]
+    _save_all(store, 6)
+    assert _is_step(store.load_latest(), 6)
+
+
 def test_files_without_a_commit_are_no_checkpoint(store: CheckpointStore, tmp_path: Path) -> None:
     _save_all(store, 1, 2)
     (tmp_path / PREFIX / "commits/0000000003.json").unlink()
     assert _is_step(CheckpointStore(Storage(tmp_path), PREFIX).load_latest(), 1)
+
+
+def test_a_manifest_that_was_changed_and_reads_well_is_never_loaded(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    _save_all(store, 1, 2)
+    path = _file(tmp_path, 2, "manifest.json")
+    manifest = json.loads(path.read_bytes())
+    manifest["metrics"] = {"changed": 1.0}
+    path.write_bytes(canonical_json(manifest))
+    assert _is_step(store.load_latest(), 1)
+    (problem,) = store.verify()
+    assert "its sha256 is not the commit's" in problem
 
 
 def test_a_manifest_of_another_checkpoint_is_refused(
@@ -282,6 +383,9 @@ def test_a_pickle_in_a_well_hashed_checkpoint_is_refused_and_does_not_run(
             return (Path.touch, (witness,))
 
     loaded = store.load_latest()
+    assert loaded is not None
+    make_old(tmp_path / PREFIX)
+    loaded = CheckpointStore(Storage(tmp_path), PREFIX).load_latest()
     assert loaded is not None
     payload = pickle.dumps(Hostile())
     path = _file(tmp_path, 1, "weights.*")

@@ -151,6 +151,21 @@ def test_a_superseded_attempt_does_not_upload_first(tmp_path: Path) -> None:
     assert not list((tmp_path / PREFIX).glob("step-*"))
 
 
+def test_who_sleeps_while_it_writes_and_is_swept_says_that_it_was_superseded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = _store(tmp_path).begin_attempt()
+
+    def sleep(*_: Any) -> Any:
+        _store(tmp_path).begin_attempt().close()
+        raise FileNotFoundError("what was half-written is gone")
+
+    monkeypatch.setattr(checkpoint_attempt, "write_images", sleep)
+    _save(old, 1)
+    with pytest.raises(CheckpointError, match="superseded"):
+        old.close()
+
+
 def _run_ranks(
     root: Path, parts: list[dict[str, PartTensors]], *, step: int = 1, **options: Any
 ) -> None:

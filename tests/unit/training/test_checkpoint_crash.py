@@ -3,13 +3,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any
 
 import pytest
 import torch
+from support.faulty_storage import Fault, FaultyStorage, Mode
 from torch import Tensor
 
 from fqgan_dist.errors import DataError
@@ -19,65 +18,6 @@ from fqgan_dist.training.config import RetentionPolicy
 
 PREFIX = "checkpoints"
 STEPS = range(1, 5)
-T = TypeVar("T")
-Mode = Literal["before", "after", "once"]
-"""The n-th operation and all later ones fail; it is done, but its answer lost; it alone fails."""
-
-
-class Fault:
-    """Counts the operations of all storages that share it, and fails from the n-th on."""
-
-    def __init__(self, operation: int | None, mode: Mode = "before") -> None:
-        self.operation = operation
-        self.mode = mode
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def run(self, operation: Callable[[], T]) -> T:
-        with self._lock:
-            self.count += 1
-            position = self.count - (self.operation or sys.maxsize)
-        if position == 0 and self.mode == "after":
-            operation()
-        if position == 0 or (position > 0 and self.mode != "once"):
-            raise DataError(f"injected failure of operation {self.operation}")
-        return operation()
-
-
-class FaultyStorage(Storage):
-    """A real storage whose operations fail on command."""
-
-    def __init__(self, root: str | Path, fault: Fault) -> None:
-        super().__init__(root)
-        self._fault = fault
-
-    def child(self, path: str) -> Storage:
-        return FaultyStorage(self.uri(path), self._fault)
-
-    def size(self, path: str) -> int:
-        return self._fault.run(lambda: super(FaultyStorage, self).size(path))
-
-    def read_bytes(self, path: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        read = super().read_bytes
-        return self._fault.run(lambda: read(path, offset=offset, length=length))
-
-    def read_limited(self, path: str, max_bytes: int) -> bytes:
-        return self._fault.run(lambda: super(FaultyStorage, self).read_limited(path, max_bytes))
-
-    def open_read(self, path: str) -> BinaryIO:
-        return self._fault.run(lambda: super(FaultyStorage, self).open_read(path))
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        self._fault.run(lambda: super(FaultyStorage, self).write_bytes(path, data))
-
-    def create_bytes(self, path: str, data: bytes) -> None:
-        self._fault.run(lambda: super(FaultyStorage, self).create_bytes(path, data))
-
-    def list(self, prefix: str = "") -> list[str]:
-        return self._fault.run(lambda: super(FaultyStorage, self).list(prefix))
-
-    def delete(self, path: str) -> None:
-        self._fault.run(lambda: super(FaultyStorage, self).delete(path))
 
 
 def _content(step: int) -> dict[str, dict[str, Tensor]]:
@@ -138,6 +78,7 @@ def _check_loads(store: CheckpointStore, confirmed: int) -> int:
     return loaded.step
 
 
+@pytest.mark.full("every operation; those of a whole run are tried in test_crash_points")
 @pytest.mark.parametrize("mode", ["before", "after", "once"])
 def test_a_crash_at_any_storage_operation_loses_nothing_confirmed(
     mode: Mode, tmp_path: Path

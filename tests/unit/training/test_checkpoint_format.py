@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from fqgan_dist.training.checkpoint_format import (
     RankReport,
     TensorRecord,
     check_parts,
+    hash_blocks,
     merge_reports,
     parse_manifest,
 )
@@ -77,6 +80,73 @@ def test_a_tensor_that_is_not_there_exactly_once_is_named(
         check_parts(files, "here")
 
 
+def _hashed(block_bytes: int = 4, **changes: Any) -> FileRecord:
+    """A file of ten bytes whose tensor lies at its end."""
+    blocks = hash_blocks(b"0123456789", block_bytes)
+    record = _whole([1]).model_copy(update={"offset": 6})
+    values = {
+        "file": "w.safetensors",
+        "part": "weights",
+        "bytes": 10,
+        "sha256": blocks.root(),
+        "blocks": blocks,
+        "tensors": {"t": record},
+    }
+    return FileRecord.model_validate(values | changes)
+
+
+def test_blocks_are_hashed_one_by_one_and_their_hashes_together() -> None:
+    blocks = hash_blocks(b"0123456789", 4)
+    hashes = [hashlib.sha256(data).digest() for data in (b"0123", b"4567", b"89")]
+    assert [blocks.of(number) for number in range(blocks.count)] == [h.hex() for h in hashes]
+    assert _hashed().sha256 == hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bytes": 13}, "has 3 hashes of blocks, expected 4"),
+        ({"bytes": 8}, "has 3 hashes of blocks, expected 2"),
+        ({"sha256": "0" * 64}, "not that of its blocks' hashes"),
+        ({"tensors": {"t": _whole([1])}}, "does not say where its tensors lie"),
+        ({"blocks": {"bytes": 4, "sha256": "0" * 63}}, "should match pattern"),
+        ({"blocks": {"bytes": 2**24 + 1, "sha256": "0" * 64}}, "less than or equal to 16777216"),
+    ],
+)
+def test_hashes_of_blocks_that_do_not_fit_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _hashed(**changes)
+
+
+@pytest.mark.parametrize(("version", "file"), [(1, _hashed()), (2, _file(t=_whole([2])))])
+def test_files_of_another_format_than_their_manifest_s_are_refused(
+    version: int, file: FileRecord
+) -> None:
+    values: dict[str, Any] = {
+        "format": version,
+        "step": 1,
+        "attempt": ATTEMPT,
+        "world_size": 1,
+        "dataset_id": "d",
+        "config": {},
+        "state": {},
+        "metrics": {},
+        "parts": ["weights"],
+        "files": [file.model_dump()],
+    }
+    with pytest.raises(CheckpointError, match=f"format {version}: w.safetensors is of another one"):
+        parse_manifest(json.dumps(values).encode(), "here")
+    parse_manifest(json.dumps(values | {"format": 3 - version}).encode(), "here")
+
+
+def test_a_hostile_list_has_one_error() -> None:
+    with pytest.raises(ValidationError) as caught:
+        _report(0, files=[0] * 1000)
+    assert caught.value.error_count() == 1
+
+
 def test_reports_of_all_ranks_become_one_list_of_files() -> None:
     parts, files = merge_reports([_report(0), _report(1, parts=["weights", "ema"])], "here")
     assert parts == ["ema", "weights"]
@@ -99,7 +169,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str) -> None:
         _file(name)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format": 2}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format": 2}', b'{"format": 3}', b"\xff"])
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="here: not a checkpoint manifest"):
         parse_manifest(data, "here")

@@ -98,9 +98,9 @@ def test_files_of_a_killed_older_attempt_are_deleted(tmp_path: Path) -> None:
 def test_files_of_a_newer_or_unknown_attempt_are_left_alone(tmp_path: Path) -> None:
     store = _store(tmp_path, keep_last=1)
     unknown = tmp_path / PREFIX / f"step-00000009/attempt-{'f' * 32}/weights.safetensors"
-    unknown.parent.mkdir(parents=True)
-    unknown.write_bytes(b"being written")
     with store.begin_attempt() as attempt:
+        unknown.parent.mkdir(parents=True)
+        unknown.write_bytes(b"being written")
         running = tmp_path / PREFIX / f"step-00000008/attempt-{attempt.id}/weights.rank-00001"
         running.parent.mkdir(parents=True)
         running.write_bytes(b"another rank is ahead")

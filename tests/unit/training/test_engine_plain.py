@@ -33,9 +33,11 @@ class Network(nn.Module):
         return self.layers(inputs) * self.scale
 
 
-def build(config: OptimizerConfig | None = None) -> PlainEngine:
+def build(config: OptimizerConfig | None = None, *, answer: str = "skip") -> PlainEngine:
     torch.manual_seed(0)
-    settings = engine_settings(optimizer=config or OptimizerConfig(), layout=LAYOUT)
+    settings = engine_settings(
+        optimizer=config or OptimizerConfig(), layout=LAYOUT, anomalies={"on_not_finite": answer}
+    )
     return PlainEngine(Network(), settings)
 
 
@@ -151,22 +153,25 @@ def test_nothing_moves_when_a_number_is_not_finite(
         assert parameter.grad is not None
         parameter.grad[0, 0] = value
 
+    engine.step(lr=LR, losses=losses)
+    assert engine.refused
     with pytest.raises(NumericsError, match="network: a loss or gradient is not finite"):
-        engine.step(lr=LR, losses=losses)
-
-    assert is_equal(snapshot(engine), before)
-
-
-def test_later_steps_are_refused_too_until_somebody_acts() -> None:
-    engine = build()
-    before = snapshot(engine)
-    with pytest.raises(NumericsError):
-        engine.step(lr=LR, losses=torch.tensor([float("nan")]))
-    with pytest.raises(NumericsError):
-        train(engine, range(1))
-    with pytest.raises(NumericsError):
         engine.raise_if_not_finite()
+
     assert is_equal(snapshot(engine), before)
+
+
+@pytest.mark.parametrize("answer", ["skip", "rollback", "stop"])
+def test_later_steps_are_refused_too_unless_one_is_simply_skipped(answer: str) -> None:
+    engine, calm = build(answer=answer), build()
+    engine.step(lr=LR, losses=torch.tensor([float("nan")]))
+    before = snapshot(engine)
+    train(engine, range(1))
+    train(calm, range(1))
+    assert bool(engine.refused) == (answer != "skip")
+    assert is_equal(snapshot(engine), snapshot(calm) if answer == "skip" else before)
+    engine.load_state_dict(calm.state_dict())  # pyright: ignore[reportArgumentType]
+    assert not engine.refused
 
 
 def test_a_finite_engine_has_nothing_to_raise() -> None:

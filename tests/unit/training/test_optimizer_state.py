@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.training.checkpoint_files import Fragment
+from fqgan_dist.training.checkpoint_format import Needs, Span
 from fqgan_dist.training.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
+    needed_optimizer_state,
     reset_optimizer_state,
 )
 from fqgan_dist.training.parameter_pieces import Piece, whole_pieces
@@ -195,6 +197,54 @@ def test_partitions_load_whole_state_and_share_it_once() -> None:
                 merged[name] = value
     assert merged.keys() == state.keys()
     assert all(torch.equal(merged[name].view(state[name].shape), state[name]) for name in state)
+
+
+def cut(tensors: dict[str, Tensor], needs: Needs) -> dict[str, Tensor | Fragment]:
+    """Cut whole tensors as a reader gives what is needed of them."""
+    found: dict[str, Tensor | Fragment] = {}
+    for name, tensor in tensors.items():
+        span = needs.get(name, Span(0, 0))
+        if span is None:
+            found[name] = tensor
+        else:
+            piece = tensor.reshape(-1)[span.start : span.start + span.count]
+            found[name] = Fragment(piece, span.start, tuple(tensor.shape))
+    return found
+
+
+def test_partitions_need_their_own_moments_and_load_them_alone() -> None:
+    state = whole_state()
+    for owner, pieces in halves(4):
+        optimizer, expected = torch.optim.Adam([owner], fused=True), torch.optim.Adam([owner])
+        needs = needed_optimizer_state(pieces, optimizer)
+        load_named_optimizer_state(pieces, optimizer, cut(state, needs))
+        load_named_optimizer_state(pieces, expected, state)
+        for key, tensor in expected.state[owner].items():
+            assert torch.equal(optimizer.state[owner][key], tensor)
+    needs = needed_optimizer_state(pieces, optimizer)
+    assert needs["a.exp_avg"] == Span(4, 2)
+    assert needs["b.exp_avg_sq"] == Span(0, 2)
+    assert {name for name, span in needs.items() if span is None} == {"a.step", "b.step"}
+
+
+def test_a_partition_without_elements_needs_one_count_of_steps() -> None:
+    owner = torch.zeros(2, requires_grad=True)
+    pieces = {name: Piece(owner, (2, 3), 6, 0, 0) for name in "ab"}
+    optimizer = torch.optim.Adam([owner], fused=True)
+    needs = needed_optimizer_state(pieces, optimizer)
+    assert [name for name, span in needs.items() if span is None] == ["a.step"]
+
+
+def test_state_that_was_not_read_is_refused() -> None:
+    owner, pieces = halves(4)[1]
+    optimizer = torch.optim.Adam([owner], fused=True)
+    needs = dict(needed_optimizer_state(pieces, optimizer))
+    needs["a.exp_avg"] = Span(0, 2)
+    with pytest.raises(ValueError, match=r"2 elements from 4 of a tensor of shape \(2, 3\)"):
+        load_named_optimizer_state(pieces, optimizer, cut(whole_state(), needs))
+    del needs["a.step"]
+    with pytest.raises(ValueError, match=r"a\.step: was not read"):
+        load_named_optimizer_state(pieces, optimizer, cut(whole_state(), needs))
 
 
 def test_the_state_of_a_partition_before_its_first_step_is_made_once() -> None:

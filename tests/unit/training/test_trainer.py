@@ -3,223 +3,29 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.engines import engine_settings
+from support import toy_training
+from support.counted_reads import count_reads
 from support.records import read_records
-from torch import Tensor, nn
+from support.toy_training import DATASET_ID, PREFIX, Killed, Run, ToyConfig, ToyTask, is_equal
+from torch import Tensor
 
-from fqgan_dist.config import Config
-from fqgan_dist.data.batches import LoadReport, Replacement, merge_reports
-from fqgan_dist.errors import CheckpointError, DataError, NumericsError
-from fqgan_dist.randomness import keyed_torch_rng, torch_generator
+from fqgan_dist.errors import CheckpointError, DataError, NoticeError, NumericsError
+from fqgan_dist.notice import NOTICES
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.telemetry.metrics import MetricsFile, Record, metric_series
-from fqgan_dist.telemetry.progress import track
-from fqgan_dist.telemetry.published import PublishedRecords
-from fqgan_dist.training.checkpoint import CheckpointStore
+from fqgan_dist.telemetry.metrics import metric_series
+from fqgan_dist.telemetry.sessions import Session
+from fqgan_dist.training import trainer
 from fqgan_dist.training.config import (
+    AnomalyConfig,
     CheckpointConfig,
-    ScheduleConfig,
-    TrainingConfig,
 )
-from fqgan_dist.training.ema import ExponentialMovingAverage
-from fqgan_dist.training.engine import accumulate
-from fqgan_dist.training.engine_plain import PlainEngine
-from fqgan_dist.training.hooks import AccountForLoading, ShowProgress, TrainerHook, WriteMetrics
-from fqgan_dist.training.schedule import compute_lr
-from fqgan_dist.training.step_layout import Slot, StepLayout
-from fqgan_dist.training.task import Parts
-from fqgan_dist.training.trainer import Trainer, TrainingResult
-from fqgan_dist.world import World
-
-CPU = torch.device("cpu")
-PREFIX = "toy/checkpoints"
-DATASET_ID = "d" * 64
-TIMES = {
-    "time",
-    "train/loader_wait_fraction",
-    "train/images_per_s",
-    "train/read_bytes_per_s",
-    "train/storage_retries",
-}
-DAMAGED_POSITIONS = {2: [9, 7], 3: [12], 4: [18, 19], 7: [40]}
-"""By step, of 6 samples each."""
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a process; SIGKILL itself is in tests/integration."""
-
-
-def report_of(step: int) -> LoadReport:
-    """What a loader tells of a step's batches."""
-    replacements = [
-        Replacement(
-            position=position, shard="s.tar", key=f"k{position}", replacement_key="r", reason="torn"
-        )
-        for position in DAMAGED_POSITIONS.get(step, [])
-    ]
-    return merge_reports(
-        [
-            LoadReport(
-                replacements=tuple(replacements), samples_read=6, bytes_read=600, retries=step % 2
-            )
-        ]
-    )
-
-
-class ToyConfig(Config):
-    width: int = 3
-    depth: int = 1
-
-
-class ToyTask:
-    """A linear model with dropout and an average: small, but with every kind of state."""
-
-    def __init__(self, training: TrainingConfig, architecture: ToyConfig) -> None:
-        self.architecture = architecture
-        self.training = training
-        torch.manual_seed(5)
-        module = nn.Sequential(nn.Linear(4, architecture.width), nn.Dropout(0.5))
-        layout = StepLayout.of(training, World())
-        self.engine = PlainEngine(module, engine_settings(name="toy", layout=layout))
-        self.ema = ExponentialMovingAverage(self.engine.local_parameters(), 0.9)
-        self.steps_done: list[int] = []
-
-    def train_step(self, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-        def loss_fn(slot: Slot, batch: Tensor) -> tuple[Tensor, Tensor]:
-            with keyed_torch_rng(0, step, slot.micro_batch, device=CPU):
-                loss = self.engine.forward(batch).square().mean()
-            return loss, loss.detach().reshape(1)
-
-        rows = accumulate(self.engine, micro_batches, loss_fn)
-        lr = compute_lr(self.training.schedule, step, self.training.steps)
-        norm = self.engine.step(lr=lr, losses=rows)
-        self.ema.update(self.engine.local_parameters())
-        self.steps_done.append(step)
-        return {"toy/loss/total": rows.mean(), "toy/gradient_norm": norm}
-
-    def raise_if_not_finite(self) -> None:
-        self.engine.raise_if_not_finite()
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        with self.engine.whole_weights(self.ema.state_dict()) as module:
-            weight = module.state_dict()["0.weight"]
-            return {"toy/validation/norm": float(weight.norm())}
-
-    def state_dict(self) -> Parts:
-        state = self.engine.state_dict()
-        return {
-            "toy": state["weights"],
-            "toy_optimizer": state["optimizer"],
-            "toy_ema": self.engine.share(self.ema.state_dict()),
-        }
-
-    def load_state_dict(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.engine.load_state_dict({"weights": parts["toy"], "optimizer": parts["toy_optimizer"]})
-        self.ema.load_state_dict(self.engine.localize(parts["toy_ema"]))
-
-
-class Run:
-    """One run directory; `fit` is one session in it."""
-
-    def __init__(self, root: Path, storage: Storage | None = None, **changes: Any) -> None:
-        self.files = Storage(root)
-        self.metrics_path = root / "files" / "metrics.jsonl"
-        self.ledger_path = root / "files" / "damaged_samples.jsonl"
-        values: dict[str, Any] = {
-            "steps": 8,
-            "global_batch_size": 6,
-            "micro_batch_size": 2,
-            "schedule": ScheduleConfig(lr=0.05, kind="cosine", warmup_steps=2),
-            "log_every": 2,
-            "evaluate_every": 3,
-            "evaluation_samples": 1,
-            "checkpoint": CheckpointConfig(every=3),
-        }
-        self.config = TrainingConfig.model_validate(values | changes)
-        self.store = CheckpointStore(storage or Storage(root), PREFIX)
-        self.published: list[tuple[list[int], list[Record]]] = []
-        self.published_ledgers: list[list[int]] = []
-        self.hooks: list[TrainerHook] = []
-
-    def fit(
-        self,
-        *,
-        killed_before: int | None = None,
-        architecture: ToyConfig | None = None,
-        dataset_id: str = DATASET_ID,
-        task: ToyTask | None = None,
-    ) -> tuple[TrainingResult, ToyTask]:
-        task = task or ToyTask(self.config, architecture or ToyConfig())
-
-        loaded: list[LoadReport] = []
-        self.is_closed = False
-
-        def batches(first_step: int) -> Generator[list[Tensor], None, None]:
-            try:
-                for step in range(first_step + 1, 10**6):
-                    if step == killed_before:
-                        raise Killed
-                    loaded.append(report_of(step))
-                    yield [
-                        torch.randn(2, 4, generator=torch_generator(step, index))
-                        for index in task.engine.layout.micro_batches
-                    ]
-            finally:
-                self.is_closed = True
-
-        def take_report() -> LoadReport:
-            report = merge_reports(loaded)
-            loaded.clear()
-            return report
-
-        loading = AccountForLoading(
-            take_report,
-            PublishedRecords(self.files, "files/damaged_samples.jsonl"),
-            world=World(),
-            global_batch_size=self.config.global_batch_size,
-        )
-        metrics = WriteMetrics([MetricsFile(self.files, "files/metrics.jsonl")])
-        with track(self.config.steps, "training the toy", "steps") as bar:
-            trainer = Trainer(
-                task,
-                batches,
-                self.config,
-                store=self.store,
-                dataset_id=dataset_id,
-                world=World(),
-                hooks=[ShowProgress(bar), loading, metrics, Publication(self), *self.hooks],
-            )
-            return trainer.fit(), task
-
-    def records(self) -> list[Record]:
-        return [
-            {name: value for name, value in record.items() if name not in TIMES}
-            for record in read_records(self.metrics_path)
-        ]
-
-    def ledger(self) -> list[Record]:
-        return read_records(self.ledger_path)
-
-    def note_publication(self) -> None:
-        self.published_ledgers.append([record["slot"] for record in self.ledger()])
-        steps = [commit.step for commit in self.store.list_commits()]
-        self.published.append((steps, read_records(self.metrics_path)))
-
-
-class Publication(TrainerHook):
-    """Notes what the files hold when a checkpoint is about to be committed."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def save(self, step: int) -> None:
-        self.run.note_publication()
+from fqgan_dist.training.hooks import TrainerHook
+from fqgan_dist.training.trainer import TrainingResult
 
 
 class Moments(TrainerHook):
@@ -228,8 +34,8 @@ class Moments(TrainerHook):
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
 
-    def start(self, first_step: int) -> None:
-        self.seen.append(("start", first_step))
+    def start(self, session: Session) -> None:
+        self.seen.append(("start", session.resumed_step))
 
     def step(self, step: int) -> None:
         self.seen.append(("step", step))
@@ -247,13 +53,15 @@ class Moments(TrainerHook):
         self.seen.append(("end", 0))
 
 
-def is_equal(one: ToyTask, other: ToyTask) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(
-        torch.equal(tensor, right[part][name])
-        for part, tensors in left.items()
-        for name, tensor in tensors.items()
-    )
+class SlowSteps(TrainerHook):
+    """Lets ten seconds pass with each step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
+
+    def step(self, step: int) -> None:
+        self.now += 10
 
 
 @pytest.fixture
@@ -288,6 +96,28 @@ def test_a_run_may_be_killed_again_and_again(
     assert is_equal(task, unbroken[2])
     assert run.records() == unbroken[0].records()
     assert run.ledger() == unbroken[0].ledger()
+
+
+def test_the_log_proves_what_was_trained_on_though_a_run_was_killed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(Killed):
+        run.fit(killed_before=5)
+    run.fit()
+    report = run.store.check_ledger(lambda _: None)
+    assert report.problems == []
+    assert (report.step, report.positions) == (8, 48)
+    assert [epoch["images"] for epoch in report.epochs] == [20, 20, 8]
+
+
+def test_a_loader_that_gives_other_positions_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report_of = toy_training.report_of
+    monkeypatch.setattr(toy_training, "report_of", lambda step: report_of(step + 1))
+    run = Run(tmp_path)
+    with pytest.raises(DataError, match=r"the loaders gave positions 6 to 24 .* expected 0 to 18"):
+        run.fit()
+    assert run.store.list_commits() == []
 
 
 def test_the_ledger_has_a_line_for_every_replaced_slot_in_order(
@@ -423,7 +253,9 @@ def test_a_checkpoint_says_what_it_belongs_to(
     run, result, _ = unbroken
     loaded = run.store.load_latest()
     assert loaded is not None
-    assert loaded.manifest.state == {"images_seen": 48, "seed": 0}
+    state = dict(loaded.manifest.state)
+    assert len(state.pop("gradient_norms")["toy/gradient_norm"]) == 8
+    assert state == {"images_seen": 48, "seed": 0}
     assert loaded.manifest.config == {"width": 3, "depth": 1}
     assert loaded.manifest.dataset_id == DATASET_ID
     assert loaded.manifest.metrics == result.metrics
@@ -478,6 +310,18 @@ def test_a_damaged_checkpoint_is_stepped_over_to_the_same_bits(
     assert run.records() == unbroken[0].records()
 
 
+def test_a_resumed_run_reads_its_checkpoint_once(
+    unbroken: tuple[Run, TrainingResult, ToyTask], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        Run(tmp_path).fit(killed_before=8)
+    storage, counted = count_reads(tmp_path)
+    _, task = Run(tmp_path, storage).fit()
+    sizes = [path.stat().st_size for path in (tmp_path / PREFIX).glob("step-00000006/*/*.safe*")]
+    assert 0 < counted.num_bytes() <= sum(sizes)
+    assert is_equal(task, unbroken[2])
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(
     tmp_path: Path,
 ) -> None:
@@ -487,9 +331,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(
                 micro_batches = [batch * float("inf") for batch in micro_batches]
             return super().train_step(micro_batches, step)
 
-    run = Run(tmp_path)
+    run = Run(tmp_path, anomalies=AnomalyConfig(on_not_finite="stop"))
     task = Exploding(run.config, ToyConfig())
-    with pytest.raises(NumericsError, match="toy: a loss or gradient is not finite"):
+    with pytest.raises(
+        NumericsError,
+        match=r"step 5: toy/loss/total, toy/gradient_norm is not finite.*of step 3",
+    ):
         run.fit(task=task)
     loaded = run.store.load_latest()
     assert loaded is not None
@@ -565,3 +412,53 @@ def test_the_first_state_depends_on_nothing_but_the_seed(tmp_path: Path) -> None
     assert is_equal(first, second)
     second.train_step([torch.ones(2, 4)] * 3, 1)
     assert not is_equal(first, copy.copy(second))
+
+
+@pytest.mark.parametrize(
+    ("every_s", "steps"),
+    [(None, [10, 12]), (30.0, [5, 10, 12]), (60.0, [8, 10, 12]), (1.0, [3, 6, 9, 10, 12])],
+)
+def test_a_checkpoint_is_made_by_time_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: float | None, steps: list[int]
+) -> None:
+    run = Run(tmp_path, steps=12, checkpoint=CheckpointConfig(every=10, every_s=every_s))
+    run.hooks = [SlowSteps(monkeypatch)]
+    _, task = run.fit()
+    assert [commit.step for commit in run.store.list_commits()] == steps
+    plain = Run(tmp_path / "plain", steps=12)
+    assert is_equal(task, plain.fit()[1])  # when it is saved changes nothing
+
+
+class NoticeAt(TrainerHook):
+    """Is given notice while a step runs."""
+
+    def __init__(self, step: int) -> None:
+        self.noticed_step = step
+
+    def step(self, step: int) -> None:
+        if step == self.noticed_step:
+            NOTICES.give("SIGTERM")
+
+
+def test_after_notice_a_step_is_saved_and_training_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path / "noticed", steps=12)
+    run.hooks = [NoticeAt(4)]
+    try:
+        with pytest.raises(NoticeError, match=r"step 6 is committed.*SIGTERM"):
+            run.fit()
+    finally:
+        NOTICES.clear()
+    assert [commit.step for commit in run.store.list_commits()] == [3, 6]
+    run.hooks = []
+    _, task = run.fit()
+    assert task.steps_done == [7, 8, 9, 10, 11, 12]
+    assert is_equal(task, Run(tmp_path / "plain", steps=12).fit()[1])
+
+
+def test_notice_in_the_last_step_lets_it_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=5)
+    run.hooks = [NoticeAt(3)]
+    try:
+        assert run.fit()[0].step == 5
+    finally:
+        NOTICES.clear()

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from support.sessions import resumed_at
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metric_sink import TrackedRun
@@ -24,7 +25,7 @@ def write_steps(run: TrackedRun, steps: range, *, killed_before_evaluation: bool
     from fqgan_dist.telemetry.sinks.mlflow import build_sink
 
     sink = build_sink(run)
-    sink.open(steps.start - 1)
+    sink.open(resumed_at(steps.start - 1))
     for step in steps:
         sink.write(step, {LOSS: 1 / step}, images_seen=8 * step)
     if not killed_before_evaluation:

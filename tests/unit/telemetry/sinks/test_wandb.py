@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.sessions import resumed_at
 
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.metric_sink import TrackedRun
@@ -29,7 +30,7 @@ def write_session(run: TrackedRun, steps: range) -> tuple[Any, list[dict[str, An
     from fqgan_dist.telemetry.sinks.wandb import build_sink
 
     sink = build_sink(run)
-    sink.open(steps.start - 1)
+    sink.open(resumed_at(steps.start - 1))
     for step in steps:
         sink.write(step, {LOSS: 1 / step}, images_seen=8 * step)
         sink.write(step, {"tokenizer/validation/psnr": 20.0}, images_seen=8 * step)
