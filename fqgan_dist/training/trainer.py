@@ -280,7 +280,8 @@ class Trainer(Generic[BatchT]):
         notice = NOTICES.given()
         reason = notice.reason if notice else "another rank was given notice"
         raise NoticeError(
-            f"step {step} is committed, and training makes way: {reason}; the same command continues"
+            f"step {step} is committed, and training makes way: {reason}; the same command "
+            "continues"
         )
 
     def _load(self) -> LoadedCheckpoint | None:
