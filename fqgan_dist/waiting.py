@@ -110,9 +110,10 @@ class Waits:
         self._open: dict[int, Wait] = {}
         self._ended_at = self._clock()
 
-    def begin(self, what: str, *, is_symptom: bool = False) -> int:
-        """Note a wait; gives its number for `change` and `end`."""
-        wait = Wait(what=what, since=time.time(), is_symptom=is_symptom)
+    def begin(self, what: str, *, is_symptom: bool = False, since: float | None = None) -> int:
+        """Note a wait, from now on if not since before; gives its number for `change` and `end`."""
+        since = time.time() if since is None else since
+        wait = Wait(what=what, since=since, is_symptom=is_symptom)
         with self._lock:
             number = next(self._numbers)
             self._open[number] = wait
@@ -145,11 +146,15 @@ class Waits:
             wait = min(waits, key=lambda wait: (wait.is_symptom, wait.since), default=None)
         return wait if wait is not None and wait.seconds >= WORTH_A_WORD_S else None
 
-    def known(self) -> str:
-        """Name the cause that is waited for now, of whatever length; "": there is none."""
+    def cause(self) -> Wait | None:
+        """Give the cause that is waited for now, of whatever length; None: there is none."""
         with self._lock:
             causes = (wait for wait in self._open.values() if not wait.is_symptom)
-            wait = min(causes, key=lambda wait: wait.since, default=None)
+            return min(causes, key=lambda wait: wait.since, default=None)
+
+    def known(self) -> str:
+        """Name the cause that is waited for now, see `cause`; "": there is none."""
+        wait = self.cause()
         return "" if wait is None else str(wait)
 
     @property

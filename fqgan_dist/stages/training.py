@@ -35,6 +35,7 @@ from fqgan_dist.training.hooks import (
 )
 from fqgan_dist.training.named_tensors import copy_named_tensors
 from fqgan_dist.training.trainer import Trainer, TrainingResult
+from fqgan_dist.training.writer_process import WriterProcess
 from fqgan_dist.weights.tensors import hash_tensors
 
 BatchT = TypeVar("BatchT")
@@ -63,6 +64,7 @@ def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) 
         context.storage_of(stage),
         f"{stage}/checkpoints",
         retention=training.checkpoint.retention,
+        make_writer=WriterProcess,
     )
 
 

@@ -47,6 +47,7 @@ from fqgan_dist.training.commit_log import (
 )
 from fqgan_dist.training.config import RetentionPolicy
 from fqgan_dist.training.ledger import FindOrder, LedgerReport, check_ledger
+from fqgan_dist.training.writer_process import FileWriter, WriterHere
 from fqgan_dist.world import World
 
 __all__ = [
@@ -167,16 +168,18 @@ class CheckpointStore:
         *,
         retention: RetentionPolicy | None = None,
         rank_timeout_s: float = 1800.0,
+        make_writer: Callable[[], FileWriter] = WriterHere,
     ) -> None:
         """Name a store below a folder such as `tokenizer/checkpoints`, without touching it.
 
         Without `retention` every checkpoint is kept; the commit waits `rank_timeout_s` for the
-        slowest rank.
+        slowest rank. Every attempt has a writer of its own.
         """
         self._storage = storage.child(prefix)
         self._log = CommitLog(self._storage)
         self._retention = retention
         self._rank_timeout_s = rank_timeout_s
+        self._make_writer = make_writer
 
     def __str__(self) -> str:
         return self._storage.root
@@ -353,6 +356,7 @@ class CheckpointStore:
             log=log,
             rotate=self._rotate,
             rank_timeout_s=self._rank_timeout_s,
+            writer=self._make_writer(),
         )
 
     def find_fault_of_log(self) -> str | None:

@@ -17,12 +17,7 @@ from fqgan_dist.activity import ACTIVITY
 from fqgan_dist.errors import CheckpointError, FqganError
 from fqgan_dist.storage.documents import read_document
 from fqgan_dist.storage.storage import Storage
-from fqgan_dist.training.checkpoint_files import (
-    FileImage,
-    HostStaging,
-    PartTensors,
-    write_images,
-)
+from fqgan_dist.training.checkpoint_files import FileImage, HostStaging, PartTensors
 from fqgan_dist.training.checkpoint_format import (
     MANIFEST_NAME,
     FileRecord,
@@ -45,6 +40,7 @@ from fqgan_dist.training.commit_log import (
     unseal,
     utc_now,
 )
+from fqgan_dist.training.writer_process import FileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +68,7 @@ class Attempt:
         log: CommitLog | None,
         rotate: Callable[[LogWriter], None],
         rank_timeout_s: float,
+        writer: FileWriter,
     ) -> None:
         """Hold what saving needs; a `log` makes this the committing rank and starts the attempt."""
         self.id = attempt_id
@@ -88,6 +85,7 @@ class Attempt:
         self._log_writer = LogWriter(log, attempt_id) if log is not None else None
         self.number = self._log_writer.start_number if self._log_writer else 0
         """Position of the attempt's start in the log; 0 on ranks that do not write the log."""
+        self._writer = writer
         self._background = BackgroundWriter()
 
     @staticmethod
@@ -160,8 +158,11 @@ class Attempt:
         self._background.wait()
 
     def close(self) -> None:
-        """Wait as `wait` does and end the background thread."""
-        self._background.close()
+        """Wait as `wait` does and end what writes in the background."""
+        try:
+            self._background.close()
+        finally:
+            self._writer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,13 +208,14 @@ class Attempt:
 
     def _upload(self, folder: str, images: list[FileImage]) -> list[FileRecord]:
         try:
-            return write_images(self._storage, folder, images)
+            hashes = self._writer.write(self._storage, folder, images)
         except FileNotFoundError:
             # Half a file is gone before it had its name: by a newer attempt, which sweeps those of
             # older ones while this one sleeps.
             if self._log_writer is not None:
                 self._log_writer.raise_if_superseded()
             raise
+        return [image.describe(hashes[image.name]) for image in images]
 
     def _commit(
         self,

@@ -9,20 +9,19 @@ safetensors reader opens the files. They are read in checkpoint_reading.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_format import (
+    BlockHashes,
     FileRecord,
     TensorRecord,
-    hash_blocks,
     part_file_name,
 )
+from fqgan_dist.training.host_memory import HostMemory
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -40,11 +39,6 @@ DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 """By their names in a file."""
 # Data per file, unless one tensor is larger: bounds memory in transfer, lets transfers overlap.
 _MAX_FILE_BYTES = 128 * 2**20
-# What a reader fetches at least, and verifies at once: two of its blocks at most are not wholly its
-# own for each run of what it needs, and 1 GB of a manifest's files has 256 hashes (17 kB).
-_BLOCK_BYTES = 4 * 2**20
-TRANSFER_THREADS = 4
-"""Transfers at once; one S3 connection carries about 90 MB/s (performance.md section 8)."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,11 @@ class FileImage:
         header, self._offsets = _layout(self.records)
         size = len(header) + sum(num_bytes_of(record) for record in self.records.values())
         is_pinned = any(_tensor(value).is_cuda for value in contents.values())
-        self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
-        self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self.memory = HostMemory(size, is_pinned=is_pinned)
+        buffer = self.memory.tensor
+        buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         self._views = {
-            key: self._buffer[offset : offset + num_bytes_of(self.records[key])].view(
+            key: buffer[offset : offset + num_bytes_of(self.records[key])].view(
                 DTYPES[self.records[key].dtype]
             )
             for key, offset in self._offsets.items()
@@ -97,14 +92,12 @@ class FileImage:
             source = _tensor(contents[key]).detach()
             view.view(source.shape).copy_(source, non_blocking=True)
 
-    def write(self, storage: Storage, folder: str) -> FileRecord:
-        data = self._buffer.numpy().data
-        blocks = hash_blocks(data, _BLOCK_BYTES)
-        storage.write_bytes(f"{folder}/{self.name}", data)
+    def describe(self, blocks: BlockHashes) -> FileRecord:
+        """Describe the file, given what its bytes hash to."""
         return FileRecord(
             file=self.name,
             part=self.part,
-            bytes=len(data),
+            bytes=len(self.memory.view),
             sha256=blocks.root(),
             blocks=blocks,
             tensors={
@@ -146,12 +139,6 @@ class HostStaging:
         if image is None or image.records != records:
             image = FileImage(name, part, contents)
         return image
-
-
-def write_images(storage: Storage, folder: str, images: Sequence[FileImage]) -> list[FileRecord]:
-    """Write files side by side; the first error ends it."""
-    with ThreadPoolExecutor(TRANSFER_THREADS, "checkpoint-transfer") as executor:
-        return list(executor.map(lambda image: image.write(storage, folder), images))
 
 
 def _split(tensors: PartTensors) -> Iterator[list[str]]:

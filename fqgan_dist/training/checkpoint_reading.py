@@ -23,7 +23,6 @@ from fqgan_dist.storage.links import RefusedObjectError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training.checkpoint_files import (
     DTYPES,
-    TRANSFER_THREADS,
     Fragment,
     num_bytes_of,
     stored_shape,
@@ -35,6 +34,7 @@ from fqgan_dist.training.checkpoint_format import (
     Span,
     TensorRecord,
 )
+from fqgan_dist.training.checkpoint_transfer import TRANSFER_THREADS
 from fqgan_dist.weights.files import parse_safetensors
 
 # What one thread has in hand at a time; larger ranges are read side by side.

@@ -36,6 +36,10 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
     )
 
 
+def test_the_process_that_writes_checkpoints_imports_nothing_heavy() -> None:
+    assert not find_heavy_imports("import fqgan_dist.training.writer_process")
+
+
 def test_a_heavy_import_would_be_seen() -> None:
     assert "torch" in find_heavy_imports("import fqgan_dist.stages.tokenizer_task")
 

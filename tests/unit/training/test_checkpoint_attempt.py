@@ -16,6 +16,7 @@ from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training import checkpoint_attempt
 from fqgan_dist.training.checkpoint import Attempt, CheckpointStore, Fragment
 from fqgan_dist.training.checkpoint_files import PartTensors
+from fqgan_dist.training.writer_process import WriterHere
 
 PREFIX = "checkpoints"
 REST: dict[str, Any] = {"state": {}, "metrics": {}, "config": {}, "dataset_id": "d"}
@@ -152,15 +153,14 @@ def test_a_superseded_attempt_does_not_upload_first(tmp_path: Path) -> None:
 
 
 def test_who_sleeps_while_it_writes_and_is_swept_says_that_it_was_superseded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    old = _store(tmp_path).begin_attempt()
+    class SleepingWriter(WriterHere):
+        def write(self, *_: Any) -> Any:
+            _store(tmp_path).begin_attempt().close()
+            raise FileNotFoundError("what was half-written is gone")
 
-    def sleep(*_: Any) -> Any:
-        _store(tmp_path).begin_attempt().close()
-        raise FileNotFoundError("what was half-written is gone")
-
-    monkeypatch.setattr(checkpoint_attempt, "write_images", sleep)
+    old = _store(tmp_path, make_writer=SleepingWriter).begin_attempt()
     _save(old, 1)
     with pytest.raises(CheckpointError, match="superseded"):
         old.close()

@@ -9,12 +9,13 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.file_images import write_images
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.training import checkpoint_files
-from fqgan_dist.training.checkpoint_files import Fragment, HostStaging, write_images
+from fqgan_dist.training.checkpoint_files import Fragment, HostStaging
 from fqgan_dist.training.checkpoint_format import FileRecord, Needs
 from fqgan_dist.training.checkpoint_reading import (
     CheckpointFolder,

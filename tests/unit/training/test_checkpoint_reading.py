@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.counted_reads import CountedReads, count_reads
+from support.file_images import write_images
 from torch import Tensor
 
 from fqgan_dist.errors import CheckpointError
-from fqgan_dist.training import checkpoint_files, checkpoint_format, checkpoint_reading
-from fqgan_dist.training.checkpoint_files import Fragment, HostStaging, write_images
+from fqgan_dist.training import (
+    checkpoint_files,
+    checkpoint_format,
+    checkpoint_reading,
+    checkpoint_transfer,
+)
+from fqgan_dist.training.checkpoint_files import Fragment, HostStaging
 from fqgan_dist.training.checkpoint_format import FileRecord, Needs, Span
 from fqgan_dist.training.checkpoint_reading import (
     CheckpointFolder,
@@ -37,7 +43,7 @@ class Written:
         ranks: list[dict[str, Any]],
         block_bytes: int,
     ) -> None:
-        monkeypatch.setattr(checkpoint_files, "_BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(checkpoint_transfer, "_BLOCK_BYTES", block_bytes)
         self.storage, self.counted = count_reads(root)
         self.root = root
         self.files: list[FileRecord] = []
