@@ -60,6 +60,7 @@ def training_settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def checkpoint_store(context: RunContext, stage: str, training: TrainingConfig) -> CheckpointStore:
+    """Name the checkpoints of a stage that trains, written by processes of their own."""
     return CheckpointStore(
         context.storage_of(stage),
         f"{stage}/checkpoints",
