@@ -7,22 +7,25 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.fault_campaign.grounds import CONFIG, Campaign, Failure, open_campaign
-from benchmarks.fault_campaign.injection import inject
+from benchmarks.fault_campaign.injection import NOTHING, inject
 from benchmarks.fault_campaign.measures import (
+    STAGES,
     Goodput,
     Recovered,
     compare,
     find_goodput,
     find_recoveries,
+    find_training,
     read_sessions,
 )
 from benchmarks.fault_campaign.settings import Settings, describe_options, parse_settings
 from benchmarks.fault_campaign.simulator import Row, hourly_rate, simulate_all
-from benchmarks.fault_campaign.storm import plan_storm
+from benchmarks.fault_campaign.storm import FAULTS, plan_storm
 from benchmarks.reporting import describe_machine, write_results
 from fqgan_dist.errors import ConfigError
 
@@ -45,6 +48,8 @@ class Happened:
 
     at_s: float
     """Since its begin."""
+    stage: str
+    """The training that was under way; "": none."""
     name: str
     lasted_s: float
     what: str
@@ -149,11 +154,15 @@ def _run(campaign: Campaign, root: str, *, storm_s: float) -> tuple[float, list[
             break
         if campaign.wait(fault.pause_s):
             break
+        stage = find_training(root)
         at = time.monotonic()
         what = inject(campaign, fault)
         lasted_s = time.monotonic() - at
-        faults.append(Happened(at_s=at - began, name=fault.name, lasted_s=lasted_s, what=what))
-        _say(f"{at - began:5.0f} s  {fault.name}: {what}; {lasted_s:.0f} s")
+        happened = Happened(
+            at_s=at - began, stage=stage, name=fault.name, lasted_s=lasted_s, what=what
+        )
+        faults.append(happened)
+        _say(f"{happened.at_s:5.0f} s  {stage:14}  {fault.name}: {what}; {lasted_s:.0f} s")
     while not campaign.wait(3600):
         pass
     return time.monotonic() - began, faults
@@ -167,11 +176,12 @@ def to_table(report: Report, settings: Settings, machine: dict[str, str], comman
     """Write the report for a reader."""
     lines = [command, "; ".join(f"{key} {value}" for key, value in machine.items()), ""]
     lines += _describe_runs(report)
-    lines += ["", "faults", "  at      lasted  what"]
+    lines += ["", "faults", "  at       lasted  stage           what"]
     lines += [
-        f"  {each.at_s:5.0f} s  {each.lasted_s:4.0f} s  {each.name}: {each.what}"
+        f"  {each.at_s:5.0f} s  {each.lasted_s:4.0f} s  {each.stage:14}  {each.name}: {each.what}"
         for each in report.faults
     ]
+    lines += ["", "faults that met something, by stage", *_count_faults(report.faults)]
     lines += ["", "recoveries", *_describe_recoveries(report.recoveries)]
     lines += ["", "equal to the calm run, to the bit"]
     lines += [f"  {name}: {'yes' if is_so else 'NO'}" for name, is_so in report.equal.items()]
@@ -191,6 +201,15 @@ def _describe_runs(report: Report) -> list[str]:
         f"storm: {report.num_commands} commands, exit codes before the last "
         f"{report.codes}, by hand {report.num_by_hand}"
     )
+    return lines
+
+
+def _count_faults(faults: Sequence[Happened]) -> list[str]:
+    met = Counter((each.name, each.stage) for each in faults if NOTHING not in each.what)
+    lines = [f"  {'':16}" + "".join(f"{stage or 'no training':>16}" for stage in (*STAGES, ""))]
+    for name in FAULTS:
+        counts = "".join(f"{met[name, stage]:16}" for stage in (*STAGES, ""))
+        lines.append(f"  {name:16}{counts}")
     return lines
 
 

@@ -19,6 +19,9 @@ from benchmarks.fault_campaign.storm import Fault, FaultName
 
 T = TypeVar("T")
 
+NOTHING = "met nothing"
+"""In what a fault says of itself, if there was nothing that it could be done to."""
+
 
 def inject(campaign: Campaign, fault: Fault) -> str:
     """Do one fault and wait until it is over; says what it met, or that it met nothing."""
@@ -33,7 +36,7 @@ def _signal_process(name: str, number: signal.Signals) -> Callable[[Campaign, Fa
     def act(campaign: Campaign, fault: Fault) -> str:
         found = _choose(campaign.cluster.processes(name), fault)
         if found is None:
-            return "met nothing"
+            return NOTHING
         with suppress(psutil.Error):
             found.send_signal(number)
         return f"process {found.pid}"
@@ -46,7 +49,7 @@ def _kill_all_ranks(campaign: Campaign, _: Fault) -> str:
     for rank in ranks:
         with suppress(psutil.Error):
             rank.kill()
-    return f"{len(ranks)} ranks" if ranks else "met nothing"
+    return f"{len(ranks)} ranks" if ranks else NOTHING
 
 
 def _kill_node(campaign: Campaign, fault: Fault) -> str:
@@ -133,7 +136,7 @@ def _with_faults(campaign: Campaign, fault: Fault, faults: Faults, text: str) ->
 
 def _fill_disk(campaign: Campaign, fault: Fault) -> str:
     if not campaign.has_disk:
-        return "met nothing: this user may not mount a disk"
+        return f"{NOTHING}: this user may not mount a disk"
     with _filled(campaign):
         campaign.wait(fault.lasts_s)
     return "TMPDIR of all processes"

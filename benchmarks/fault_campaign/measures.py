@@ -113,6 +113,15 @@ def find_recoveries(log: str) -> list[Recovered]:
     return found
 
 
+def find_training(root: str) -> str:
+    """Name the stage that trains now; "": none does."""
+    storage = Storage(root)
+    for stage in STAGES:
+        if storage.list(f"{stage}/checkpoints") and not storage.exists(f"manifests/{stage}.json"):
+            return stage
+    return ""
+
+
 def read_sessions(root: str) -> dict[str, list[Recorded]]:
     """Read what every attempt at the trainings of a run recorded, also those that were cut off."""
     storage = Storage(root)
@@ -147,7 +156,7 @@ def _read_metrics(storage: Storage, stage: str) -> list[dict[str, Any]]:
         {
             name: value
             for name, value in record.items()
-            if name not in _TIMES and not name.startswith(_RECOVERY)
+            if name not in _TIMES and not name.startswith((_RECOVERY, "train/num_workers"))
         }
         for record in records
     ]

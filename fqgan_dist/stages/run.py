@@ -23,12 +23,12 @@ from fqgan_dist.errors import DataError
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import RunContext, Stage
 from fqgan_dist.stages.stage_record import (
-    DamagedRecordError,
     StageRecord,
     check_inputs,
     flatten,
     has_inputs,
     record_path,
+    set_aside_damaged_records,
 )
 from fqgan_dist.stages.summary import load_summary
 from fqgan_dist.storage.derived import write_derived
@@ -77,6 +77,8 @@ def open_run(
     storage.delete(probe)
     configure_logging(world, open_log_file(storage, f"{process}-rank-{world.rank:05d}"))
     (swept or sweep_all(sweeps)).log()
+    if process == _RUN:
+        set_aside_damaged_records(storage)
     configure_torch(config.num_threads, is_deterministic=config.is_deterministic)
     device = device or select_device(config.device, world)
     if device.type == "cuda":
@@ -209,13 +211,7 @@ def _find_record(stage: Stage, inputs: Mapping[str, Any]) -> StageRecord | None:
     A stage that was started but has written nothing binds nobody: who mistyped a path corrects it
     and goes on.
     """
-    try:
-        record = stage.load_record()
-    except DamagedRecordError as error:
-        # What lies beside the results never stops a run; the stage finds what it has made.
-        if stage.context.world.is_main:
-            logger.warning("%s; it is set aside as %s", error, stage.set_aside_record())
-        record = None
+    record = stage.load_record()
     if record is None or (not record.is_done and not stage.has_output()):
         return None
     match stage.records:

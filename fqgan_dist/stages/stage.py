@@ -32,7 +32,6 @@ from fqgan_dist.stages.stage_record import (
     load_record,
     record_path,
     save_record,
-    set_aside_record,
 )
 from fqgan_dist.storage.scratch import sweep_scratch
 from fqgan_dist.storage.storage import Storage
@@ -278,14 +277,6 @@ class Stage(ABC):
 
     def save_record(self, record: StageRecord) -> None:
         save_record(self.context.storage, self._record_path(record.inputs), record)
-
-    def set_aside_record(self) -> str:
-        """Move a damaged record out of the way, and return where it is then."""
-        path = record_path(self.name)
-        if self.records == "one_per_inputs":
-            own = self._record_path(self.collect_inputs())
-            path = own if self.context.storage.exists(own) else path
-        return set_aside_record(self.context.storage, path)
 
     def list_other_records(self) -> list[StageRecord]:
         """Read the records that the run has of other inputs, the stage's alone.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, TypeGuard
 
 from pydantic import Field, ValidationError
@@ -26,6 +26,7 @@ from fqgan_dist.storage.storage import Storage
 logger = logging.getLogger(__name__)
 
 FOLDER = "manifests"
+_SUFFIX = ".json"
 
 # Records of runs that were begun before exports were a stage name them here.
 _FORMER_INPUTS = "upstream.exports."
@@ -85,8 +86,28 @@ def load_record(storage: Storage, path: str) -> StageRecord | None:
     return _parse(data, storage.uri(path))
 
 
-def set_aside_record(storage: Storage, path: str) -> str:
-    """Move a damaged record out of the way, where somebody can look at it; return where to."""
+def set_aside_damaged_records(storage: Storage) -> None:
+    """Move the records of a run that are none out of the way, where somebody can look at them.
+
+    What lies beside the results never stops a run: their stages find what they have made.
+    """
+    for path in _list_records(storage):
+        try:
+            load_record(storage, path)
+        except DamagedRecordError as error:
+            logger.warning("%s; it is set aside as %s", error, _set_aside(storage, path))
+
+
+def _list_records(storage: Storage) -> Iterator[str]:
+    for name in storage.list(FOLDER):
+        if name.endswith(_SUFFIX):
+            yield f"{FOLDER}/{name}"
+        elif "." not in name:
+            names = storage.list(f"{FOLDER}/{name}")
+            yield from (f"{FOLDER}/{name}/{each}" for each in names if each.endswith(_SUFFIX))
+
+
+def _set_aside(storage: Storage, path: str) -> str:
     data = storage.read_bytes(path)
     # Named by its bytes, so that several who find it do the same.
     aside = f"{path}.damaged-{hashlib.sha256(data).hexdigest()[:12]}"

@@ -23,6 +23,7 @@ from fqgan_dist.errors import FAILED, ConfigError, FqganError, exit_code_of
 from fqgan_dist.notice import watching
 from fqgan_dist.stages.config import RunConfig
 from fqgan_dist.stages.stage import all_stages
+from fqgan_dist.stages.stage_record import set_aside_damaged_records
 from fqgan_dist.stages.train import join_ranks, train_stage
 from fqgan_dist.stages.training_stage import TrainingStage
 from fqgan_dist.storage.disk_errors import explain_if_of_disk
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         storage.exists("config.yaml")
         if world.is_main:
             sweep_leftovers(partial(sweep_root, storage))
+            set_aside_damaged_records(storage)
         with (
             clean_termination(config.termination.grace_s),
             patient(config.patience),

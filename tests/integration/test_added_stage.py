@@ -67,6 +67,23 @@ def test_a_lost_chunk_alone_is_made_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == times
 
 
+def test_a_damaged_record_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    summary = run_pipeline(load(tmp_path))
+    records = [tmp_path / "manifests" / "shards.json", *(tmp_path / "manifests" / "toy").iterdir()]
+    for record in records:
+        record.write_bytes(record.read_bytes()[:-20])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "toy").rglob("*")}
+    again = run_pipeline(load(tmp_path))
+    assert {name: each["metrics"] for name, each in again.items()} == {
+        name: each["metrics"] for name, each in summary.items()
+    }
+    assert caplog.text.count("it is set aside as") == len(records)
+    for record in records:
+        assert json.loads(record.read_text())
+        assert list(record.parent.glob(f"{record.name}.damaged-*"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "toy").rglob("*")} == made
+
+
 def test_it_is_taken_from_another_run(tmp_path: Path) -> None:
     run_pipeline(load(tmp_path / "first"))
     upstream = f"upstream={{shards: {tmp_path / 'first'}}}"

@@ -15,7 +15,7 @@ from fqgan_dist.stages.stage_record import (
     load_record,
     record_path,
     save_record,
-    set_aside_record,
+    set_aside_damaged_records,
 )
 from fqgan_dist.storage.storage import Storage
 
@@ -183,10 +183,17 @@ def test_one_of_other_inputs_does_not_end_what_another_has_begun(storage: Storag
     }
 
 
-def test_a_damaged_record_can_be_set_aside(storage: Storage) -> None:
-    storage.write_bytes(PATH, b'{"stage": 3}')
-    with pytest.raises(DamagedRecordError, match="not a stage record"):
-        load_record(storage, PATH)
-    aside = set_aside_record(storage, PATH)
-    assert load_record(storage, PATH) is None
-    assert Path(aside).read_bytes() == b'{"stage": 3}'
+def test_damaged_records_are_set_aside_and_no_others(storage: Storage, tmp_path: Path) -> None:
+    save(storage)
+    good = storage.read_bytes(PATH)
+    damaged = {record_path("toy"): b'{"stage": 3}', record_path("toy", "a" * 64): b"\0"}
+    for path, data in damaged.items():
+        storage.write_bytes(path, data)
+        with pytest.raises(DamagedRecordError, match="not a stage record"):
+            load_record(storage, path)
+    for _ in range(2):  # the second time there is nothing to do
+        set_aside_damaged_records(storage)
+        assert storage.read_bytes(PATH) == good
+        assert [load_record(storage, path) for path in damaged] == [None, None]
+        aside = {path.read_bytes() for path in tmp_path.rglob("*.json.damaged-*")}
+        assert aside == set(damaged.values())
