@@ -19,13 +19,19 @@ def test_a_new_root_is_closed_to_other_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "is_swept"),
-    [(0, 0, ["tokenizer", "other", "scratch"]), (2, 0, ["tokenizer", "scratch"]), (3, 1, [])],
+    ("process", "rank", "local_rank", "is_swept"),
+    [
+        ("run", 0, 0, ["tokenizer", "other", "scratch"]),
+        ("tokenizer", 0, 0, ["tokenizer", "scratch"]),
+        ("tokenizer", 2, 0, ["tokenizer", "scratch"]),
+        ("tokenizer", 3, 1, []),
+    ],
 )
 def test_the_first_process_of_each_node_removes_what_killed_ones_left(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    process: str,
     rank: int,
     local_rank: int,
     is_swept: list[str],
@@ -42,7 +48,7 @@ def test_the_first_process_of_each_node_removes_what_killed_ones_left(
         path.write_bytes(bytes(10))
     world = World(rank=rank, world_size=4, local_rank=local_rank)
     with caplog.at_level("INFO"):
-        open_run(load_tiny(f"storage.root={root}"), world, process="tokenizer")
+        open_run(load_tiny(f"storage.root={root}"), world, process=process)
     assert [name for name, path in left.items() if not path.exists()] == is_swept
     lines = [line for line in caplog.messages if "killed processes" in line]
     assert lines == (
