@@ -108,6 +108,8 @@ class Watchdog:
         self._answered_at = time.monotonic()
         self.hang: HangError | None = None
         """What ends this process's part; it counts before what follows from it elsewhere."""
+        self._last_resort = threading.Timer(_LAST_RESORT_S, os._exit, (TRY_AGAIN,))
+        self._last_resort.daemon = True
         self._threads = [
             threading.Thread(target=run, name=f"watchdog {name}", daemon=True)
             for name, run in (("heartbeat", self._watch), ("exchange", self._exchange))
@@ -136,6 +138,7 @@ class Watchdog:
         for thread in self._threads:
             # One that ends this process is waited for, whatever else may end it meanwhile.
             thread.join(_JOIN_S if self.hang is None else None)
+        self._last_resort.cancel()  # the block has ended: whoever owns the process goes on
         self._opened.close()
 
     def _look(self) -> Heartbeat:
@@ -203,9 +206,7 @@ class Watchdog:
         text = "; ".join(filter(None, [standstill.text, describe_loaders()]))
         advice = "look at the stacks in logs/; raise watchdog.after_s if nothing hangs"
         self.hang = HangError(f"{text} - {advice}")
-        timer = threading.Timer(_LAST_RESORT_S, os._exit, (TRY_AGAIN,))
-        timer.daemon = True
-        timer.start()
+        self._last_resort.start()
         write_to_log(str(clean_text(f"HANGS: {text}\n{describe_stacks()}")))
         publish_log()
         if self._process.world_size > 1:

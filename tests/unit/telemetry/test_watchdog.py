@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +15,7 @@ import pytest
 from support.waiting import wait_until
 
 from fqgan_dist.activity import Activity, WatchdogConfig
-from fqgan_dist.errors import HangError
+from fqgan_dist.errors import TRY_AGAIN, HangError
 from fqgan_dist.storage.storage import Storage
 from fqgan_dist.telemetry.log_files import open_log_file
 from fqgan_dist.telemetry.logging import configure_logging
@@ -68,6 +71,34 @@ def test_what_hangs_is_told_warned_of_and_ended_with_its_stacks(
     assert "nothing moves since" in warning
     assert "thread training:" in stacks
     assert "in wait_for_ever" in stacks
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_who_does_not_leave_the_block_is_ended_and_who_left_it_is_not(ends: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LAST_RESORT, str(int(ends))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == (0 if ends else TRY_AGAIN)
+
+
+_LAST_RESORT = """
+import sys, time
+from fqgan_dist.activity import Activity
+from fqgan_dist.telemetry import watchdog
+from unit.telemetry.test_watchdog import watch
+watchdog._LAST_RESORT_S = 1.0
+activity, ends = Activity(), []
+activity.enter("step 7", pace="steady")
+with watch(activity, ends):
+    while not ends:
+        time.sleep(0.01)
+    if sys.argv[1] == "0":
+        time.sleep(50)
+time.sleep(2)
+"""
 
 
 def test_what_moves_or_rests_is_not_ended(read_log: Callable[[], str]) -> None:
