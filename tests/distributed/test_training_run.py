@@ -97,6 +97,7 @@ def last_weights(root: Path) -> dict[str, torch.Tensor]:
     return loaded.read("tokenizer")
 
 
+@pytest.mark.full("torchrun; two ranks continue a process and are continued always")
 def test_two_ranks_train_a_stage_and_fqgan_run_takes_it_as_done(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -110,6 +110,7 @@ def test_run_on_s3_gives_the_bits_of_the_local_run(
         assert SECRET_KEY.encode() not in storage.read_bytes(name)
 
 
+@pytest.mark.full("a whole run; the store keeps the contract of all, unit/storage")
 def test_run_on_a_store_that_tests_add_gives_the_bits_of_the_local_run(
     local_run: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def _noise(seed: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.full("a whole run; photographs of skimage are trained on always")
 @pytest.mark.data
 def test_run_on_real_imagenet_photographs(test_data_dir: Path, tmp_path: Path) -> None:
     source = test_data_dir / "tiny-imagenet-20"

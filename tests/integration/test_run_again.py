@@ -98,6 +98,7 @@ def test_fewer_steps_are_refused_and_so_is_what_would_mix_with_the_former_codes(
         run(root, CONSTANT, "tokenizer.training.steps=8")
 
 
+@pytest.mark.full("a whole run; test_added_stage does so with a small stage")
 def test_another_guidance_is_another_record_and_the_first_is_found_again(root: Path) -> None:
     first = json.loads((root / "summary.json").read_text())
     other = run(root, CONSTANT, "samples.sampling.guidance_scale=3.0")

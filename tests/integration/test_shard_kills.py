@@ -112,6 +112,7 @@ def test_a_job_on_s3_that_is_killed_and_resumed_is_the_unbroken_one(
         assert read_files(Storage(f"s3://{S3_BUCKET}/{tmp_path.name}/{number}")) == whole
 
 
+@pytest.mark.full("jobs at once; that one writer wins is proven in unit/sharding")
 def test_of_two_jobs_at_once_the_same_ones_agree_and_another_is_refused(
     images: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

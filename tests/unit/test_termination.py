@@ -61,6 +61,7 @@ def check_saved(root: Path) -> None:
     assert loaded.step == last_step
 
 
+@pytest.mark.full("trains; distributed/test_training_run.py does the same")
 def test_a_training_is_terminated(tmp_path: Path) -> None:
     root = tmp_path / "run"
     command = ("-m", "fqgan_dist.cli", "run", str(TINY), f"storage.root={root}")
