@@ -18,7 +18,7 @@ starting another.
                   image's own code and configs are used
     env           variables of this shell to set for the job, for example AWS_ENDPOINT_URL; all who
                   may look at the dashboard can read them, so names of credentials are refused
-    max_losses    lost jobs after which to give up
+    max_losses    lost jobs, none of which lasted an hour, after which to give up
     head_wait_s   seconds to wait for a head that does not answer
     patience_s    seconds for which one job after another may end with code 75 or not reach the head
     poll_s        seconds between looks at the job

@@ -19,6 +19,8 @@ from fqgan_dist.errors import ClusterError
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 300.0
+# A run saves more often: a job that lasted so long got somewhere, and losses are counted anew.
+_WORKED_S = 3600.0
 
 
 class Submission:
@@ -135,6 +137,8 @@ class Submission:
             logger.warning("%s did not reach the head; submitting it again", self.job_id)
             time.sleep(self._settings.poll_s)
             return
+        if time.monotonic() - self._began > _WORKED_S:
+            self._num_losses = 0
         self._num_losses += 1
         reason = end.reason or "the cluster does not know it"
         if self._num_losses > self._settings.max_losses:

@@ -17,6 +17,7 @@ import pytest
 from support.ray_head import RayHead, run_ray_head
 from support.waiting import wait_until
 
+from cluster import submission
 from cluster.command import main
 from cluster.job_log import LogCopier
 from cluster.ray_jobs import Phase, RayJobs
@@ -228,6 +229,18 @@ def test_losses_are_counted_and_end_it(head: RayHead, submit: Submit) -> None:
     assert result.code == 1
     assert len(head.submitted_ids()) == 3
     assert "max_losses=2" in result.messages
+
+
+def test_a_job_that_lasted_refills_the_losses(
+    head: RayHead, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "_WORKED_S", 0.0)
+    for _ in range(4):
+        head.plan("running", "exit -9")
+    head.plan("succeeded")
+    result = submit("max_losses=1")
+    assert result.code == 0
+    assert len(head.submitted_ids()) == 5
 
 
 def test_a_run_whose_command_says_try_again_is_submitted_again_and_that_is_no_loss(
