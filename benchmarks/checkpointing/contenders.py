@@ -7,6 +7,7 @@ space of one checkpoint while it is timed. What a contender allocates it keeps f
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -37,16 +38,17 @@ TORCH = "torch.save + fsync"
 DCP = "DCP save"
 DCP_ASYNC = "DCP async_save"
 OURS = "ours"
-_LAYERS = 24
+_LEAST_LAYERS = 12
 _PREFIX = "checkpoints"
 
 
 def make_state(num_parameters: int) -> State:
     """Make weights and the moments of Adam for them, as those of a transformer: wide matrices.
 
-    The width is that of the layers, so the number of parameters is met to a percent.
+    Widths are powers of two, as those of real models are even: copies then run aligned.
     """
-    width = max(2, round((num_parameters / _LAYERS) ** 0.5))
+    width = 2 ** int(math.log2(max(2, num_parameters / _LEAST_LAYERS) ** 0.5))
+    layers = max(1, round(num_parameters / (width * (width + 1))))
     generator = torch.Generator().manual_seed(0)
     shapes = {"weight": (width, width), "bias": (width,)}
     parts = {"weights": ("",), "optimizer": ("exp_avg.", "exp_avg_sq.")}
@@ -54,7 +56,7 @@ def make_state(num_parameters: int) -> State:
         part: {
             f"{kind}layers.{layer}.{name}": torch.rand(shape, generator=generator)
             for kind in kinds
-            for layer in range(_LAYERS)
+            for layer in range(layers)
             for name, shape in shapes.items()
         }
         for part, kinds in parts.items()

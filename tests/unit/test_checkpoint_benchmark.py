@@ -125,7 +125,7 @@ def test_wrong_options_are_named(wrong: str, capsys: pytest.CaptureFixture[str])
 
 def test_a_state_has_adams_moments_and_the_parameters_asked_for() -> None:
     state = contenders.make_state(1_000_000)
-    assert contenders.count_bytes(state) == pytest.approx(12e6, rel=0.01)
+    assert contenders.count_bytes(state) == pytest.approx(12e6, rel=0.03)
     assert len(state["optimizer"]) == 2 * len(state["weights"])
 
 
