@@ -27,3 +27,12 @@ def parse_options(
             raise ConfigError(f"{text!r}: expected key=value, or --json")
         values[key] = value.split(",") if key in lists else parse_yaml(value)
     return parse_config(values, kind, source=source)
+
+
+def describe_options(kind: type[Config], *, source: str, lists: Collection[str] = ()) -> str:
+    """Write the options with their defaults, for `--help`; arguments as of `parse_options`."""
+    lines = [f"python {source} [key=value ...] [--json]", ""]
+    for name, field in kind.model_fields.items():
+        default = ",".join(map(str, field.default)) if name in lists else field.default
+        lines.append(f"  {name}={default}\n      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)

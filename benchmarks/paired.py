@@ -29,6 +29,7 @@ CONTROL_RANGE = (0.95, 1.05)
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 _SPIN_S = 0.1
+_ONLY = "cost"
 
 
 class WrongResultError(Exception):
@@ -139,18 +140,49 @@ def run_rounds(
         warmup: rounds before them that do not.
         seed: chooses the order within each round.
     """
+
+    def measure_one(run: Callable[[], float]) -> Callable[[], Mapping[str, float]]:
+        return lambda: {_ONLY: run()}
+
+    named = {name: measure_one(run) for name, run in contestants.items()}
+    return run_measures(named, control=control, rounds=rounds, warmup=warmup, seed=seed)[_ONLY]
+
+
+def run_measures(
+    contestants: Mapping[str, Callable[[], Mapping[str, float]]],
+    *,
+    control: str,
+    rounds: int = DEFAULT_ROUNDS,
+    warmup: int = 1,
+    seed: int = 0,
+) -> dict[str, Rounds]:
+    """Run contestants each of whose runs gives several times, as `run_rounds` does; by measure.
+
+    The control gives all measures; of each there are only those contestants that give it.
+    """
     if control not in contestants or rounds < 1:
         raise ValueError(f"control {control!r} of {list(contestants)}, {rounds} rounds")
     order = [*contestants, None]  # None: the control's second run
     generator = np.random.default_rng(seed)
-    costs: dict[str | None, list[float]] = {name: [] for name in order}
+    taken: dict[str | None, list[Mapping[str, float]]] = {name: [] for name in order}
     for number in range(warmup + rounds):
         for place in generator.permutation(len(order)):
             name = order[place]
-            cost = contestants[control if name is None else name]()
+            costs = contestants[control if name is None else name]()
             if number >= warmup:
-                costs[name].append(cost)
-    return Rounds({name: costs[name] for name in contestants}, control, costs[None])
+                taken[name].append(costs)
+
+    def pick(name: str | None, measure: str) -> list[float]:
+        return [costs[measure] for costs in taken[name]]
+
+    return {
+        measure: Rounds(
+            {name: pick(name, measure) for name in contestants if measure in taken[name][0]},
+            control,
+            pick(None, measure),
+        )
+        for measure in taken[None][0]
+    }
 
 
 def judge_speed_up(

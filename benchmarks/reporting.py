@@ -15,6 +15,9 @@ from typing import Any
 
 from benchmarks.paired import Finding
 
+ALL_MET, MISSED, WRONG_USAGE, NOT_JUDGED = 0, 1, 2, 3
+"""Exit codes."""
+
 _PROCESSOR_FILE, _PROCESSOR_LINE = "/proc/cpuinfo", r"model name\s*:\s*(.+)"
 _HEADER = (
     "what",
@@ -56,6 +59,14 @@ def to_table(findings: Sequence[Finding], machine: Mapping[str, str], command: s
         notes = [f"  {each.what}: {each.note}" for each in chosen if each.note]
         lines += ["", *notes] if notes else []
     return "\n".join(lines)
+
+
+def find_exit_code(findings: Sequence[Finding]) -> int:
+    """Sum the verdicts up."""
+    verdicts = {finding.verdict for finding in findings}
+    if verdicts & {"missed", "wrong"}:
+        return MISSED
+    return NOT_JUDGED if verdicts & {"noisy", "not run"} else ALL_MET
 
 
 def write_results(folder: Path, name: str, *, table: str, report: str) -> None:

@@ -14,12 +14,19 @@ import torch
 from benchmarks.data_loading import bandwidth, codes, decode, loaders, scale
 from benchmarks.data_loading.peers import PEER_PACKAGES
 from benchmarks.data_loading.settings import Settings, SubjectName
-from benchmarks.options import parse_options
+from benchmarks.options import describe_options, parse_options
 from benchmarks.paired import Finding, WrongResultError
-from benchmarks.reporting import describe_machine, to_json, to_table, write_results
+from benchmarks.reporting import (
+    ALL_MET,
+    WRONG_USAGE,
+    describe_machine,
+    find_exit_code,
+    to_json,
+    to_table,
+    write_results,
+)
 from fqgan_dist.errors import ConfigError
 
-ALL_MET, MISSED, WRONG_USAGE, NOT_JUDGED = 0, 1, 2, 3
 SUBJECTS: dict[SubjectName, Callable[[Settings, Path], list[Finding]]] = {
     "decode": decode.measure,
     "loaders": loaders.measure,
@@ -28,6 +35,7 @@ SUBJECTS: dict[SubjectName, Callable[[Settings, Path], list[Finding]]] = {
     "scale": scale.measure,
 }
 _PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "pyarrow", "s3fs", *PEER_PACKAGES)
+_SOURCE = "benchmarks/data.py"
 _LISTS = ("subject", "qualities", "workers")
 
 
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print the findings and keep them if asked to; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if {"-h", "--help"} & set(arguments):
-        print(_describe_options())
+        print(describe_options(Settings, source=_SOURCE, lists=_LISTS))
         return ALL_MET
     try:
         settings = parse_settings([text for text in arguments if text != "--json"])
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return WRONG_USAGE
-    command = shlex.join(["python", "benchmarks/data.py", *arguments])
+    command = shlex.join(["python", _SOURCE, *arguments])
     machine = describe_machine(_PACKAGES)
     table, report = to_table(findings, machine, command), to_json(findings, machine, command)
     print(report if "--json" in arguments else table)
@@ -60,7 +68,7 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
     Raises:
         ConfigError: an argument is no option, or every problem of the options.
     """
-    return parse_options(arguments, Settings, source="benchmarks/data.py", lists=_LISTS)
+    return parse_options(arguments, Settings, source=_SOURCE, lists=_LISTS)
 
 
 def measure(settings: Settings) -> list[Finding]:
@@ -78,19 +86,3 @@ def measure(settings: Settings) -> list[Finding]:
                     Finding(subject=name, what="result", verdict="wrong", note=str(error))
                 )
     return findings
-
-
-def find_exit_code(findings: Sequence[Finding]) -> int:
-    """Sum the verdicts up."""
-    verdicts = {finding.verdict for finding in findings}
-    if verdicts & {"missed", "wrong"}:
-        return MISSED
-    return NOT_JUDGED if verdicts & {"noisy", "not run"} else ALL_MET
-
-
-def _describe_options() -> str:
-    lines = ["python benchmarks/data.py [key=value ...] [--json]", ""]
-    for name, field in Settings.model_fields.items():
-        default = ",".join(map(str, field.default)) if name in _LISTS else field.default
-        lines.append(f"  {name}={default}\n      {' '.join((field.description or '').split())}")
-    return "\n".join(lines)

@@ -23,9 +23,10 @@ from benchmarks.fault_campaign.measures import (
     find_training,
     read_sessions,
 )
-from benchmarks.fault_campaign.settings import Settings, describe_options, parse_settings
+from benchmarks.fault_campaign.settings import Settings, parse_settings
 from benchmarks.fault_campaign.simulator import Row, hourly_rate, simulate_all
 from benchmarks.fault_campaign.storm import FAULTS, plan_storm
+from benchmarks.options import describe_options
 from benchmarks.reporting import describe_machine, write_results
 from fqgan_dist.errors import ConfigError
 
@@ -75,7 +76,7 @@ class Report:
 def main(arguments: Sequence[str]) -> int:
     """Run a campaign, print what came of it, and keep it if asked to; return the exit code."""
     if {"-h", "--help"} & set(arguments):
-        print(describe_options())
+        print(describe_options(Settings, source="benchmarks/faults.py"))
         return EQUAL
     try:
         settings = parse_settings([text for text in arguments if text != "--json"])

@@ -50,13 +50,3 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
         ConfigError: an argument is no option, or every problem of the options.
     """
     return parse_options(arguments, Settings, source="benchmarks/faults.py")
-
-
-def describe_options() -> str:
-    """Write the options with their defaults, for `--help`."""
-    lines = ["python benchmarks/faults.py [key=value ...] [--json]", ""]
-    for name, field in Settings.model_fields.items():
-        lines.append(
-            f"  {name}={field.default}\n      {' '.join((field.description or '').split())}"
-        )
-    return "\n".join(lines)

@@ -57,7 +57,7 @@ def run_on_cluster(config: RunConfig, notifier: Notifier) -> Summary:
             the job.
         FqganError: an input is wrong, or a stage failed; what was finished before stays.
     """
-    config = _with_absolute_root(config)
+    config = with_absolute_root(config)
     # The GPUs are the workers'; the head of a cluster often has none.
     context = open_checked_run(config, device=_CPU)
     # From here on: a storage that was never found is a mistake, not an outage.
@@ -122,7 +122,12 @@ def _run_chunks(work: ChunkWork, *, in_pool: RunChunks, observer: Observer) -> N
         in_pool(work)
 
 
-def _with_absolute_root(config: RunConfig) -> RunConfig:
+def with_absolute_root(config: RunConfig) -> RunConfig:
+    """Name a local root so that all processes of the cluster find it.
+
+    Raises:
+        ConfigError: it is relative to a place that will not last.
+    """
     storage = Storage(config.storage.root)
     if not storage.is_local:
         return config

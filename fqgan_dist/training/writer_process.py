@@ -38,8 +38,9 @@ _NOTE_EVERY_S = 1.0
 _SILENT_S = 120.0
 _MAX_LOSSES = 3
 _END_S = 10.0
-# Below training and its loaders, for which it waits where there are too few cores for all.
-_NICE = 5
+# Far below training and its loaders: where there are too few cores for all, a step must not wait
+# for a save. It keeps a thirtieth of a core that training wants, too.
+_NICE = 15
 
 
 class Memory(Protocol):

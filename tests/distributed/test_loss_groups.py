@@ -64,6 +64,10 @@ def names(results: dict[str, Tensor], precision: str, ending: str) -> list[str]:
     return found
 
 
+A_STAGE_IS_TRAINED = pytest.mark.full("twelve runs of ranks; a stage is trained so always")
+
+
+@A_STAGE_IS_TRAINED
 @pytest.mark.parametrize("run", SHARED)
 @pytest.mark.parametrize("task", TASKS)
 def test_losses_of_each_micro_batch_agree(
@@ -77,6 +81,7 @@ def test_losses_of_each_micro_batch_agree(
             torch.testing.assert_close(shared[name], one[name], rtol=1e-6, atol=1e-7)
 
 
+@A_STAGE_IS_TRAINED
 @pytest.mark.parametrize("run", SHARED)
 @pytest.mark.parametrize("task", TASKS)
 def test_summed_gradients_agree(results: Results, task: str, run: tuple[int, int]) -> None:
@@ -86,6 +91,7 @@ def test_summed_gradients_agree(results: Results, task: str, run: tuple[int, int
         assert distance(shared[name], one[name]) < 1e-6, name
 
 
+@A_STAGE_IS_TRAINED
 @pytest.mark.parametrize("run", SHARED)
 def test_gradients_in_double_precision_differ_by_the_last_digits_only(
     results: Results, run: tuple[int, int]
@@ -103,6 +109,7 @@ def test_gradients_in_double_precision_differ_by_the_last_digits_only(
         assert distance(shared, one) < limit, (task, engine)
 
 
+@A_STAGE_IS_TRAINED
 @pytest.mark.parametrize("run", SHARED)
 def test_what_is_folded_counts_each_micro_batch_once(
     results: Results, run: tuple[int, int]
@@ -117,6 +124,7 @@ def test_what_is_folded_counts_each_micro_batch_once(
             assert torch.equal(shared[name], one[name]), name
 
 
+@A_STAGE_IS_TRAINED
 def test_the_discriminator_and_all_losses_are_compared(results: Results) -> None:
     compared = results[ALONE]["tokenizer"]
     assert {"single/discriminator/gradient", "single/main/gradient"} <= set(compared)

@@ -183,7 +183,10 @@ def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave_the_group(tmp_
     assert result.returncode == DONE, result.stderr
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    "num_ranks",
+    [pytest.param(1, marks=pytest.mark.full("torchrun; two ranks are tried always")), 2],
+)
 def test_sigterm_ends_all_ranks_after_a_save(root: Path, num_ranks: int) -> None:
     command = [sys.executable]
     if num_ranks > 1:

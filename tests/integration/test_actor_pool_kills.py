@@ -176,6 +176,7 @@ def test_ten_random_kills_change_no_byte(
     assert [name for name in expected if found[name] != expected[name]] == []
 
 
+@pytest.mark.full("makes a run; chunks of toys travel in test_actor_pools")
 def test_work_travels_without_its_networks(context: RunContext) -> None:
     work = TeacherWork(context)
     assert "_teachers" in work.__dict__  # its fingerprint needs them
@@ -186,6 +187,7 @@ def test_work_travels_without_its_networks(context: RunContext) -> None:
     assert copy.store.fingerprint == work.store.fingerprint
 
 
+@pytest.mark.full("makes a run; chunks of toys travel in test_actor_pools")
 def test_node_with_other_weights_is_refused(context: RunContext) -> None:
     copy: TeacherWork = pickle.loads(pickle.dumps(TeacherWork(context)))
     dinov2, clip = context.config.teachers.networks

@@ -117,6 +117,7 @@ def test_error_of_the_work_ends_the_pool_at_once(cluster: Cluster, tmp_path: Pat
     assert not any(work.is_done(chunk) for chunk in range(1, 9))
 
 
+@pytest.mark.full("starts actors; another process is tried for every lost chunk")
 def test_memory_that_is_short_in_one_process_is_found_in_another(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_memory_that_is_short_in_one_process_is_found_in_another(
     assert first != second == work.outputs()[1]["pid"]
 
 
+@pytest.mark.full("starts actors; the checks are unit tests")
 def test_node_that_fails_its_check_ends_the_pool(cluster: Cluster, tmp_path: Path) -> None:
     def refuse() -> None:
         raise ClusterError("no shared root here")
@@ -146,6 +148,7 @@ def test_actors_that_all_die_while_they_start_end_the_pool(
         run(FileWork(tmp_path, 3), check_node=die, max_failures_per_chunk=0)
 
 
+@pytest.mark.full("waits; the release is proven by test_pool_queue")
 def test_idle_actors_are_released_while_the_last_chunk_is_worked_on(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -182,6 +185,7 @@ def test_one_process_does_all_works_of_a_pool(cluster: Cluster, tmp_path: Path) 
     assert logs[0].read_text().count("chunk 1 is done") == 2
 
 
+@pytest.mark.full("waits; the release is proven by test_pool_queue")
 def test_actors_beyond_the_least_are_released_between_two_works(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -44,7 +44,13 @@ def _read(config: RunConfig) -> dict[str, set[tuple[str, bytes]]]:
         }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+ALL_BUT_ONE = pytest.mark.full("one is read always; each, locally, in unit/stages")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "kaggle" else pytest.param(name, marks=ALL_BUT_ONE) for name in LAYOUTS],
+)
 def test_a_layout_is_the_same_in_a_bucket(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name](tmp_path, TRAIN, VAL)
     bucket = Storage(f"s3://{S3_BUCKET}/layouts-{uuid.uuid4().hex}")

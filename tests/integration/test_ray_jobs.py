@@ -176,6 +176,7 @@ def test_a_wrong_setting_fails_the_job_with_its_cause(cluster: RayCluster, tmp_p
     assert "did you mean 'steps'" in wrong.stdout
 
 
+@pytest.mark.full("a job; test_ray_driver refuses it without one")
 def test_a_relative_root_is_refused_in_a_job_with_a_working_directory(
     cluster: RayCluster, tmp_path: Path
 ) -> None:

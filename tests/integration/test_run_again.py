@@ -118,6 +118,7 @@ def test_another_guidance_is_another_record_and_the_first_is_found_again(root: P
     }
 
 
+@pytest.mark.full("a whole run; the record of the report is a unit test")
 def test_another_title_makes_the_report_anew_and_nothing_else(root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     run(root, CONSTANT, "name=Another title")

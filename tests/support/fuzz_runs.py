@@ -57,6 +57,7 @@ from fqgan_dist.training.checkpoint_attempt import Attempt
 from fqgan_dist.training.checkpoint_format import RankReport, checkpoint_folder, hash_blocks
 from fqgan_dist.training.commit_log import CommitRecord, canonical_json, seal, sha256_hex
 from fqgan_dist.training.config import RetentionPolicy
+from fqgan_dist.training.writer_process import WriterHere
 from fqgan_dist.weights.files import load_safetensors_checked, load_torch_checked
 from fqgan_dist.weights.tensors import hash_tensors, load_into
 from fqgan_dist.yaml_text import parse_yaml
@@ -199,8 +200,6 @@ def _make_rank_report() -> list[bytes]:
 def _read_rank_report(data: bytes, folder: Path) -> None:
     path = f"{checkpoint_folder(4, _ATTEMPT)}/rank-00001.json"
     storage = spread_files(folder, {path: _reseal(data)})
-    store = CheckpointStore(storage, "", rank_timeout_s=5)
-    del store
     attempt = Attempt(
         storage,
         attempt_id=_ATTEMPT,
@@ -209,6 +208,7 @@ def _read_rank_report(data: bytes, folder: Path) -> None:
         log=None,
         rotate=lambda _: None,
         rank_timeout_s=5,
+        writer=WriterHere(),
     )
     attempt._read_report(checkpoint_folder(4, _ATTEMPT), 1)
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.data_loading import bandwidth, codes, decode, loaders, scale
-from benchmarks.data_loading.command import SUBJECTS, find_exit_code, main, parse_settings
+from benchmarks.data_loading.command import SUBJECTS, main, parse_settings
 from benchmarks.data_loading.images import SourceImage, read_images, select_typical
 from benchmarks.data_loading.measured_process import read_cpu_seconds, wait_for_rest
 from benchmarks.data_loading.settings import Settings
@@ -26,6 +26,7 @@ from benchmarks.paired import (
     judge_speed_up,
     run_rounds,
 )
+from benchmarks.reporting import find_exit_code
 from fqgan_dist.errors import ConfigError
 
 SIZE = 32

@@ -105,6 +105,8 @@ def test_what_was_installed_before_comes_back() -> None:
 def handlers() -> Iterator[None]:
     """Bring back what handled signals before the test, whatever it leaves."""
     formers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Tests that run in the background of a shell inherit an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, former in formers.items():
         signal.signal(number, former)

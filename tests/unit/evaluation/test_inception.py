@@ -51,6 +51,7 @@ def test_random_features_differ_and_do_not_vanish(photographs: Tensor):
     assert spread.max() < 100
 
 
+@pytest.mark.full("seconds of a large network; other tests would see the same")
 def test_fid_can_fail(inception: InceptionFeatures, photographs: Tensor):
     """Noise is far from photographs, other crops of them are near, and worse images are between."""
     reference = compute_moments(photographs)
@@ -104,6 +105,7 @@ def test_random_weights_are_a_function_of_the_seed(inception: InceptionFeatures)
     assert not torch.allclose(other(images)[0], inception(images)[0])
 
 
+@pytest.mark.full("seconds of a large network; other tests would see the same")
 def test_random_weights_do_not_depend_on_the_number_of_threads(inception: InceptionFeatures):
     torch.set_num_threads(2)
     try:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fqgan_dist.config import load_config
-from fqgan_dist.errors import ClusterError
+from fqgan_dist.errors import ClusterError, ConfigError
 from fqgan_dist.orchestration.cluster import is_attached
-from fqgan_dist.orchestration.ray_driver import check_room
+from fqgan_dist.orchestration.ray_driver import check_room, with_absolute_root
 from fqgan_dist.stages.config import RunConfig
 
 TINY = Path(__file__).parents[2] / "support" / "tiny.yaml"
@@ -57,3 +57,18 @@ def test_an_empty_address_names_no_cluster(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert is_attached() is is_cluster
+
+
+def test_a_relative_root_is_made_absolute_but_refused_in_a_jobs_copy_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_root(load("storage.root=runs/x")).storage.root == f"{tmp_path}/runs/x"
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(ConfigError, match="job's own copy of its working directory"):
+        with_absolute_root(load("storage.root=runs/x"))
+    for root in ("s3://bucket/x", f"{tmp_path}/x"):
+        assert with_absolute_root(load(f"storage.root={root}")).storage.root == root
