@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from fqgan_dist.training.checkpoint import CheckpointStore
 from fqgan_dist.training.checkpoint_files import FileImage, HostStaging
 from fqgan_dist.training.writer_process import WriterHere, WriterProcess
 from fqgan_dist.waiting import WAITS
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -40,11 +44,12 @@ def _read(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def _wait_for(condition: Callable[[], object]) -> None:
+def _wait_for(condition: Callable[[], T]) -> T:
     deadline = time.monotonic() + 60
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
 
 
 def _child_pids() -> set[int]:
@@ -172,6 +177,15 @@ def test_what_it_logs_is_logged_by_the_rank(
     assert "what is strange" in caplog.text
 
 
+def _find_writer(rank: int) -> int | None:
+    """Find the process among all that the rank starts; others come and go."""
+    for text in Path(f"/proc/{rank}/task/{rank}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"writer_process" in Path(f"/proc/{text}/cmdline").read_bytes():
+                return int(text)
+    return None
+
+
 _RANK = """
 import sys, torch
 from fqgan_dist.training.checkpoint_files import HostStaging
@@ -187,11 +201,8 @@ def test_it_ends_with_its_rank_and_ignores_signals_for_all(tmp_path: Path) -> No
         [sys.executable, "-c", _RANK, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children")
-    _wait_for(lambda: children.read_text())
-    child = int(children.read_text())
+    child = _wait_for(lambda: _find_writer(rank.pid))
     command = Path(f"/proc/{child}/cmdline")
-    _wait_for(lambda: b"writer_process" in command.read_bytes())
     status = Path(f"/proc/{child}/status")
     ignored = (1 << signal.SIGTERM - 1) | (1 << signal.SIGINT - 1)
     _wait_for(
