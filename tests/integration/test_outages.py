@@ -18,7 +18,6 @@ from support.fault_proxy import FaultProxy, Faults, run_fault_proxy
 from support.small_s3 import SmallS3, run_small_s3
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.yaml"
-TIMEOUT_S = 800
 OUTAGE_S = float(os.environ.get("FQGAN_TEST_OUTAGE_S", "6"))
 """By hand longer ones, see docs/fault-tolerance.md."""
 BEGINS: dict[str, str] = {
@@ -32,6 +31,7 @@ BEGINS: dict[str, str] = {
     "report": "/figures/",
 }
 """What is written first in a stage, when the storage goes away."""
+TIMEOUT_S = 750 + 2 * OUTAGE_S * len(BEGINS)
 ON_RAY = ("execution=ray", "ray.train.num_workers=2", "ray.local_cpus=2")
 
 
