@@ -66,8 +66,12 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         """Flush and close; closing twice is harmless."""
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            # Where there is no room the rest is lost with an error, but the file is let go of.
+            with clear_disk_errors(self.path):
+                self._file.close()
 
 
 def parse_records(data: bytes, *, name: str, kind: str) -> list[Record]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -28,6 +30,19 @@ def test_a_file_that_is_there_is_not_written_into(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists"):
         JsonLinesWriter(path)
     assert path.read_text() == '{"step": 1}\n'
+
+
+def test_the_file_is_let_go_of_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = JsonLinesWriter(tmp_path / "x.jsonl")
+    monkeypatch.setattr(os, "fsync", find_no_room)
+    with pytest.raises(DataError, match=r"x\.jsonl: .*the disk is full"):
+        writer.close()
+    writer.close()  # there is nothing left to be done
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path: Path) -> None:
