@@ -37,8 +37,11 @@ from fqgan_dist.training.checkpoint_format import (
 from fqgan_dist.training.checkpoint_transfer import TRANSFER_THREADS
 from fqgan_dist.weights.files import parse_safetensors
 
-# What one thread has in hand at a time; larger ranges are read side by side.
+# What one thread has in hand at a time; larger ranges are read side by side. From a disk so little
+# that its memory is used again, and still in the cache when it is copied: less CPU by a third. From
+# a bucket so much that it comes over several connections.
 _MAX_RANGE_BYTES = 64 * 2**20
+_MAX_LOCAL_RANGE_BYTES = 8 * 2**20
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -256,7 +259,8 @@ def _plan(
         yield lambda: _read_whole(folder, file, shares)
         return
     numbers = find_blocks(file, {share.name: Span(share.start, share.count) for share in shares})
-    for first, last in _runs(numbers, max(1, _MAX_RANGE_BYTES // file.blocks.bytes)):
+    longest = _MAX_LOCAL_RANGE_BYTES if folder.storage.is_local else _MAX_RANGE_BYTES
+    for first, last in _runs(numbers, max(1, longest // file.blocks.bytes)):
         yield _range_job(folder, file, shares, (first, last))
 
 

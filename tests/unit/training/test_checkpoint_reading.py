@@ -153,7 +153,7 @@ def test_what_is_needed_is_read_once_by_blocks_and_no_more(
 ) -> None:
     ranks, whole, needs = drawn
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(checkpoint_reading, "_MAX_RANGE_BYTES", range_bytes)
+        monkeypatch.setattr(checkpoint_reading, "_MAX_LOCAL_RANGE_BYTES", range_bytes)
         written = Written(tmp_path_factory.mktemp("x"), monkeypatch, ranks, block_bytes)
         found = written.read(needs)
     assert found.keys() == whole.keys()
