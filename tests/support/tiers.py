@@ -14,12 +14,23 @@ TESTS_DIR = Path(__file__).resolve().parents[1]
 
 SECONDS: dict[str, int] = {
     "distributed/test_engine_deepspeed.py": 200,
-    "distributed/test_loss_groups.py": 150,
+    "distributed/test_loss_groups.py": 220,
+    "distributed/test_restore_layouts.py": 150,
+    "integration/test_actor_pool_kills.py": 150,
+    "integration/test_capacity.py": 120,
+    "integration/test_elastic.py": 400,
+    "integration/test_full_disks.py": 5,
     "integration/test_fuzzing.py": 350,
+    "integration/test_hangs.py": 240,
+    "integration/test_layouts_s3.py": 50,
+    "integration/test_notice.py": 500,
     "integration/test_other_readers.py": 20,
     "integration/test_outages.py": 350,
-    "integration/test_ray_jobs.py": 400,
+    "integration/test_pipeline.py": 100,
+    "integration/test_pool_hangs.py": 120,
+    "integration/test_ray_jobs.py": 420,
     "integration/test_ray_two_nodes.py": 850,
+    "integration/test_zombies.py": 150,
     "unit/teachers/test_clip.py": 20,
 }
 """What the full tier's tests of a file take on two cores, about, for parts of one length; a file
