@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PART ?= 1/1
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20
 
 .PHONY: quickstart test test-full test-gpu check format golden clean
 .DEFAULT_GOAL := test
@@ -23,10 +23,10 @@ quickstart: $(STAMP)
 	$(BIN)/fqgan run configs/quickstart.yaml
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 test-full: $(STAMP)
-	$(PYTEST) -m 'full and not gpu' --part $(PART)
+	$(PYTEST) --dist loadgroup -m 'full and not gpu' --part $(PART)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -67,6 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", help="of the files, in parts of one length: K/N")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Name what stays together in `make test-full`: a file; all that start clusters.
+
+    Two clusters on two cores starve each other.
+    """
+    group = "ray" if item.get_closest_marker("ray") else f"{item.path.parent.name}/{item.path.stem}"
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(trylast=True)  # of what the markers have left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of one part of the files."""

@@ -98,6 +98,7 @@ def run(root: str, *options: str, endpoint: str = "") -> tuple[dict[str, Any], s
     return {name: stage["metrics"] for name, stage in summary.items()}, done.stderr
 
 
+@pytest.mark.ray
 @pytest.mark.full("minutes of outages; a request's patience is proven in unit/storage")
 @pytest.mark.timeout(2 * TIMEOUT_S)
 @pytest.mark.parametrize(
