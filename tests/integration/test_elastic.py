@@ -27,7 +27,8 @@ from fqgan_dist.training.commit_log import CommitLog, CommitRecord
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "support" / "tiny.yaml"
-STEPS = 800
+STEPS = {"autoregressive": 800, "tokenizer": 300}
+"""So many that nodes can come and go in their time."""
 TIMEOUT_S = 400
 STARTED = re.compile(r"starting (\d) train worker\(s\) of 1 to 3")
 RESUMED = re.compile(r"back at step (\d+) with (\d) train worker\(s\) after .*")
@@ -51,7 +52,7 @@ def settings(stage: str) -> list[str]:
     """A training of four micro-batches, so that one to four ranks can share a step."""
     return [
         *(f"{name}.training.micro_batch_size=2" for name in ("tokenizer", "autoregressive")),
-        *("tokenizer.training.steps=4", f"{stage}.training.steps={STEPS}"),
+        *("tokenizer.training.steps=4", f"{stage}.training.steps={STEPS[stage]}"),
         f"{stage}.training.schedule={{lr: 1.0e-3, kind: constant, warmup_steps: 2}}",
         f"{stage}.training.checkpoint={{every: 50, retention: {{keep_last: 999}}}}",
         f"{stage}.training.evaluate_every=1000",
