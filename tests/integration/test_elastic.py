@@ -171,7 +171,7 @@ def train_fixed(source: Path, root: Path, stage: str, *, step: int, size: int, s
 
 @pytest.mark.parametrize("stage", ["autoregressive", "tokenizer"])
 def test_a_training_grows_and_shrinks_with_its_cluster(stage: str, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+    root, steps = tmp_path / "run", STEPS[stage]
     before = {
         "autoregressive": "shards, teachers, tokenizer, codes",
         "tokenizer": "shards, teachers",
@@ -194,18 +194,18 @@ def test_a_training_grows_and_shrinks_with_its_cluster(stage: str, tmp_path: Pat
     tell(ledger)
 
     ours = losses(root, stage)
-    assert list(ours) == list(range(1, STEPS + 1))
-    for name, first, last, size, steps in (
-        ("alone", 1, grown - 1, 1, STEPS),
+    assert list(ours) == list(range(1, steps + 1))
+    for name, first, last, size, until in (
+        ("alone", 1, grown - 1, 1, steps),
         ("three", grown, shrunk - 1, 3, shrunk),
-        ("two", shrunk, STEPS, 2, STEPS),
+        ("two", shrunk, steps, 2, steps),
     ):
-        train_fixed(root, tmp_path / name, stage, step=first - 1, size=size, steps=steps)
+        train_fixed(root, tmp_path / name, stage, step=first - 1, size=size, steps=until)
         fixed = losses(tmp_path / name, stage)
         assert {step: fixed[step] for step in range(first, last + 1)} == {
             step: ours[step] for step in range(first, last + 1)
         }, name
-        if last < STEPS:  # the first step of the next phase, from the same commit
+        if last < steps:  # the first step of the next phase, from the same commit
             drop = [key for key in ours[last + 1] if key.endswith(SUMMED_BY_RANK)]
             of_other_size = dict(fixed[last + 1])
             of_this = dict(ours[last + 1])
